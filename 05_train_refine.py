@@ -1,0 +1,957 @@
+"""Stage 5: refine the student by its own answers (GRPO, DeepSeekMath, arXiv 2402.03300).
+
+It answers each question several times; a response that earns more than its group's mean is made likelier, one that earns less rarer:
+
+    L = - mean over responses of mean over tokens of  min(r A, clip(r, 1 - e, 1 + e) A) - beta KL,
+    r = p(token) / p_old(token),  A = (reward - mean of its group) / std of its group,  KL = e^d - d - 1,  d = log p_ref - log p.
+
+The pictures and the prompt are encoded once a group: in the rollout the key-value cache is repeated, in the update the responses of a
+group share their prompt as a prefix (see 04). The reward is the paper's for one well-formed answer, and pays nothing for several.
+
+Departs from the paper: shared prefixes; a reward that listing every answer does not win.
+
+Reads   4_sft/ (or any Qwen-VL checkpoint) and 3_qa/grpo.jsonl (the format of 04)
+Writes  5_refine/: an ordinary Hugging Face checkpoint, adapter/ (PEFT format, with --train lora), metrics.jsonl, rollouts.jsonl, meta.json
+        {"step": 3, "reward": 0.61, "loss": -0.002, "kl": 0.0004, "clipped": 0.0, "length": 5.2, "grad_norm": 0.8,
+         "rewards": {"A1": 0.55, ...}, "seconds": 2.4}
+
+metrics: reward = mean over responses, rewards = the same by task; kl = from the student that came in; clipped = share of tokens whose ratio
+         left 1 +- clip_ratio; length = tokens of a response, end token included; grad_norm = before clipping.
+
+Run     python 05_train_refine.py --run runs/demo                           (the paper's settings are the defaults)
+        torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo      (the same loss on eight processes)
+"""
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers.utils import cached_file, logging
+
+logging.disable_progress_bar()
+TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
+BY_THE_WAY = ("run", "rollout", "micro_tokens", "save_every", "log_every", "show_every")  # settings that do not change the result
+
+
+# --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
+def setting(default, help: str):
+    """A Config field whose unit and reason `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines and appends every default."""
+
+
+def parse(config_class):
+    """Command line -> config_class. argparse itself answers a wrong flag with one line and exit status 2."""
+    return config_class(**vars(HfArgumentParser(config_class, description=__doc__, formatter_class=Help).parse_args()))
+
+
+def stop(why: str):
+    """Bad input after which nothing sensible can follow: one line on stderr, exit status 2."""
+    print(f"{Path(__file__).name}: {why}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def save(path: Path, content: str | bytes):
+    """Write under a temporary name, then rename: no reader ever meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")  # one fixed name: the rerun after a kill overwrites it and leaves no litter
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
+
+
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+    if not path.is_file():
+        stop(f"{path} is missing: run the stage that writes it, or name another file")
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
+                raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
+            records.append(record)
+        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
+    return records
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+    """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
+
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    """
+    inherited = None
+    if parent is not None:
+        if not (parent / "meta.json").is_file() or not (inherited := json.loads((parent / "meta.json").read_text())).get("finished"):
+            stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
+        print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
+    path = folder / "meta.json"
+    meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
+    if path.is_file():
+        old = json.loads(path.read_text())
+        changed = [f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}"
+                   for key in sorted({*config, *old["config"]}) if old["config"].get(key) != config.get(key)]
+        if old["parent"] != inherited:
+            changed.append("the folder it reads was made anew")
+        if changed:
+            stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
+        if old["finished"]:
+            print(f"{folder} is finished: nothing to do")
+            raise SystemExit(0)
+    save(path, json.dumps(meta, indent=1))
+    return meta
+
+
+def finish(folder: Path, meta: dict, counts: dict, started: float):
+    """Complete meta.json, the mark of a whole folder: counts, seconds, versions. `counts` are small numbers or strings that the next stage prints."""
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    save(folder / "meta.json", json.dumps(meta, indent=1))
+# --- end of the common block ---
+
+# Shapes: B rows, T tokens of a row, N response tokens of a batch, P patches of all pictures, V vocabulary.
+
+
+@dataclass
+class Config:
+    run: str = setting("runs/demo", "run folder; reads 3_qa/ and the student in it")
+    out: str = setting("5_refine", "folder written inside the run")
+    student: str = setting("4_sft", "the student to refine: a folder in the run, any checkpoint folder, or a hub id")
+    data: str = setting("3_qa/grpo.jsonl", "questions: a file in the run, or any ms-swift / LLaMA-Factory / World2VLM JSONL file")
+    data_root: str = setting("", "folder that picture paths start from and may not leave; default: the run, for a file outside it that file's folder")
+    train: str = setting("lora", "lora (a new one, beside the language model's linear layers) or full")
+    lora_rank: int = setting(256, "LoRA rank; the paper's")
+    lora_alpha: int = setting(512, "LoRA alpha: the update is scaled by alpha / rank; the paper's")
+    freeze_vision: bool = setting(False, "keep the vision tower as it is; the paper trains it in this stage")
+    prompts: int = setting(32, "questions in a step, over all processes")
+    group: int = setting(4, "responses to a question, whose mean reward is its baseline; the paper's 4-5")
+    temperature: float = setting(1.0, "of the sampled responses; the paper's")
+    max_new_tokens: int = setting(256, "tokens of a response at most; the paper's")
+    rollout: int = setting(32, "questions in one generation batch; bounds memory, does not change the result")
+    micro_tokens: int = setting(16384, "tokens in one forward pass of the update, padding included; bounds memory only")
+    epochs: float = setting(1.0, "passes over --data")
+    steps: int = setting(0, "rollout steps; 0: as --epochs says")
+    updates: int = setting(1, "optimiser steps on each step's responses; from the second on, the ratio is clipped")
+    clip_ratio: float = setting(0.2, "the ratio of new to old probability counts within 1 +- this")
+    kl: float = setting(1e-2, "weight of the KL divergence from the student that came in; the paper's")
+    optimizer: str = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest")
+    lr: float = setting(1e-6, "peak learning rate of AdamW; the paper's")
+    muon_lr: float = setting(3e-4, "peak learning rate of Muon")
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises from zero; constant afterwards")
+    weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
+    beta1: float = setting(0.9, "AdamW")
+    beta2: float = setting(0.95, "AdamW")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
+    dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    attention: str = setting("auto", "attention of transformers: eager, sdpa or auto (eager on CPU, faster there at short lengths; sdpa on GPU)")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
+    save_every: int = setting(20, "steps between states to resume from")
+    log_every: int = setting(1, "steps between printed lines; metrics.jsonl has every step")
+    show_every: int = setting(10, "steps between printed rollouts; rollouts.jsonl has one question of every step")
+    seed: int = setting(0, "seed of the order of questions and of the sampled responses")
+
+
+# --- same in 04, 05, 06: a student and what it reads ---
+@dataclass
+class Student:
+    model: torch.nn.Module
+    tokenizer: object
+    image_processor: object
+    source: str  # the folder or hub id it came from
+
+
+def load_student(source: str, dtype: torch.dtype, device: str, attention: str, max_pixels: int) -> Student:
+    """Any Qwen-VL checkpoint, by folder or hub id. Weights come from safetensors only; remote code is never run.
+
+    The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
+    """
+    attention = ("eager" if device == "cpu" else "sdpa") if attention == "auto" else attention
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
+        tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
+    size = image_processor.size
+    image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
+    return Student(model.to(device), tokenizer, image_processor, source)
+
+
+def read_questions(path: Path, root: Path) -> list[dict]:
+    """Records with `images` resolved inside `root`; what cannot be used is named, with the remedy, and skipped."""
+    questions, root = [], root.resolve()
+    for record in read_jsonl(path, "task_type", "messages", "images"):
+        try:
+            texts = [message["content"] for message in record["messages"]]
+            images = [str((root / image).resolve()) for image in record["images"]]
+            if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
+                raise ValueError("messages must be a user's question and the assistant's answer")
+            if not images or "".join(texts).count("<image>") != len(images):
+                raise ValueError(f"{len(images)} images but {''.join(texts).count('<image>')} <image> marks")
+            for image in images:
+                if not Path(image).is_relative_to(root):
+                    raise ValueError(f"{image} lies outside the data root {root}: copy it there or set --data_root")
+                if not Path(image).is_file():
+                    raise ValueError(f"{image} is missing")
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            print(f"{path}: {record['task_type']} question skipped: {error}", file=sys.stderr)
+            continue
+        questions.append(record | {"images": images})
+    return questions
+
+
+def look(student: Student, paths: list[str], blank: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Picture files -> patches [P, channels x patch] and their grids [pictures, 3] (frames, rows, columns). Blank ones are mean grey."""
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    if blank:
+        pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
+    seen = student.image_processor(images=pictures, return_tensors="pt")
+    return seen["pixel_values"], seen["image_grid_thw"]
+
+
+def encode(student: Student, record: dict, grids: torch.Tensor) -> dict:
+    """One question -> ids [T], of which the first `prompt` are the question and the rest its answer, and Qwen-VL's positions [3, T].
+
+    Raises ValueError when the text itself holds picture tokens, which would shift every picture behind them.
+    """
+    *turns, answer = record["messages"]
+    chat = [{"role": turn["role"], "content": [{"type": "image"} if part == "<image>" else {"type": "text", "text": part}
+             for part in re.split("(<image>)", turn["content"]) if part]} for turn in turns]
+    prompt = student.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    asked, answered = student.tokenizer([prompt, answer["content"] + student.tokenizer.eos_token], add_special_tokens=False)["input_ids"]
+    pad, merge = student.model.config.image_token_id, student.image_processor.merge_size
+    if (asked + answered).count(pad) != len(grids):
+        raise ValueError("the text holds picture tokens of its own: remove them")
+    ids, positions, at, pictures = [], [], 0, iter(grids.tolist())  # a text token is at `at` in all three streams
+    for token in asked + answered:
+        if token == pad:  # a picture's token is at (0, its row, its column) from `at`; text goes on behind the longer side
+            _, rows, columns = (n // merge for n in next(pictures))
+            ids += [pad] * rows * columns
+            positions += [(at, at + row, at + column) for row in range(rows) for column in range(columns)]
+            at += max(rows, columns)
+        else:
+            ids.append(token)
+            positions.append((at, at, at))
+            at += 1
+    length = len(ids) - len(answered)
+    return {"ids": torch.tensor(ids), "prompt": length, "positions": torch.tensor(positions).T}
+# --- end: a student and what it reads ---
+
+
+# --- same in 04, 05: shared prefixes ---
+def share(questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, pad: int) -> list[dict]:
+    """Encoded questions about the same pictures -> rows of  prefix | rest of question 1 | rest of question 2 | ...
+
+    The prefix is the longest run of tokens that all prompts begin with. Every token keeps the position id that it has when its question
+    stands alone, and sees the prefix and its own question only (see `collate`), so each answer token gets the log-probability that it
+    would have had alone. Questions whose pictures do not all lie in the common prefix get a row each.
+    """
+    prefix = min(question["prompt"] for question in questions)
+    for question in questions[1:]:
+        differs = (question["ids"][:prefix] != questions[0]["ids"][:prefix]).nonzero()
+        prefix = int(differs[0]) if len(differs) else prefix
+    if (questions[0]["ids"][prefix:] == pad).any():
+        return [row for question in questions for row in share([question], pixels, grids, pad)]
+    ids, positions, segment = [questions[0]["ids"][:prefix]], [questions[0]["positions"][:, :prefix]], [torch.zeros(prefix, dtype=torch.long)]
+    source, target, owner, start = [], [], [], prefix
+    for k, question in enumerate(questions):
+        rest = len(question["ids"]) - prefix
+        ids.append(question["ids"][prefix:])
+        positions.append(question["positions"][:, prefix:])
+        segment.append(torch.full((rest,), k + 1))
+        for i in range(question["prompt"] - prefix, rest):  # answer tokens; one that opens its segment is predicted by the prefix's last token
+            source.append(start + i - 1 if i else prefix - 1)
+            target.append(start + i)
+            owner.append(k)
+        start += rest
+    return [{"ids": torch.cat(ids), "positions": torch.cat(positions, 1), "segment": torch.cat(segment), "source": torch.tensor(source),
+             "target": torch.tensor(target), "owner": torch.tensor(owner), "pixels": pixels, "grids": grids, "questions": len(questions)}]
+
+
+def collate(rows: list[dict], pad: int) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows -> the model's inputs (right-padded, B x T), and for each of N answer tokens: its row, the position that predicts it, its id."""
+    B, T = len(rows), max(len(row["ids"]) for row in rows)
+    ids, positions, segment = torch.full((B, T), pad), torch.zeros(3, B, T, dtype=torch.long), torch.full((B, T), -1)
+    for b, row in enumerate(rows):
+        n = len(row["ids"])
+        ids[b, :n], positions[:, b, :n], segment[b, :n] = row["ids"], row["positions"], row["segment"]
+    visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # [B, i, j]: j in the prefix or in i's question
+    visible &= torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.zeros(B, 1, T, T).masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask,
+              "pixel_values": torch.cat([row["pixels"] for row in rows]), "image_grid_thw": torch.cat([row["grids"] for row in rows])}
+    where = torch.cat([torch.full_like(row["source"], b) for b, row in enumerate(rows)])
+    source = torch.cat([row["source"] for row in rows])
+    return inputs, where, source, torch.cat([row["ids"][row["target"]] for row in rows])
+
+
+def token_logprobs(student: Student, rows: list[dict]) -> torch.Tensor:
+    """log p of every answer token of the rows, in their order: float32 [N]. Logits exist at answer positions only."""
+    inputs, where, source, tokens = collate(rows, student.tokenizer.pad_token_id)
+    device, dtype = student.model.device, student.model.dtype
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    inputs["attention_mask"] = inputs["attention_mask"].clamp(min=torch.finfo(dtype).min).to(dtype)
+    hidden = student.model.model(**inputs, use_cache=False).last_hidden_state                        # [B, T, width]
+    logits = student.model.lm_head(hidden[where.to(device), source.to(device)]).float()              # [N, V]
+    return logits.log_softmax(-1).gather(-1, tokens.to(device)[:, None])[:, 0]
+
+
+def micro_batches(rows: list[dict], tokens: int) -> list[list[dict]]:
+    """Rows of one step, longest first, cut so that rows x longest stays within `tokens`."""
+    parts = []
+    for row in sorted(rows, key=lambda row: -len(row["ids"])):
+        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+# --- end: shared prefixes ---
+
+
+# --- same in 04, 05: what is trained, and how it is kept ---
+class LoRA(torch.nn.Module):
+    """y = W x + (alpha / rank) B A x, with W frozen, A random and B zero at the start (Hu et al. 2021)."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        torch.nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        return self.base(x) + (x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * self.scale).to(x.dtype)
+
+
+def add_lora(student: Student, rank: int, alpha: float):
+    """Put a LoRA beside every linear layer of the language model, in place; nothing else trains."""
+    student.model.requires_grad_(False)
+    language = student.model.model.language_model
+    for name, layer in list(language.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(language.get_submodule(parent), leaf, LoRA(layer, rank, alpha))
+
+
+def split_lora(student: Student) -> tuple[dict, dict]:
+    """The plain state dict with every LoRA merged into its weight, and the adapter's tensors under the names of the peft package."""
+    merged, adapter, modules = {}, {}, dict(student.model.named_modules())
+    for name, tensor in student.model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            adapter[f"base_model.model.{owner}.{leaf}.weight"] = tensor.cpu().contiguous()
+        elif isinstance(lora := modules.get(owner.removesuffix(".base")), LoRA):
+            update = (lora.lora_B.float() @ lora.lora_A.float() * lora.scale) if leaf == "weight" else 0
+            merged[name.replace(".base.", ".")] = (tensor.float() + update).to(tensor.dtype)
+        else:
+            merged[name] = tensor
+    return merged, adapter
+
+
+PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+                   "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+                   "video_preprocessor_config.json", "generation_config.json"]
+
+
+def save_student(student: Student, folder: Path, rank: int, alpha: float):
+    """An ordinary checkpoint folder: merged weights, the processor's files as they came, and adapter/ where there is a LoRA."""
+    part = folder / "checkpoint.part"
+    shutil.rmtree(part, ignore_errors=True)
+    merged, adapter = split_lora(student)
+    student.model.save_pretrained(part, state_dict=merged)
+    for name in PROCESSOR_FILES:
+        if source := cached_file(student.source, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(source, part / name)
+    if adapter:
+        (part / "adapter").mkdir()
+        save_file(adapter, part / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter/adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": rank, "lora_alpha": alpha,
+            "lora_dropout": 0.0, "bias": "none", "target_modules": r".*language_model.*\.(" + "|".join(
+                sorted({key.split(".")[-3] for key in adapter})) + ")"}, indent=1))
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for path in sorted(part.iterdir()):
+        os.replace(path, folder / path.name)
+    part.rmdir()
+
+
+def save_state(path: Path, step: int, model: torch.nn.Module, optimizers: list):
+    """Everything that the next step depends on, as one safetensors file: trained weights, optimiser slots, the number of steps done."""
+    tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    for k, optimizer in enumerate(optimizers):
+        for i, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{k}.{i}.{name}": torch.as_tensor(slot).cpu() for name, slot in slots.items()}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, str(path) + ".part", metadata={"step": str(step)})
+    os.replace(str(path) + ".part", path)
+
+
+def load_state(path: Path, model: torch.nn.Module, optimizers: list) -> int:
+    """Undo `save_state`; returns the number of steps done (0 where nothing was saved)."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as state:
+        step, tensors = int(state.metadata()["step"]), {name: state.get_tensor(name) for name in state.keys()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(tensors[f"model.{name}"])
+    for k, optimizer in enumerate(optimizers):
+        slots = {}
+        for name in tensors:
+            if name.startswith(f"optimizer.{k}."):
+                _, _, i, slot = name.split(".", 3)
+                slots.setdefault(int(i), {})[slot] = tensors[name]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    return step
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is replaced by the nearest orthogonal one (Jordan et al. 2024: five Newton-Schulz steps, Nesterov momentum).
+
+    torch.optim.Muon iterates in bfloat16, which takes seconds a step on a CPU without bfloat16 units; this one keeps the gradient's dtype and
+    treats matrices of one shape together. Update: p <- p (1 - lr wd) - lr max(1, rows / columns)^0.5 NS(momentum).
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    shapes.setdefault(p.shape, []).append((p, p.grad.lerp(buffer, group["momentum"])))
+            for (rows, columns), pairs in shapes.items():
+                x = torch.stack([update for _, update in pairs])
+                x = x.mT if rows > columns else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    a = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                x = x.mT if rows > columns else x
+                for (p, _), update in zip(pairs, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model: torch.nn.Module, cfg) -> list:
+    """AdamW over what trains, matrices decayed; with muon, the matrices of the layers go to Muon and embeddings, norms and biases stay."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head", name)]
+    rest = [(name, p) for name, p in trained if all(p is not q for q in muon)]
+    optimizers = [torch.optim.AdamW([{"params": [p for _, p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
+                                     {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0}],
+                                    lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))]
+    if muon:
+        optimizers.append(Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def all_sum(*tensors: torch.Tensor):
+    """Add up over all processes, in place; nothing to do when there is one."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def update(model: torch.nn.Module, optimizers: list, clip: float, factor: float) -> float:
+    """Sum the gradients over the processes, clip, step at `factor` times the peak learning rates; returns the norm before clipping."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    all_sum(*[p.grad for p in params])
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(norm)
+
+
+def start_processes(folder: Path) -> tuple[int, int, str]:
+    """(rank, world size, device) of this process; one process unless torchrun started it. Rank 0 alone says that `folder` is finished."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank and (folder / "meta.json").is_file() and json.loads((folder / "meta.json").read_text())["finished"]:
+        raise SystemExit(0)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if world > 1:
+        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    return rank, world, device
+
+
+def append(path: Path, record: dict):
+    """One more line of a JSONL file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def keep_lines(path: Path, steps: int):
+    """Drop the lines of a JSONL file that belong to steps after the one resumed from, and a half-written last one."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    save(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= steps))
+# --- end: what is trained ---
+
+
+# --- same in 05, 06: generation ---
+@torch.no_grad()
+def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples: int = 1, temperature: float = 1.0,
+             uniforms: torch.Tensor | None = None) -> list[list[list[int]]]:
+    """`samples` responses to each prompt ({"ids", "positions", "pixels", "grids"}): token ids [prompt][sample], with the end token where it
+    was reached. Greedy, or drawn at `temperature` with `uniforms` [prompts x samples, max_new_tokens] in 0..1, one number a token, so that
+    a response does not depend on which others share its batch.
+
+    Every prompt is encoded once (left-padded: all end in the same column) and its key-value cache repeated for its samples. Picture
+    tokens cannot be generated: the next forward pass would look for a picture behind them.
+    """
+    model, tokenizer = student.model, student.tokenizer
+    device, config = model.device, model.config
+    B, T = len(prompts), max(len(prompt["ids"]) for prompt in prompts)
+    ids, mask = torch.full((B, T), tokenizer.pad_token_id), torch.zeros(B, T, dtype=torch.long)
+    positions = torch.zeros(3, B, T, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        n = len(prompt["ids"])
+        ids[b, T - n:], mask[b, T - n:], positions[:, b, T - n:] = prompt["ids"], 1, prompt["positions"]
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True, logits_to_keep=1,
+                pixel_values=torch.cat([prompt["pixels"] for prompt in prompts]).to(device),
+                image_grid_thw=torch.cat([prompt["grids"] for prompt in prompts]).to(device))
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(samples, 0)               # [B x samples, V]
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+    mask = mask.repeat_interleave(samples, 0).to(device)
+    position = (positions.amax((0, 2)) + 1).repeat_interleave(samples).to(device)                       # the next token's, in all three streams
+    banned = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id], device=device)
+    done, tokens = torch.zeros(B * samples, dtype=torch.bool, device=device), []
+    while True:
+        logits = logits.float().index_fill(-1, banned, -torch.inf)
+        if uniforms is None:
+            token = logits.argmax(-1)
+        else:
+            below = (logits / temperature).softmax(-1).cumsum(-1)                                       # the token whose share of 0..1 holds u
+            u = uniforms[:, len(tokens), None].to(device) * below[:, -1:]
+            token = torch.searchsorted(below, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        tokens.append(token.masked_fill(done, tokenizer.pad_token_id))
+        done |= token == tokenizer.eos_token_id
+        if done.all() or len(tokens) == max_new_tokens:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model(input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=position.expand(3, -1)[..., None], past_key_values=cache,
+                    use_cache=True)
+        logits, position = out.logits[:, -1], position + 1
+    responses = torch.stack(tokens, 1).tolist()
+    ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in responses]
+    responses = [row[:end] for row, end in zip(responses, ends)]
+    return [responses[b * samples:(b + 1) * samples] for b in range(B)]
+# --- end: generation ---
+
+
+# --- same in 05, 06: the answer grammar and the reward ---
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+ACTION = re.compile(rf"\b(?:move\s+(forward|backward|left|right)\s+({NUMBER})\s*meters{{0,2}}"
+                    rf"|turn\s+(left|right)\s+({NUMBER})\s*degrees{{0,2}})\b", re.I)
+BOX = re.compile(r"(?:bbox\s*)?\[" + ",".join([rf"\s*(-?{NUMBER})\s*"] * 4) + r"\]", re.I)
+# What may not stand beside an answer: digits, and words of a second or a withdrawn answer. Any other text is harmless.
+SECOND_ANSWER = re.compile(r"\d|°|move|turn|forward|back|left|right|met(?:er|re)|deg|\b(?:or|not|never|no|yes)\b|n['’]t", re.I)
+LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
+YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+SHAPE = {"A1": "one action", "A2": "one action", "A3": "actions", "D3": "actions", "D1": "box", "S1": "box",
+         "A4": "yes or no", "D2": "yes or no", "D4": "yes or no", "S2": "yes or no", "S3": "meters", "S4": "degrees"}
+
+
+def parse_actions(text) -> list[tuple[str, float]] | None:
+    """The actions of one answer, [("shift_left", 0.8), ("turn_right", 30.0)], or None when `text` is anything else.
+
+    An action is `move forward|backward|left|right <number> meters` or `turn left|right <number> degrees`, in any case and white
+    space, the plural s missing or doubled. What stands between and around is free ("then", "->", "Answer:") as long as it
+    holds no digit, no part of another action and no "or" or "not": so "remove forward 2 meters" is no answer.
+    """
+    if not isinstance(text, str) or SECOND_ANSWER.search(LIST_MARK.sub("", ACTION.sub(" ; ", text))):
+        return None
+    actions = []
+    for move, meters, turn, degrees in ACTION.findall(text):
+        name = f"turn_{turn}" if turn else f"shift_{move}" if move.lower() in ("left", "right") else move
+        actions.append((name.lower(), float(degrees or meters)))
+    return actions or None
+
+
+def parse_box(text) -> tuple[list[float], bool] | None:
+    """([x1, y1, x2, y2] as written, whether it stands alone) for one box, `[412, 300, 530, 611]` or `bbox [...]`; else None."""
+    if not isinstance(text, str) or len(found := list(BOX.finditer(text))) != 1:
+        return None
+    rest = text[:found[0].start()] + text[found[0].end():]
+    if re.search(r"\d|\b(?:or|not)\b", rest.replace("bbox_2d", ""), re.I):  # bbox_2d: the key of Qwen's own JSON boxes
+        return None
+    return [float(number) for number in found[0].groups()], not rest.strip()
+
+
+def canonical(text) -> str:
+    """Lower case, single spaces, without the punctuation at the end."""
+    return " ".join(text.lower().split()).rstrip(" .,;:!?\"") if isinstance(text, str) else ""
+
+
+def parse_yes_no(text) -> bool | None:
+    """`yes`, `true` -> True; `no`, `false` -> False, in any case and with punctuation behind; any other text is None."""
+    return YES_NO.get(canonical(text))
+
+
+def parse_quantity(text, unit: str) -> float | None:
+    """The number of `2.3 meters` or `2.3` (unit "meters"), `40 degrees` or `40` (unit "degrees"); any other text is None."""
+    match = re.fullmatch(rf"(-?{NUMBER})\s*(?:{unit[:-1]}s?)?", canonical(text))
+    return float(match[1]) if match else None
+
+
+def closeness(error: float, unit: str) -> float:
+    """1 up to an error of 0.5 m or 5 degrees, 0 from 5 m or 90 degrees, linear between."""
+    full, none = (5.0, 90.0) if unit == "degrees" else (0.5, 5.0)
+    return min(1.0, max(0.0, (none - error) / (none - full)))
+
+
+def same_action(true, said) -> float | None:
+    """The closeness of two actions' values, or None when their names differ."""
+    if true[0] != said[0]:
+        return None
+    return closeness(abs(true[1] - said[1]), "degrees" if true[0].startswith("turn") else "meters")
+
+
+def sides(box) -> list[float]:
+    """The box with x1 <= x2 and y1 <= y2, clipped to the picture (0..1000)."""
+    x1, y1, x2, y2 = [min(1000.0, max(0.0, value)) for value in box]
+    return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+
+
+def box_iou(a, b) -> float:
+    """Intersection over union of two boxes [x1, y1, x2, y2], sorted and clipped first; 0 when their union is empty."""
+    a, b = sides(a), sides(b)
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def box_reward(true, said, alone: bool) -> dict:
+    """0.20 format + 0.15 validity + 0.65 geometry. All boxes in 0..1000.
+
+    validity = 0.7 (x1 < x2 and y1 < y2) + 0.3 max(0, 1 - overflow / 200), overflow = mean distance of the four from 0..1000
+    geometry = (0.45 IoU + 0.20 center + 0.20 l1 + 0.15 size) (0.3 + 0.7 validity), on the sorted and clipped boxes
+    center = max(0, 1 - distance / max(80, 0.6 diagonal of the true box)), l1 = max(0, 1 - mean |difference| / 180)
+    size = max(0, 1 - (|ln w/w*| + |ln h/h*|) / 1.6), sides at least 1
+    """
+    overflow = sum(max(0.0, -value, value - 1000.0) for value in said) / 4
+    validity = 0.7 * (said[0] < said[2] and said[1] < said[3]) + 0.3 * max(0.0, 1 - overflow / 200)
+    a, b = sides(true), sides(said)
+    distance = math.hypot((b[0] + b[2] - a[0] - a[2]) / 2, (b[1] + b[3] - a[1] - a[3]) / 2)
+    center = max(0.0, 1 - distance / max(80.0, 0.6 * math.hypot(a[2] - a[0], a[3] - a[1])))
+    l1 = max(0.0, 1 - sum(abs(x - y) for x, y in zip(a, b)) / 4 / 180)
+    size = max(0.0, 1 - sum(abs(math.log(max(1.0, b[i + 2] - b[i]) / max(1.0, a[i + 2] - a[i]))) for i in (0, 1)) / 1.6)
+    form, iou = 1.0 if alone else 0.4, box_iou(a, b)
+    geometry = (0.45 * iou + 0.20 * center + 0.20 * l1 + 0.15 * size) * (0.3 + 0.7 * validity)
+    overall = 0.20 * form + 0.15 * validity + 0.65 * geometry
+    return {"overall": overall, "format": form, "validity": validity, "geometry": geometry,
+            "iou": iou, "center": center, "size": size, "l1": l1}
+
+
+def sequence_reward(true, said) -> dict:
+    """0.10 format + 0.25 action + 0.35 order + 0.30 numeric - 0.03 for every action too many, not below 0; n = true length.
+
+    action = multiset overlap of the names / longer length
+    order = same name at the same place / n, numeric = closeness of the values there / n
+    """
+    shared = sum((Counter(name for name, _ in true) & Counter(name for name, _ in said)).values())
+    close = [value for value in map(same_action, true, said) if value is not None]
+    action, order, numeric = shared / max(len(true), len(said)), len(close) / len(true), sum(close) / len(true)
+    overall = 0.10 + 0.25 * action + 0.35 * order + 0.30 * numeric - 0.03 * max(0, len(said) - len(true))
+    return {"overall": max(0.0, overall), "format": 1.0, "action": action, "order": order, "numeric": numeric}
+
+
+def reward(task_type, answer, response) -> dict:
+    """{"overall": 0..1, parts...} of a response to a question with the true `answer`; overall -1 beyond 200 characters.
+
+    A1 A2     0.10 format + 0.35 action + 0.55 numeric     (the name; the closeness of the value where the name is right)
+    A3 D3     sequence_reward        D1 S1  box_reward
+    A4 D2 D4 S2  0.20 format + 0.80 accuracy               (yes = true, no = false)
+    S3 S4     0.10 format + 0.90 numeric                   (S4: the error around the circle)
+    For one well-formed answer this is the published reward. That one takes the best of several actions, the first of several
+    boxes, an action out of the middle of a word; here a response that is not ONE answer earns 0, less than an honest wrong one,
+    which has its format. Harmless words around one answer keep what the published reward pays. Any other task type: 1 for the
+    same text, else 0. Any object is accepted for all three; nothing raises.
+    """
+    task_type = task_type.strip() if isinstance(task_type, str) else ""
+    if isinstance(response, str) and len(response.strip()) > 200:
+        return {"overall": -1.0, "format": 0.0}
+    shape = SHAPE.get(task_type)
+    if shape is None:
+        same = float(canonical(response) == canonical(answer) != "")
+        return {"overall": same, "format": same, "accuracy": same}
+    if shape == "box":
+        true, said = parse_box(answer), parse_box(response)
+        if true is None or said is None:
+            return dict.fromkeys(("overall", "format", "validity", "iou", "center", "size", "l1", "geometry"), 0.0)
+        return box_reward(true[0], *said)
+    if shape == "yes or no":
+        true, said = parse_yes_no(answer), parse_yes_no(response)
+        known, right = float(true is not None and said is not None), float(said is not None and true == said)
+        return {"overall": 0.20 * known + 0.80 * right, "format": known, "accuracy": right}
+    if shape in ("meters", "degrees"):
+        true, said = parse_quantity(answer, shape), parse_quantity(response, shape)
+        if true is None or said is None:
+            return {"overall": 0.0, "format": 0.0, "numeric": 0.0}
+        error = abs((said - true + 180) % 360 - 180) if shape == "degrees" else abs(said - true)
+        return {"overall": 0.10 + 0.90 * closeness(error, shape), "format": 1.0, "numeric": closeness(error, shape)}
+    true, said = parse_actions(answer), parse_actions(response)
+    if true is None or said is None or shape == "one action" and len(said) > 1:
+        return dict.fromkeys(("overall", "format", "action", "numeric", "order")[:5 if shape == "actions" else 4], 0.0)
+    if shape == "actions":
+        return sequence_reward(true, said)
+    close = same_action(true[0], said[0])
+    action, numeric = float(close is not None), close or 0.0
+    return {"overall": 0.10 + 0.35 * action + 0.55 * numeric, "format": 1.0, "action": action, "numeric": numeric}
+# --- end of the reward block ---
+
+
+# Group-relative policy optimisation ----------------------------------------------------------------------------------------------------
+
+def advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards [questions, G] -> how much better than its group each response is, in standard deviations; a group of equals teaches nothing.
+
+    >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]]))[1].tolist()
+    [0.0, 0.0, 0.0, 0.0]
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+def grpo_loss(logprob: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, advantage: torch.Tensor, weight: torch.Tensor,
+              clip_ratio: float, kl: float) -> tuple[torch.Tensor, dict]:
+    """Equation 3 of DeepSeekMath (arXiv 2402.03300) over N response tokens; every argument is [N].
+
+    `weight` is 1 / (tokens of the response x responses in the batch). KL is the low-variance estimator e^d - d - 1, d = reference - logprob.
+    """
+    ratio = (logprob - old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
+    d = reference - logprob
+    divergence = d.exp() - d - 1
+    clipped = ((ratio - 1).abs() > clip_ratio).float()
+    parts = {"kl": (divergence * weight).sum().detach(), "clipped": (clipped * weight).sum().detach()}
+    return ((kl * divergence - gain) * weight).sum(), parts
+
+
+@contextmanager
+def without_lora(model: torch.nn.Module):
+    """Inside, every LoRA is switched off: the student as it came in."""
+    layers = [module for module in model.modules() if isinstance(module, LoRA)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    yield
+    for layer, scale in zip(layers, scales):
+        layer.scale = scale
+
+
+@torch.no_grad()
+def reference_logprobs(student: Student, reference: torch.nn.Module | None, rows: list[dict]) -> torch.Tensor:
+    """log p of the response tokens under the student that came in: its frozen copy, or this one with the LoRA off."""
+    if reference is not None:
+        return token_logprobs(replace(student, model=reference), rows)
+    with without_lora(student.model):
+        return token_logprobs(student, rows)
+
+
+# Rollout -------------------------------------------------------------------------------------------------------------------------------
+
+def open_prompts(student: Student, questions: list[dict]) -> list[dict]:
+    """Questions -> prompts without their answers. A picture that does not open costs its question, by name."""
+    prompts = []
+    for question in questions:
+        try:
+            pixels, grids = look(student, question["images"])
+            encoded = encode(student, question, grids)
+        except (OSError, ValueError) as error:
+            print(f"{question['images'][0]}: question skipped: {error}", file=sys.stderr)
+            continue
+        n = encoded["prompt"]
+        prompts.append({"ids": encoded["ids"][:n], "positions": encoded["positions"][:, :n], "pixels": pixels, "grids": grids, "question": question})
+    return prompts
+
+
+def uniform_numbers(cfg: Config, step: int, prompt: dict) -> torch.Tensor:
+    """The random numbers of one question's responses [G, max_new_tokens]: from (seed, step, question), whichever process draws them."""
+    key = repr((cfg.seed, step, prompt["question"]["images"], prompt["question"]["messages"])).encode()
+    seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+    return torch.rand(cfg.group, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> list[dict]:
+    """Sample a group of responses to each prompt, in batches of prompts of like length; adds `tokens`, `texts` and `scores` to each."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["ids"]))
+    answered = [None] * len(prompts)
+    for start in range(0, len(order), cfg.rollout):
+        part = order[start:start + cfg.rollout]
+        uniforms = torch.cat([uniform_numbers(cfg, step, prompts[i]) for i in part])
+        groups = generate(student, [prompts[i] for i in part], cfg.max_new_tokens, cfg.group, cfg.temperature, uniforms)
+        for i, group in zip(part, groups):
+            question = prompts[i]["question"]
+            texts = [student.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in group]
+            scores = [reward(question["task_type"], question["messages"][-1]["content"], text) for text in texts]
+            answered[i] = prompts[i] | {"tokens": group, "texts": texts, "scores": scores}
+    return answered
+
+
+def rows_of(student: Student, answered: list[dict], gains: torch.Tensor, responses: int) -> list[dict]:
+    """One row a question: its prompt once, then its responses. Each row carries the advantage and weight of every response token."""
+    rows = []
+    for prompt, gain in zip(answered, gains):
+        n, last = len(prompt["ids"]), int(prompt["positions"].max())
+        encoded = [{"ids": torch.cat([prompt["ids"], torch.tensor(tokens)]), "prompt": n,
+                    "positions": torch.cat([prompt["positions"], (last + 1 + torch.arange(len(tokens))).expand(3, -1)], 1)}
+                   for tokens in prompt["tokens"]]
+        row, = share(encoded, prompt["pixels"], prompt["grids"], student.model.config.image_token_id)
+        lengths = torch.tensor([len(tokens) for tokens in prompt["tokens"]])
+        rows.append(row | {"advantage": gain[row["owner"]], "weight": 1 / (lengths[row["owner"]] * responses)})
+    return rows
+
+
+def main(cfg: Config):
+    started, run = time.time(), Path(cfg.run)
+    folder, data = run / cfg.out, run / cfg.data
+    rank, world, device = start_processes(folder)
+    root = Path(cfg.data_root) if cfg.data_root else run if data.resolve().is_relative_to(run.resolve()) else data.parent
+    source = str(run / cfg.student) if (run / cfg.student).is_dir() else cfg.student
+    if cfg.dtype == "auto":
+        cfg = replace(cfg, dtype="bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32")
+    meta = None
+    if rank == 0:
+        config = {name: value for name, value in asdict(cfg).items() if name not in BY_THE_WAY}
+        meta = begin(folder, config, Path(source) if (Path(source) / "meta.json").is_file() else None)
+    if world > 1:
+        dist.barrier()
+
+    # the student, and the one it may not stray from
+    weights = torch.bfloat16 if cfg.train == "lora" and cfg.dtype == "bfloat16" else torch.float32  # full training keeps float32 weights
+    student = load_student(source, weights, device, cfg.attention, cfg.max_pixels)
+    student.model.eval()
+    reference = None if cfg.train == "lora" and cfg.freeze_vision else copy.deepcopy(student.model)
+    torch.manual_seed(cfg.seed)
+    if cfg.train == "lora":
+        add_lora(student, cfg.lora_rank, cfg.lora_alpha)
+    student.model.model.visual.requires_grad_(not cfg.freeze_vision)
+    if cfg.checkpointing:
+        student.model.gradient_checkpointing_enable()
+        student.model.enable_input_require_grads()
+    optimizers = make_optimizers(student.model, cfg)
+
+    questions = read_questions(data, root)
+    if not questions:
+        stop(f"{data} holds no usable question")
+    steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.prompts)
+    epochs = (np.random.default_rng([cfg.seed, epoch]).permutation(len(questions)) for epoch in itertools.count())
+    order = (questions[i] for epoch in epochs for i in epoch)
+    plan = iter(lambda: list(itertools.islice(order, cfg.prompts)), None)
+    first = load_state(folder / "state.safetensors", student.model, optimizers)
+    if rank == 0:
+        keep_lines(folder / "metrics.jsonl", first)
+        keep_lines(folder / "rollouts.jsonl", first)
+        trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+        print(f"student {source}: {trained:,} parameters trained; {device} x {world}, {cfg.dtype}\n{len(questions):,} questions, {steps:,} steps of "
+              f"{cfg.prompts} questions x {cfg.group} responses" + (f", resumed after step {first:,}" if first else ""), flush=True)
+
+    clock = time.time()
+    for step, batch in enumerate(itertools.islice(plan, first, steps), first):
+        tick = time.time()
+        prompts = open_prompts(student, batch[rank::world])
+        with torch.autocast(student.model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            answered = roll_out(student, prompts, step, cfg)
+        rewards = torch.tensor([[score["overall"] for score in prompt["scores"]] for prompt in answered]).reshape(-1, cfg.group)
+        responses = torch.tensor(rewards.numel(), device=device)
+        all_sum(responses)
+        rows = rows_of(student, answered, advantages(rewards), max(1, int(responses)))
+        parts = micro_batches(rows, cfg.micro_tokens)
+
+        sums = torch.zeros(3, device=device)  # loss, KL and clipped share, over the tokens of all processes
+        for _ in range(cfg.updates):
+            sums.zero_()
+            for part in parts:
+                with torch.autocast(student.model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                    logprob = token_logprobs(student, part)
+                    if "old" not in part[0]:  # the first update starts from the weights that answered
+                        part[0]["old"], part[0]["reference"] = logprob.detach(), reference_logprobs(student, reference, part)
+                advantage, weight = (torch.cat([row[name] for row in part]).to(device) for name in ("advantage", "weight"))
+                loss, measured = grpo_loss(logprob, part[0]["old"], part[0]["reference"], advantage, weight, cfg.clip_ratio, cfg.kl)
+                loss.backward()
+                sums += torch.stack([loss.detach(), measured["kl"], measured["clipped"]])
+            all_sum(sums)
+            if not sums.isfinite().all():
+                stop(f"the loss is {float(sums[0])} at step {step + 1}: lower the learning rate; {folder}/state.safetensors holds the last good state")
+            norm = update(student.model, optimizers, cfg.clip, min(1.0, (step + 1) / (cfg.warmup * steps + 1)))
+
+        by_task = torch.zeros(len(TASKS), 2, device=device)  # sum of rewards, responses
+        for prompt, row in zip(answered, rewards):
+            if prompt["question"]["task_type"] in TASKS:
+                by_task[TASKS.index(prompt["question"]["task_type"])] += torch.tensor([row.sum(), len(row)], device=device)
+        totals = torch.tensor([rewards.sum(), sum(len(t) for prompt in answered for t in prompt["tokens"])], device=device)
+        all_sum(by_task, totals)
+        reward_mean, length = (totals / max(1, int(responses))).tolist()
+        line = {"step": step + 1, "reward": reward_mean, "loss": float(sums[0]), "kl": float(sums[1]), "clipped": float(sums[2]), "length": length,
+                "grad_norm": norm, "rewards": {task: float(total / n) for task, (total, n) in zip(TASKS, by_task.tolist()) if n},
+                "seconds": round(time.time() - tick, 3)}
+        last = step + 1 == steps
+        if rank == 0:
+            append(folder / "metrics.jsonl", line)
+            if answered:
+                example = answered[0]
+                shown = {"step": step + 1, "question": example["question"]["messages"][0]["content"], "images": example["question"]["images"],
+                         "answer": example["question"]["messages"][-1]["content"],
+                         "responses": [[text, score["overall"]] for text, score in zip(example["texts"], example["scores"])]}
+                append(folder / "rollouts.jsonl", shown)
+                if step % cfg.show_every == 0:
+                    print(f"  {shown['question']}\n  true: {shown['answer']}\n" + "".join(f"  {score:6.3f}  {text!r}\n" for text, score in
+                          shown["responses"]), end="", flush=True)
+            if last or (step + 1) % cfg.log_every == 0:
+                pace = (time.time() - clock) / (step + 1 - first)
+                print(f"step {step + 1:>5}/{steps}  reward {reward_mean:.4f}  KL {line['kl']:.5f}  clipped {line['clipped']:.3f}  |g| {norm:6.3f}  "
+                      f"length {length:5.1f}  {int(responses) / line['seconds']:6.1f} responses/s  ETA {pace * (steps - step - 1) / 60:5.1f} min", flush=True)
+            if last or (step + 1) % cfg.save_every == 0:
+                save_state(folder / "state.safetensors", step + 1, student.model, optimizers)
+
+    if rank == 0:
+        save_student(student, folder, cfg.lora_rank, cfg.lora_alpha)
+        peak = torch.cuda.max_memory_allocated() if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        finish(folder, meta, {"steps": steps, "questions": len(questions)}, started)
+        (folder / "state.safetensors").unlink(missing_ok=True)
+        print(f"\nwrote {folder}: {steps:,} steps in {(time.time() - started) / 60:.1f} min, peak memory {peak / 2**30:.2f} GB\n"
+              f"next: python 06_eval.py --run {cfg.run} --checkpoint {cfg.out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse(Config))
