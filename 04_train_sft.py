@@ -322,10 +322,10 @@ def token_logprobs(student: Student, rows: list[dict]) -> torch.Tensor:
 
 
 def micro_batches(rows: list[dict], tokens: int) -> list[list[dict]]:
-    """Rows of one step, longest first, cut so that rows x longest stays within `tokens`."""
+    """Rows of one step, longest first, cut so that rows x longest stays within `tokens` and no row is padded by more than a third."""
     parts = []
     for row in sorted(rows, key=lambda row: -len(row["ids"])):
-        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens:
+        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens and 4 * len(row["ids"]) >= 3 * len(parts[-1][0]["ids"]):
             parts[-1].append(row)
         else:
             parts.append([row])

@@ -1,4 +1,4 @@
-"""The exam: scores by meaning, controls, intervals, bad input, resuming, the report. A stub answers unless a test says otherwise."""
+"""The exam: scores by meaning, controls, intervals, bad input, resuming, the report. A stub answers unless a test says more."""
 import importlib.util
 import json
 import re
@@ -25,16 +25,19 @@ def load(name: str):
 exam = load("06_eval")
 ANSWERS = {"A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1.5 meters"],
            "A2": ["turn left 30 degrees", "turn right 40 degrees", "turn right 90 degrees"],
-           "A3": ["turn left 30 degrees; move left 1 meters", "move forward 1 meters; turn right 90 degrees"], "A4": ["true", "false"],
-           "D1": ["[100, 100, 300, 300]", "[500, 200, 700, 800]"], "D2": ["yes", "no"], "D3": ["move left 1 meters", "turn left 30 degrees"],
+           "A3": ["turn left 30 degrees; move left 1 meters", "move forward 1 meters; turn right 90 degrees"],
+           "A4": ["true", "false"],
+           "D1": ["[100, 100, 300, 300]", "[500, 200, 700, 800]"], "D2": ["yes", "no"],
+           "D3": ["move left 1 meters", "turn left 30 degrees"],
            "D4": ["yes", "no"], "S1": ["[100, 100, 300, 300]"], "S2": ["yes", "no"], "S3": ["1 meters", "3.5 meters"],
            "S4": ["350 degrees", "20 degrees"]}
 
 
 def record(task: str, answer: str, scene: str, images: list[str], words: str = "") -> dict:
     text = "<image>" * len(images) + f"{task}: object at [100, 100, 300, 400]. {words}"
-    return {"task_type": task, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "images": images,
-            "scene_id": scene, "traj_id": "t000", "split": "heldout", "source": "simulated", "teacher": "simulator"}
+    return {"task_type": task, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
+            "images": images, "scene_id": scene,
+            "traj_id": "t000", "split": "heldout", "source": "simulated", "teacher": "simulator"}
 
 
 def make_run(run: Path, rooms: int = 4) -> list[dict]:
@@ -106,11 +109,14 @@ def test_truth_scores_one_and_constants_and_blank_less(run, monkeypatch, capsys)
     ("A1", "move left 3 meters", "turn left 4 degrees", {"direction": 0, "error_m": None}),
     ("A2", "turn left 30 degrees", "turn right 40 degrees", {"direction": 0, "error_deg": 70}),
     ("A2", "turn left 30 degrees", "turn left 40 degrees", {"direction": 1, "error_deg": 10}),
-    ("A2", "turn left 30 degrees", "turn left 30 degrees, turn right 30 degrees", {"answered": False, "direction": 0, "reward": 0}),
+    ("A2", "turn left 30 degrees", "turn left 30 degrees, turn right 30 degrees",
+     {"answered": False, "direction": 0, "reward": 0}),
     ("A3", "turn left 30 degrees; move left 1 meters", "Turn left 30.0 degrees, move left 1 meter.", {"exact": 1, "reward": 1}),
-    ("A3", "turn left 30 degrees; move left 1 meters", "turn left 40 degrees; move left 1 meters", {"exact": 0, "answered": True}),
+    ("A3", "turn left 30 degrees; move left 1 meters", "turn left 40 degrees; move left 1 meters",
+     {"exact": 0, "answered": True}),
     ("A4", "true", "yes", {"accuracy": 1}), ("A4", "true", "maybe", {"accuracy": 0, "answered": False}),
-    ("D1", "[0, 0, 100, 100]", "[50, 0, 150, 100]", {"iou": 1 / 3}), ("D1", "[0, 0, 100, 100]", "x" * 300, {"iou": 0, "reward": 0}),
+    ("D1", "[0, 0, 100, 100]", "[50, 0, 150, 100]", {"iou": 1 / 3}),
+    ("D1", "[0, 0, 100, 100]", "x" * 300, {"iou": 0, "reward": 0}),
     ("S3", "2 meters", "2.5 meters", {"error_m": 0.5}), ("S4", "350 degrees", "20 degrees", {"error_deg": 30}),
     ("S4", "0 degrees", "180 degrees", {"error_deg": 180}), ("D2", "no", "", {"answered": False, "accuracy": 0})])
 def test_scores_by_meaning(task, answer, response, expected):
@@ -140,7 +146,7 @@ def test_best_constant():
     truths = ["turn left 30 degrees"] * 3 + ["turn right 40 degrees"] * 2
     best = exam.best_constants("A2", truths, ["turn right 40 degrees", "turn left 30 degrees", "turn left 10 degrees"])
     assert best["direction"]["mean"] == 0.6 and best["direction"]["answer"].startswith("turn left")
-    assert best["error_deg"] == {"mean": pytest.approx(28), "answer": "turn left 30 degrees"}  # 3 x 0 + 2 x 70 over 5; left 10: 32
+    assert best["error_deg"] == {"mean": pytest.approx(28), "answer": "turn left 30 degrees"}  # 2 x 70 over 5; left 10: 32
     assert exam.best_constants("A2", truths, []) == {}
 
 
@@ -150,7 +156,8 @@ def test_interval():
     alone = exam.interval(values, [f"room {i}" for i in range(400)], "A1")
     assert alone["low"] < alone["mean"] < alone["high"]
     assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 400), rel=0.15)
-    together = exam.interval(np.repeat(values[:40], 10), [f"room {i}" for i in np.repeat(np.arange(40), 10)], "A1")  # ten alike a room
+    alike = [f"room {i}" for i in np.repeat(np.arange(40), 10)]  # ten equal answers a room
+    together = exam.interval(np.repeat(values[:40], 10), alike, "A1")
     assert together["high"] - together["low"] > 2.5 * (alone["high"] - alone["low"])
     assert exam.interval([1, 1, 1], ["a", "b", "c"]) == {"mean": 1, "low": 1, "high": 1}
     assert exam.interval([1, 0], ["a", "a"]) == {"mean": 0.5, "low": None, "high": None}
@@ -158,7 +165,8 @@ def test_interval():
 
 
 def test_hostile_answers_are_shown_harmless(run, monkeypatch):
-    hostile = ["<script>alert(1)</script>", "\u202eevil\u2066", "A" * 1_000_000, "</div></html><img src=x onerror=alert(1)>", "\ud800 \0 \x1b[2J",
+    hostile = ["<script>alert(1)</script>", "\u202eevil\u2066", "A" * 1_000_000, "</div></html><img src=x onerror=alert(1)>",
+               "\ud800 \0 \x1b[2J",
                "&lt;b&gt; \"'`", "{{7*7}} ${x}", "[1, 2, 3, " + "9" * 150 + "]"]
     results = examine(run, monkeypatch, lambda question, blank: hostile[question["number"] % len(hostile)], blank=False)
     report = (run / "6_eval" / "student" / "report.html").read_bytes().decode()
@@ -239,12 +247,16 @@ def test_beside_prints_one_table(run, monkeypatch, capsys):
 
 def test_bad_questions_are_named_counted_and_skipped(run, monkeypatch, capsys):
     good = record("D2", "yes", "room_0", ["2_views/room_0/t000/000.png"])
-    bad = ['{"task_type": "D2", "mess', "[1, 2]", "\u00ff", "{}", good | {"task_type": "Z1"}, good | {"task_type": ["D2"]}, good | {"messages": []},
-           good | {"messages": "text"}, good | {"messages": good["messages"][:1]}, good | {"images": ["../secret.png"]},
-           good | {"images": ["/etc/passwd"]}, good | {"images": ["absent.png"]}, good | {"images": []}, good | {"images": "x.png"},
-           good | {"images": [5]}, good | {"images": ["a\0b"]}, good | {"messages": good["messages"][:1] + [{"role": "assistant", "content": "perhaps"}]},
+    bad = ['{"task_type": "D2", "mess', "[1, 2]", "\u00ff", "{}", good | {"task_type": "Z1"}, good | {"task_type": ["D2"]},
+           good | {"messages": []}, good | {"messages": "text"}, good | {"messages": good["messages"][:1]},
+           good | {"images": ["../secret.png"]},
+           good | {"images": ["/etc/passwd"]}, good | {"images": ["absent.png"]}, good | {"images": []},
+           good | {"images": "x.png"},
+           good | {"images": [5]}, good | {"images": ["a\0b"]},
+           good | {"messages": good["messages"][:1] + [{"role": "assistant", "content": "perhaps"}]},
            record("A1", "move left 1 meters; move left 2 meters", "room_0", good["images"]),
-           record("D1", "[300, 300, 100, 100]", "room_0", good["images"]), record("D2", "yes", "r", good["images"], "long " * 5000)]
+           record("D1", "[300, 300, 100, 100]", "room_0", good["images"]),
+           record("D2", "yes", "r", good["images"], "long " * 5000)]
     write(run / "3_qa" / "heldout.jsonl", bad + [good, good | {"scene_id": "room_1"}])
     results = examine(run, monkeypatch, truth)
     assert results["questions"] == 2 and results["skipped"] == len(bad)
@@ -259,15 +271,17 @@ def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
     results = examine(run, monkeypatch, truth, per_task=2, tasks=["A1", "D1"], tag="few", train=["absent.jsonl"])
     assert {task: result["questions"] for task, result in results["tasks"].items()} == {"A1": 2, "D1": 2}
     assert results["tasks"]["A1"]["metrics"]["direction"]["constant"] is None and "absent.jsonl" in capsys.readouterr().err
-    for settings in ({"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}, {"dtype": "float8"}, {"checkpoint": "4_none"}):
+    for settings in ({"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}, {"dtype": "float8"},
+                     {"checkpoint": "4_none"}):
         with pytest.raises(SystemExit) as ended:
             examine(run, monkeypatch, truth, tag="bad", **settings)
         assert ended.value.code == 2
 
 
 def test_a_tiny_student_sits_the_exam(run):
-    """The real model code, on a checkpoint without training: whole batches equal single questions; a broken picture is skipped."""
-    texts = [text for answers in ANSWERS.values() for text in answers] + ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 : object at [100, 100, 300, 400]. Case 012."]
+    """The real model code, on a checkpoint without training: batches equal single questions, a broken picture is skipped."""
+    texts = [text for answers in ANSWERS.values() for text in answers]
+    texts += ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 : object at [100, 100, 300, 400]. Case 012."]
     load("04_train_sft").build_tiny(run / "student", texts, 0)
     picture = run / "2_views" / "room_3" / "t000" / "001.png"
     picture.write_bytes(picture.read_bytes()[:500])
@@ -277,9 +291,10 @@ def test_a_tiny_student_sits_the_exam(run):
     many, one = (json.loads((run / "6_eval" / tag / "results.json").read_text()) for tag in ("many", "one"))
     two_pictures = sum(len(ANSWERS[task]) for task in ("A1", "A2", "A3", "A4", "D1", "D3", "D4"))
     assert many["skipped"] == two_pictures and many["tasks"]["A1"]["skipped"] == 3 and many["tasks"]["S1"]["questions"] == 4
-    said = {sample["number"]: sample for sample in map(json.loads, (run / "6_eval" / "many" / "samples.jsonl").read_text().splitlines())}
-    for sample in map(json.loads, (run / "6_eval" / "one" / "samples.jsonl").read_text().splitlines()):
-        assert said[sample["number"]]["response"] == sample["response"] and said[sample["number"]]["blank_response"] == sample["blank_response"]
+    said = {tag: [json.loads(line) for line in (run / "6_eval" / tag / "samples.jsonl").read_text().splitlines()]
+            for tag in ("many", "one")}
+    together = {sample["number"]: (sample["response"], sample["blank_response"]) for sample in said["many"]}
+    assert all(together[sample["number"]] == (sample["response"], sample["blank_response"]) for sample in said["one"])
     assert one["questions"] > 40
     with pytest.raises(SystemExit) as ended:
         exam.main(exam.Config(**(settings | {"checkpoint": "3_qa"}), tag="none"))

@@ -28,8 +28,8 @@ def paid(task: str, answer, response) -> float:
     return exam.reward(task, answer, response)["overall"]
 
 
-HONEST = {"A1": "move forward 1.2 meters", "A2": "turn left 40 degrees", "A3": "turn right 30 degrees; move forward 1 meters", "A4": "true",
-          "D1": "[412, 300, 530, 611]", "D2": "no", "D3": "move left 0.8 meters; turn left 20 degrees", "D4": "yes",
+HONEST = {"A1": "move forward 1.2 meters", "A2": "turn left 40 degrees", "A3": "turn right 30 degrees; move forward 1 meters",
+          "A4": "true", "D1": "[412, 300, 530, 611]", "D2": "no", "D3": "move left 0.8 meters; turn left 20 degrees", "D4": "yes",
           "S1": "[10, 20, 300, 400]", "S2": "yes", "S3": "2.3 meters", "S4": "350 degrees"}
 
 
@@ -44,7 +44,8 @@ def test_honest_answer_is_paid_in_full(task):
 MOVE = r"(?:move\s+(?:forward|backward|left|right)\s+\d+(?:\.\d+)?\s+meters?|turn\s+(?:left|right)\s+\d+(?:\.\d+)?\s+degrees?)"
 BETWEEN = r"(?:\s*[,;]\s*(?:then\s+)?|\s+then\s+|\s+and\s+)"
 BOX = r"(?:bbox\s*)?\[\s*-?\d+(?:\.\d+)?\s*(?:,\s*-?\d+(?:\.\d+)?\s*){3}\]"
-WELL_FORMED = {**dict.fromkeys(("A1", "A2"), MOVE + r"\s*[.!]?"), **dict.fromkeys(("A3", "D3"), MOVE + f"(?:{BETWEEN}{MOVE})*" + r"\s*[.!]?"),
+WELL_FORMED = {**dict.fromkeys(("A1", "A2"), MOVE + r"\s*[.!]?"),
+               **dict.fromkeys(("A3", "D3"), MOVE + f"(?:{BETWEEN}{MOVE})*" + r"\s*[.!]?"),
                "D1": BOX, **dict.fromkeys(("A4", "D2", "D4"), r"(?:yes|no|true|false)\s*[.!]?")}
 TRUTH = WELL_FORMED | dict.fromkeys(("A1", "A2"), WELL_FORMED["A3"])  # some true answers of A1 there hold several actions
 COUNTS = {"A1": 39, "A2": 25, "A3": 49, "D3": 58, "D1": 243, "A4": 34, "D2": 26, "D4": 36}  # lines that match
@@ -80,7 +81,7 @@ def test_never_pays_more_than_the_published_reward():
     lines = list(golden_lines())
     equal = sum(abs(paid(task, answer, response) - score["overall"]) < 1e-9 for task, answer, response, score in lines)
     assert all(paid(task, answer, response) <= score["overall"] + 1e-9 for task, answer, response, score in lines)
-    assert (len(lines), equal) == LINES  # the rest: several actions or boxes, words that contain an action, units outside the grammar
+    assert (len(lines), equal) == LINES  # the rest: several actions or boxes, "remove forward", units outside the grammar
 
 
 GAMED = [("A1", "move forward 1.2 meters", response) for response in (
@@ -90,27 +91,36 @@ GAMED = [("A1", "move forward 1.2 meters", response) for response in (
             "remove forward 1.2 meters", "removes forward 1.2 meters", "_move forward 1.2 meters", "not move forward 1.2 meters",
             "move forward 1.2 meters or 2", "move forward 1.2 meters 3.4 meters", "move forward 1.2-2.4 meters",
             "move forward backward left right 1.2 meters", "forward backward left right move forward 1.2 meters",
-            "move forward 1.2 meters, forward 3 meters", "move forward 1.2 meters, moved left 3 m", "move forward 1.2 meters. turn",
-            "1. move forward 1.2 meters 2. move left 1.2 meters", "it did not move forward 1.2 meters", "don't move forward 1.2 meters",
+            "move forward 1.2 meters, forward 3 meters", "move forward 1.2 meters, moved left 3 m",
+            "move forward 1.2 meters. turn",
+            "1. move forward 1.2 meters 2. move left 1.2 meters", "it did not move forward 1.2 meters",
+            "don't move forward 1.2 meters",
             "move forward 1.2 meters, yes no", "move forward 1.2 metersmove left 1 meters", "move forward 1.2meterstick")]
 GAMED += [("A2", "turn right 165 degrees", response) for response in (
-            "return right 165 degrees", "turn right 165 degrees; turn left 165 degrees", "turn left 165 degrees, turn right 165 degrees",
-            "turn right 165 degrees, turn right 100 degrees", "overturn right 165 degrees", "turn right 165 degrees\nturn right 165 degrees",
+            "return right 165 degrees", "turn right 165 degrees; turn left 165 degrees",
+            "turn left 165 degrees, turn right 165 degrees",
+            "turn right 165 degrees, turn right 100 degrees", "overturn right 165 degrees",
+            "turn right 165 degrees\nturn right 165 degrees",
             "<answer>RETURN RIGHT 165  DEGREES", "turn right 10 degrees turn right 90 degrees turn right 165 degrees")]
 GAMED += [(task, "turn right 30 degrees; move forward 1 meters", response) for task in ("A3", "D3") for response in (
             "turn right 30 degrees; move forward 1 meters; turn right 40 degrees; move forward 2 meters",
             "turn right 30 degrees; move forward 1 meters; turn right 30 degrees; move forward 1 meters",
-            "turn right 30 degrees; turn left 30 degrees; move forward 1 meters", "return right 30 degrees; remove forward 1 meters",
-            "turn right 30 degrees; move forward 1 meters or move left 1 meters", "turn right 30 degrees; move forward 1 meters; move",
+            "turn right 30 degrees; turn left 30 degrees; move forward 1 meters",
+            "return right 30 degrees; remove forward 1 meters",
+            "turn right 30 degrees; move forward 1 meters or move left 1 meters",
+            "turn right 30 degrees; move forward 1 meters; move",
             "turn right 30 degrees; remove forward 1 meters", "move forward 1 meters; turn right 30 degrees")]
 GAMED += [(task, "[412, 300, 530, 611]", response) for task in ("D1", "S1") for response in (
             "[412, 300, 530, 611] [0, 0, 100, 100]", "[412, 300, 530, 611] [412, 300, 530, 611]", "[0, 0, 1000, 1000]",
-            "[412, 300, 530, 611, 5]", "[412, 300, 530]", "[412, 300, 530, 611] or [0, 0, 1, 1]", "the box is [412, 300, 530, 611]",
+            "[412, 300, 530, 611, 5]", "[412, 300, 530]", "[412, 300, 530, 611] or [0, 0, 1, 1]",
+            "the box is [412, 300, 530, 611]",
             "[412, 300, 530, 611] 1 2 3 4", "(0, 0, 10, 10) [412, 300, 530, 611]", "412, 300, 530, 611", "[530, 611, 412, 300]",
             "[-99999, -99999, 99999, 99999]", "[412, 300, 530, 611] not")]
 GAMED += [(task, "yes", response) for task in ("A4", "D2", "D4", "S2") for response in (
-            "yes no", "no yes", "yes, no", "yes/no", "yes or no", "yes yes", "true false", "yesno", "not yes", "yes it is", "maybe yes", "y")]
-GAMED += [("S3", "2.3 meters", response) for response in ("2.3 meters 5 meters", "1 meters, 2.3 meters", "2.3 degrees", "about 2-3 meters")]
+            "yes no", "no yes", "yes, no", "yes/no", "yes or no", "yes yes", "true false", "yesno", "not yes", "yes it is",
+            "maybe yes", "y")]
+GAMED += [("S3", "2.3 meters", response) for response in (
+            "2.3 meters 5 meters", "1 meters, 2.3 meters", "2.3 degrees", "about 2-3 meters")]
 GAMED += [("S4", "350 degrees", response) for response in ("350 degrees 10 degrees", "0 350", "turn 350 degrees", "350 meters")]
 
 
@@ -128,12 +138,14 @@ def test_hedging_pays_less_even_than_an_honest_wrong_answer(task, right, wrong):
 
 
 @pytest.mark.parametrize("task", HONEST)
-@pytest.mark.parametrize("frame", ["Answer: {}", "I think {}.", "{} x x x x", "<answer>{}</answer>", "**{}**", "1. {}", "{} and so on",
-                                   "{} is my answer", "zzzz {}", "\"{}\"", "The camera should {}", "{}\n\n{}", "not {}", "{} or so"])
+@pytest.mark.parametrize("frame", ["Answer: {}", "I think {}.", "{} x x x x", "<answer>{}</answer>", "**{}**", "1. {}",
+                                   "{} and so on", "{} is my answer", "zzzz {}", "\"{}\"", "The camera should {}", "{}\n\n{}", "not {}",
+                                   "{} or so"])
 def test_more_text_never_pays_more(task, frame):
     truth = HONEST[task]
     others = {"A1": ["move left 1 meters"], "A2": ["turn right 10 degrees"], "A3": ["turn right 50 degrees; move left 2 meters"],
-              "D3": ["turn right 50 degrees; move left 2 meters"], "D1": ["[400, 320, 600, 700]", "[1, 2, 3, 4]"], "S3": ["5 meters"]}
+              "D3": ["turn right 50 degrees; move left 2 meters"], "D1": ["[400, 320, 600, 700]", "[1, 2, 3, 4]"],
+              "S3": ["5 meters"]}
     for alone in [truth] + others.get(task, []):
         if "{}\n\n{}" == frame and task in ("A3", "D3") and alone != truth:
             continue  # a longer sequence is another answer there, with the published price
@@ -150,7 +162,7 @@ def test_closer_pays_more():
     assert falls([paid("D1", "[100, 100, 300, 300]", f"[{100 + v}, 100, {300 + v}, 300]") for v in range(0, 700, 20)])
     assert falls([paid("S3", "1 meters", f"{v / 10:g} meters") for v in range(10, 80)])
     assert falls([paid("S4", "350 degrees", f"{(350 + v) % 360} degrees") for v in range(0, 180, 10)])  # around the circle
-    assert paid("S4", "350 degrees", "10 degrees") == paid("S4", "350 degrees", "330 degrees") > paid("S4", "350 degrees", "100 degrees")
+    assert paid("S4", "350 degrees", "10 degrees") == paid("S4", "350 degrees", "330 degrees") > paid("S4", "350 degrees", "90 degrees")
 
 
 def test_values_from_the_equations():
@@ -160,14 +172,15 @@ def test_values_from_the_equations():
     assert paid("A3", "turn left 5 degrees; move left 1 meters", "move left 1 meters") == pytest.approx(0.10 + 0.25 / 2)
     assert paid("A3", "move left 1 meters", "move left 1 meters; turn left 5 degrees") == pytest.approx(0.10 + 0.125 + 0.65 - 0.03)
     assert paid("D2", "yes", "no") == pytest.approx(0.20)
-    assert paid("D1", "[0, 0, 100, 100]", "[900, 900, 1000, 1000]") == pytest.approx(0.35 + 0.65 * 0.15)  # nothing but its size is right
+    assert paid("D1", "[0, 0, 100, 100]", "[900, 900, 1000, 1000]") == pytest.approx(0.35 + 0.65 * 0.15)  # only its size is right
     assert paid("D1", "[0, 0, 100, 100]", "box: [0, 0, 100, 100]") == pytest.approx(1 - 0.2 * 0.6)
     assert exam.reward("A1", "move left 1 meters", "move left 1 meters") == {"overall": 1, "format": 1, "action": 1, "numeric": 1}
 
 
 def test_bounds_and_strange_input():
     strange = [None, 5, 5.0, True, b"yes", [], {}, "", " ", "\0", "\ud800", "é" * 150, "x" * 201, "9" * 199, "[" * 150, "[9" * 60,
-               f"move left {'9' * 180} meters", f"[{'9' * 60}, -{'9' * 60}, 0, {'9' * 60}]", "move left ٣ meters", "[nan, inf, 0, 1]",
+               f"move left {'9' * 180} meters", f"[{'9' * 60}, -{'9' * 60}, 0, {'9' * 60}]", "move left ٣ meters",
+               "[nan, inf, 0, 1]",
                f"{'9' * 190} meters", "\u202eyes", "move left 1e9 meters", "move  left  0  meters", "yes" + " " * 500]
     for task in [*HONEST, "Z9", None, 7, [], "a1", " A1 "]:
         for answer in strange + [HONEST.get(task if isinstance(task, str) else "", "yes")]:
@@ -195,7 +208,8 @@ def test_the_block_is_the_same_in_05_and_06():
     blocks = {}
     for script in ("05_train_refine.py", "06_eval.py"):
         if (ROOT / script).is_file():
-            found = re.search(r"# --- same in 05, 06: the answer grammar.*?# --- end of the reward block ---", (ROOT / script).read_text(), re.S)
+            found = re.search(r"# --- same in 05, 06: the answer grammar.*?# --- end of the reward block ---",
+                              (ROOT / script).read_text(), re.S)
             assert found, f"{script} has no reward block"
             blocks[script] = found[0]
     assert len(set(blocks.values())) == 1
