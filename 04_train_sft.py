@@ -34,6 +34,7 @@ import resource
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -630,6 +631,15 @@ def rows_of(student: Student, groups: list[list[dict]], shared: bool) -> list[di
     return rows
 
 
+def ahead(items):
+    """The items of an iterator, the next one computed in a thread while this one is used: pictures are read while the last batch trains."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def in_validation(question: dict, share_of_scenes: float) -> bool:
     """By scene, by a hash: the same scenes whatever else is in the file."""
     scene = str(question.get("scene_id", question["images"][0]))
@@ -723,9 +733,9 @@ def main(cfg: Config):
               f"{steps:,} steps" + (f", resumed after step {first:,}" if first else ""), flush=True)
 
     clock, answered = time.time(), 0
-    for step, batch in enumerate(itertools.islice(plan, first, steps), first):
+    rows_of_steps = (rows_of(student, batch[rank::world], cfg.share) for batch in itertools.islice(plan, first, steps))
+    for step, rows in enumerate(ahead(rows_of_steps), first):
         tick = time.time()
-        rows = rows_of(student, batch[rank::world], cfg.share)
         count = torch.tensor([sum(len(row["target"]) for row in rows), sum(row["questions"] for row in rows)], device=device)
         all_sum(count)
         tokens, asked = count.tolist()
