@@ -153,7 +153,7 @@ class Config:
     shares: list[float] = setting([0.6, 0.2, 0.2], "shares of single-step, preset and random trajectories: A1 and A2 ask the first")
     move_m: list[float] = setting([0.3, 2.0], "shortest and longest move, metres: less hardly shows, more seldom fits a room")
     move_grid_m: float = setting(0.1, "moves are multiples of this, metres: what an answer can name")
-    turn_deg: list[float] = setting([10.0, 90.0], "least and largest turn in a room, degrees: 90 leaves nothing of the view")
+    turn_deg: list[float] = setting([10.0, 80.0], "least and largest turn in a room, degrees: 90 leaves nothing of the view, and makes A3 ambiguous")
     photo_turn_deg: list[float] = setting([10.0, 40.0], "the same for photographs, degrees: of a 54-degree view, 40 leave 14")
     turn_grid_deg: float = setting(10.0, "turns are multiples of this, degrees")
     max_step_m: float = setting(0.2, "largest move between two frames, metres: what the video teachers were made for")
@@ -257,7 +257,7 @@ def draw_object(g: np.random.Generator, label: str, twin: dict | None) -> dict:
     size = [g.uniform(*side_m)] * 3 if tall_m is None else [g.uniform(*side_m), g.uniform(*tall_m), 0.0]
     size[2] = g.uniform(*side_m) if shape == "crate" else size[0]
     if twin:
-        size = [side * (0.75 if min(twin["size_m"]) > 0.67 else 1.33) for side in twin["size_m"]]
+        size = [side * (0.75 if min(twin["size_m"]) > 0.67 or twin["size_m"][1] > 1.2 else 1.33) for side in twin["size_m"]]
     size = [round(float(side), 2) for side in size]
     lift_m = g.uniform(0.2, 1.0) if shape in ("ball", "crate") and g.random() < 0.3 else 0.0  # some hover at eye level
     yaw_deg = float(g.integers(360)) if shape == "crate" else 0.0
@@ -414,7 +414,7 @@ def read_photo(path: Path, fov_x_deg: float | None, cfg: Config) -> dict:
     if not path.is_file():
         raise ValueError("no such file")
     data = path.read_bytes()
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG", "MPO", "PNG", "WEBP"]) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
         warnings.simplefilter("ignore")  # about odd EXIF data, which cost the focal length and nothing else
         if image.width * image.height > cfg.max_megapixels * 1e6:
             raise ValueError(f"{image.width}x{image.height} px are more than --max_megapixels {cfg.max_megapixels:g}")

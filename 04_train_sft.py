@@ -169,7 +169,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
-    attention: str = setting("auto", "attention of transformers: eager, sdpa or auto (eager on CPU, faster there at short lengths; sdpa on GPU)")
+    attention: str = setting("sdpa", "attention of transformers: sdpa, or eager to look inside")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
     val_share: float = setting(0.01, "share of the scenes kept out of training for the validation loss")
     val_every: int = setting(200, "steps between validation losses; 0: never")
@@ -192,7 +192,6 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
     The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
     """
-    attention = ("eager" if device == "cpu" else "sdpa") if attention == "auto" else attention
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
         tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
@@ -574,7 +573,7 @@ def build_tiny(folder: Path, texts: list[str], seed: int):
                          num_key_value_heads=4, head_dim=32, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
                          eos_token_id=tokenizer.eos_token_id, max_position_embeddings=4096,
                          rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)),
-        vision_config=dict(depth=6, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
+        vision_config=dict(depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
                            temporal_patch_size=1, out_hidden_size=128, num_position_embeddings=36, deepstack_visual_indexes=[2]),
         tie_word_embeddings=True, **special)
     torch.manual_seed(seed)

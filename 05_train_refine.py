@@ -169,7 +169,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
-    attention: str = setting("auto", "attention of transformers: eager, sdpa or auto (eager on CPU, faster there at short lengths; sdpa on GPU)")
+    attention: str = setting("sdpa", "attention of transformers: sdpa, or eager to look inside")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
     save_every: int = setting(20, "steps between states to resume from")
     log_every: int = setting(1, "steps between printed lines; metrics.jsonl has every step")
@@ -191,7 +191,6 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
     The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
     """
-    attention = ("eager" if device == "cpu" else "sdpa") if attention == "auto" else attention
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
         tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)

@@ -153,7 +153,7 @@ class Config:
     seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
-    attention: str = setting("auto", "attention of transformers: eager, sdpa or auto (eager on CPU, sdpa on GPU)")
+    attention: str = setting("sdpa", "attention of transformers: sdpa, or eager to look inside")
 
 
 CONSTANTS = 50  # most frequent training answers a task that are tried as constant answer
@@ -342,7 +342,6 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
     The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
     """
-    attention = ("eager" if device == "cpu" else "sdpa") if attention == "auto" else attention
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
         tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
