@@ -40,6 +40,7 @@ import json
 import math
 import os
 import re
+import resource
 import struct
 import sys
 import time
@@ -133,10 +134,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 
 
 def finish(folder: Path, meta: dict, counts: dict, started: float):
-    """Complete meta.json, the mark of a whole folder: counts, seconds, versions. `counts` are small numbers or strings that the next stage prints."""
+    """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
     meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+    print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
 
 
@@ -154,7 +157,7 @@ class Config:
     move_m: list[float] = setting([0.3, 2.0], "shortest and longest move, metres: less hardly shows, more seldom fits a room")
     move_grid_m: float = setting(0.1, "moves are multiples of this, metres: what an answer can name")
     turn_deg: list[float] = setting([10.0, 80.0], "least and largest turn in a room, degrees: 90 leaves nothing of the view, and makes A3 ambiguous")
-    photo_turn_deg: list[float] = setting([10.0, 40.0], "the same for photographs, degrees: of a 54-degree view, 40 leave 14")
+    photo_turn_deg: list[float] = setting([10.0, 30.0], "the same for photographs, degrees: of a 54-degree view, 30 leave 24")
     turn_grid_deg: float = setting(10.0, "turns are multiples of this, degrees")
     max_step_m: float = setting(0.2, "largest move between two frames, metres: what the video teachers were made for")
     max_step_deg: float = setting(5.0, "largest turn between two frames, degrees")

@@ -128,10 +128,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 
 
 def finish(folder: Path, meta: dict, counts: dict, started: float):
-    """Complete meta.json, the mark of a whole folder: counts, seconds, versions. `counts` are small numbers or strings that the next stage prints."""
+    """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
     meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+    print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
 
 # Shapes: B rows, T tokens of a row, N response tokens of a batch, P patches of all pictures, V vocabulary.
@@ -943,11 +945,9 @@ def main(cfg: Config):
 
     if rank == 0:
         save_student(student, folder, cfg.lora_rank, cfg.lora_alpha)
-        peak = torch.cuda.max_memory_allocated() if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         finish(folder, meta, {"steps": steps, "questions": len(questions)}, started)
         (folder / "state.safetensors").unlink(missing_ok=True)
-        print(f"\nwrote {folder}: {steps:,} steps in {(time.time() - started) / 60:.1f} min, peak memory {peak / 2**30:.2f} GB\n"
-              f"next: python 06_eval.py --run {cfg.run} --checkpoint {cfg.out}")
+        print(f"next: python 06_eval.py --run {cfg.run} --checkpoint {cfg.out}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -37,6 +37,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -128,10 +129,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 
 
 def finish(folder: Path, meta: dict, counts: dict, started: float):
-    """Complete meta.json, the mark of a whole folder: counts, seconds, versions. `counts` are small numbers or strings that the next stage prints."""
+    """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
     meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+    print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
 
 @dataclass

@@ -9,20 +9,27 @@ PY     := $(VENV)/bin/python
 # Two busy cores train twice as fast when idle threads sleep instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
-TINY := --train full --freeze_vision False --optimizer muon --lr 1.2e-3
+TINY := --train full --freeze_vision False --optimizer muon --lr 1.2e-3 --batch 64 --micro_tokens 3000 --log_every 50
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/ready
-	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84
-	$(PY) 02_imagine_views.py --run $(RUN) --teacher simulator --keep ends
-	$(PY) 03_build_qa.py --run $(RUN) --box_step 10
-	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 350 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --warmup 0 --steps 900 $(TINY)
+	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 2000 --room_px 84 --same_label_share 1 --heldout 0.09
+	$(PY) 02_imagine_views.py --run $(RUN)
+	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --pairs keyframes
+	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 600 $(TINY)
+	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --warmup 0 --steps 1400 $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 1e-4 --max_new_tokens 24
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 120 --blank False
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 120
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 5_refine --tag refined --per_task 120 --beside base sft
+	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 150 --blank False
+	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 150
+	$(PY) 06_eval.py --run $(RUN) --checkpoint 5_refine --tag refined --per_task 150 --beside base sft
+
+# Frames, questions a second: the simulator at two sizes, then SFT with and without shared prefixes (after make demo).
+bench: $(VENV)/ready
+	$(PY) 02_imagine_views.py --benchmark
+	rm -rf $(RUN)/bench_shared $(RUN)/bench_alone
+	$(PY) 04_train_sft.py --run $(RUN) --out bench_shared --student 4_base --steps 30 --val_share 0 $(TINY)
+	$(PY) 04_train_sft.py --run $(RUN) --out bench_alone --student 4_base --steps 30 --val_share 0 $(TINY) --no_share
 
 test: $(VENV)/ready
 	$(PY) -m pytest -q tests

@@ -1,0 +1,537 @@
+"""Stage 2 by meaning: what a camera sees after an action, an independent ray caster, a quality check that catches faults, runs that survive."""
+import colorsys
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, load, script
+from PIL import Image, ImageFilter
+
+SCRIPT = ROOT / "02_imagine_views.py"
+SHAPES = ["ball", "crate", "pillar", "cone"]
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return load("02")
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory) -> Path:
+    """4 rooms with 7 trajectories each, made by stage 1."""
+    run = tmp_path_factory.mktemp("rooms")
+    script("01", "--run", run, "--rooms", 4, "--room_px", 84)
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(rooms, tmp_path_factory) -> Path:
+    """The same rooms with the views of every frame, made in one undisturbed run."""
+    run = copy_of(rooms, tmp_path_factory.mktemp("done"))
+    script("02", "--run", run, "--keep", "all", "--workers", 1)
+    return run
+
+
+def copy_of(run: Path, target: Path) -> Path:
+    shutil.copytree(run / "1_trajectories", target / "1_trajectories")
+    return target
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of the stage's folder; of meta.json all but the seconds it took."""
+    files = {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "2_views").rglob("*")) if p.is_file()}
+    meta = json.loads(files.pop("2_views/meta.json"))
+    assert meta.pop("finished") and meta.pop("seconds") >= 0
+    return files | {"meta": json.dumps(meta).encode()}
+
+
+def thing(shape: str, center_m: list, size_m: list, yaw_deg: float = 0.0, number: int = 0) -> dict:
+    return {"id": number, "label": f"red {shape}", "shape": shape, "color": [215, 40, 40], "center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg}
+
+
+def room_of(*objects: dict, width_m: float = 8.0, depth_m: float = 8.0, texture_seed: int = 0) -> dict:
+    return {"scene_id": "room_00000", "width_m": width_m, "depth_m": depth_m, "height_m": 2.8, "camera_height_m": 1.5,
+            "texture_seed": texture_seed, "objects": list(objects)}
+
+
+def random_room(draw: np.random.Generator) -> dict:
+    """Objects of all shapes at any height, also partly above the camera, under the floor or in a wall, and one close to the camera."""
+    objects = []
+    for number in range(9):
+        shape, size = SHAPES[number % 4], draw.uniform(0.3, 1.6, 3)
+        if shape != "crate":
+            size[2] = size[0]
+        if shape == "ball":
+            size[1] = size[0]
+        x, z = draw.uniform(-3, 3, 2) if number else draw.uniform(-0.8, 0.8, 2)
+        objects.append(thing(shape, [float(x), float(-draw.uniform(0, 2.6)), float(z)], size.tolist(), float(draw.uniform(0, 360)), 10 + number))
+    return room_of(*objects, width_m=float(draw.uniform(5, 8)), depth_m=float(draw.uniform(5, 8)), texture_seed=int(draw.integers(1000)))
+
+
+def turned(yaw_deg: float) -> np.ndarray:
+    """c2w of a camera that turned on the spot; + is right (DESIGN 4)."""
+    c, s = math.cos(math.radians(yaw_deg)), math.sin(math.radians(yaw_deg))
+    return np.array([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1.0]])
+
+
+def moved(x_m: float, z_m: float) -> np.ndarray:
+    return np.array([[1, 0, 0, x_m], [0, 1, 0, 0], [0, 0, 1, z_m], [0, 0, 0, 1.0]])
+
+
+# ---------------------------------------------------------------------------- the simulator: what an action does to the picture
+def boxes_after(stage, room: dict, start: list, actions: list, px: int = 200) -> list[list]:
+    """The box of the room's only object (None: out of sight) before and after actions integrated by stage 1."""
+    c2w, keyframes = load("01").integrate(actions)
+    teacher = stage.Simulator(stage.Config())
+    teacher.imagine((stage.prepare_room(room), start), c2w[[0, keyframes[-1]]].astype(float), stage.intrinsics(px, px, 90.0))
+    return [objects[0]["box"] if objects else None for objects in teacher.objects]
+
+
+@pytest.mark.parametrize("heading_deg", [0, 90, 200])
+def test_actions_move_the_box_the_right_way(stage, heading_deg):
+    s, c = math.sin(math.radians(heading_deg)), math.cos(math.radians(heading_deg))
+    room = room_of(thing("ball", [3 * s, -1.5, 3 * c], [0.8] * 3))  # 3 m ahead, at the height of the camera
+
+    def after(*actions):
+        first, last = boxes_after(stage, room, [0.0, 0.0, heading_deg], list(actions))
+        return (last[0] + last[2] - first[0] - first[2]) / 2, (last[2] - last[0]) / (first[2] - first[0])
+
+    assert after(("turn_left", 20))[0] > 100 > -100 > after(("turn_right", 20))[0]
+    assert after(("shift_left", 0.5))[0] > 50 > -50 > after(("shift_right", 0.5))[0]
+    assert after(("forward", 1))[1] > 1.3 > 1 > 0.9 > after(("backward", 0.5))[1]
+    assert boxes_after(stage, room, [0.0, 0.0, heading_deg], [("turn_left", 70)])[1] is None
+    assert boxes_after(stage, room, [0.0, 0.0, heading_deg], [("turn_left", 30), ("turn_right", 30)])[1] == \
+        boxes_after(stage, room, [0.0, 0.0, heading_deg], [("turn_left", 30), ("turn_right", 30)])[0]
+
+
+def test_box_of_a_ball_is_where_geometry_puts_it(stage):
+    room, half_deg, px = room_of(thing("ball", [0, -1.5, 3], [0.8] * 3)), math.degrees(math.asin(0.4 / 3)), 200
+
+    def edge(deg):  # 0..1000 of a 90-degree picture
+        return 500 + 500 * math.tan(math.radians(deg))
+
+    first, last = boxes_after(stage, room, [0, 0, 0], [("turn_left", 20)], px)
+    assert np.abs(np.array(first) - [edge(-half_deg), edge(-half_deg), edge(half_deg), edge(half_deg)]).max() <= 1000 / px + 1
+    assert np.abs(np.array(last)[[0, 2]] - [edge(20 - half_deg), edge(20 + half_deg)]).max() <= 1000 / px + 1
+
+
+# ---------------------------------------------------------------------------- the simulator: ids, boxes and depth against brute force
+def inside(shape: str, p: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Are the points p [n,3], in the object's own axes, in the closed body? 1e-9: computed points of its surface are."""
+    x, y, z = np.abs(p).T
+    r = np.hypot(x, z)
+    body = {"ball": np.linalg.norm(p, axis=1) - half[0], "crate": np.max([x - half[0], y - half[1], z - half[2]], 0),
+            "pillar": np.maximum(r - half[0], y - half[1]), "cone": np.maximum(r - half[0] * (p[:, 1] + half[1]) / (2 * half[1]), y - half[1])}
+    return body[shape] <= 1e-9
+
+
+def reference(room: dict, pose: np.ndarray, width: int, height: int, fov_x_deg: float) -> tuple[np.ndarray, np.ndarray]:
+    """Brute force in float64: each ray is cut with every quadric and plane that bounds a body; cuts outside the body are dropped; the nearest
+    in front of the camera wins -> ids [H,W] as `render` counts them, depth [H,W]."""
+    f = width / 2 / math.tan(math.radians(fov_x_deg) / 2)
+    d = np.array([[(j + 0.5 - width / 2) / f, (i + 0.5 - height / 2) / f, 1.0] for i in range(height) for j in range(width)]) @ pose[:3, :3].T
+    o = pose[:3, 3]
+    ids, depth = np.zeros(len(d), int), np.full(len(d), np.inf)
+    with np.errstate(all="ignore"):
+        for axis, low, high in ((0, -room["width_m"] / 2, room["width_m"] / 2), (1, -room["height_m"], 0), (2, -room["depth_m"] / 2, room["depth_m"] / 2)):
+            for plane in (low, high):
+                t = (plane - o[axis]) / d[:, axis]
+                depth = np.where((t > 0) & (t < depth), t, depth)
+        for number, body in enumerate(room["objects"], 1):
+            to_object = turned(body["yaw_deg"])[:3, :3].T
+            half, oo, dd = np.array(body["size_m"]) / 2, to_object @ (o - body["center_m"]), d @ to_object.T
+            cuts = [(side * half[axis] - oo[axis]) / dd[:, axis] for axis in range(3) for side in (-1, 1)] if body["shape"] != "ball" else []
+            if body["shape"] != "crate":
+                slope = half[0] / (2 * half[1])
+                A, shift, level = {"ball": ([1, 1, 1], 0, half[0] ** 2), "pillar": ([1, 0, 1], 0, half[0] ** 2), "cone": ([1, -slope ** 2, 1], half[1], 0)}[body["shape"]]
+                q = oo + [0, shift, 0]
+                a, b, c = (dd * dd) @ A, 2 * (dd * q) @ A, (q * q) @ A - level
+                cuts += [(-b + sign * np.sqrt(b * b - 4 * a * c)) / (2 * a) for sign in (-1, 1)]
+            for t in cuts:
+                nearer = (t > 0) & (t < depth) & inside(body["shape"], oo + t[:, None] * dd, half)
+                ids, depth = np.where(nearer, number, ids), np.where(nearer, t, depth)
+    return ids.reshape(height, width), depth.reshape(height, width)
+
+
+def random_pose(draw: np.random.Generator, room: dict) -> np.ndarray:
+    """A camera at eye height that stands in no object."""
+    while True:
+        pose = turned(draw.uniform(0, 360))
+        pose[:3, 3] = draw.uniform(-0.35, 0.35) * room["width_m"], -1.5, draw.uniform(-0.35, 0.35) * room["depth_m"]
+        if not any(inside(body["shape"], (turned(body["yaw_deg"])[:3, :3].T @ (pose[:3, 3] - body["center_m"]))[None], np.array(body["size_m"]) / 2 + 0.02)[0]
+                   for body in room["objects"]):
+            return pose
+
+
+@pytest.mark.parametrize("width, height, fov_x_deg", [(32, 32, 90.0), (45, 24, 54.0)])
+def test_render_equals_brute_force(stage, width, height, fov_x_deg):
+    draw, shapes_seen = np.random.default_rng(width), set()
+    for _ in range(12):
+        room = random_room(draw)
+        ready, pose = stage.prepare_room(room), random_pose(draw, room)
+        picture, ids, depth = stage.render(ready, pose, stage.intrinsics(width, height, fov_x_deg))
+        want_ids, want_depth = reference(room, pose, width, height, fov_x_deg)
+        assert picture.shape == (height, width, 3) and picture.dtype == np.uint8
+        same = ids == want_ids
+        assert same.mean() >= 0.995
+        assert np.abs(depth - want_depth)[same].max() < 2e-3 * want_depth.max()
+        found = {entry["id"]: entry for entry in stage.visible_objects(ready, ids, pose)}
+        for number, body in enumerate(room["objects"], 1):
+            places = [(i, j) for i in range(height) for j in range(width) if ids[i, j] == number]
+            assert (body["id"] in found) == bool(places)
+            if places:
+                entry, rows, columns = found[body["id"]], [i for i, _ in places], [j for _, j in places]
+                edges = [1000 * min(columns) / width, 1000 * min(rows) / height, 1000 * (max(columns) + 1) / width, 1000 * (max(rows) + 1) / height]
+                assert entry["visible_px"] == len(places) and entry["label"] == body["label"]
+                assert entry["box"] == [math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2] - 1e-9), math.ceil(edges[3] - 1e-9)]
+                assert abs(entry["distance_m"] - math.hypot(*(pose[[0, 2], 3] - np.array(body["center_m"])[[0, 2]]))) < 1e-3
+                shapes_seen.add(body["shape"])
+    assert shapes_seen == set(SHAPES)
+
+
+def test_occlusion_hides_pixels(stage):
+    crate, K = thing("crate", [0, -0.8, 3], [1.2, 1.6, 0.6], 20.0, 1), stage.intrinsics(100, 100, 90.0)
+
+    def visible(*objects):
+        room = stage.prepare_room(room_of(*objects))
+        pose = stage.start_pose(room, [0, 0, 0])
+        return {entry["id"]: entry for entry in stage.visible_objects(room, stage.render(room, pose, K)[1], pose)}
+
+    alone = visible(crate)[1]["visible_px"]
+    ball = thing("ball", [0.5, -1.0, 1.8], [0.6] * 3, 0, 2)
+    for order in ((crate, ball), (ball, crate)):  # whichever is drawn first
+        assert 0.3 * alone < visible(*order)[1]["visible_px"] < 0.9 * alone
+        assert visible(*order)[2]["visible_px"] == visible(ball)[2]["visible_px"]
+    assert 1 not in visible(crate, thing("crate", [0, -1.2, 1.0], [2.4, 2.4, 0.4], 0, 2))
+
+
+def hue_of(picture: np.ndarray) -> float:
+    """0..1, of the mean colour."""
+    return colorsys.rgb_to_hsv(*(picture.reshape(-1, 3).mean(0) / 255))[0]
+
+
+def apart(a: float, b: float) -> float:
+    return abs((a - b + 0.5) % 1 - 0.5)
+
+
+def test_a_heading_is_known_by_its_wall(stage):
+    """The four walls have four colours, whatever the texture."""
+    K, hues = stage.intrinsics(60, 60, 60.0), []
+    for seed in range(8):
+        room = stage.prepare_room(room_of(texture_seed=seed))
+        views = [stage.render(room, stage.start_pose(room, [0, 0, yaw]), K)[0][22:38, 15:45] for yaw in (0, 90, 180, 270)]
+        hues.append([hue_of(view) for view in views])
+    for wall in range(4):
+        assert max(apart(row[wall], hues[0][wall]) for row in hues) < 0.03
+        assert min(apart(row[wall], row[other]) for row in hues for other in range(4) if other != wall) > 0.08
+    textures = {stage.render(stage.prepare_room(room_of(texture_seed=seed)), stage.start_pose(room, [0, 0, 0]), K)[0].tobytes() for seed in range(8)}
+    assert len(textures) == 8  # but no two rooms look alike
+
+
+# ---------------------------------------------------------------------------- warp
+@pytest.fixture(scope="module")
+def scenes(stage):
+    """(room, pose of frame 0) of three furnished rooms."""
+    found = []
+    for seed in range(3):
+        room = stage.bench_room(seed)
+        found.append((room, stage.start_pose(room, [0.0, 0.0, 37.0 * seed])))
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b)[where].mean())
+
+
+@pytest.mark.parametrize("yaw_deg", [-40, -20, 20])
+def test_warped_turn_equals_the_rendered_turn(stage, scenes, yaw_deg):
+    K, teacher = stage.intrinsics(160, 120, 90.0), stage.Warp(stage.Config())
+    for room, pose in scenes:
+        anchor = stage.render(room, pose, K)[0]
+        view, mirrored = teacher.imagine((anchor, None), np.stack([turned(yaw_deg), turned(-yaw_deg)]), K)
+        shown = ~teacher.holes
+        want = stage.render(room, pose @ turned(yaw_deg), K)[0]
+        assert difference(view, want, shown[0]) < 5
+        assert difference(mirrored, want, shown[1]) > 4 * difference(view, want, shown[0])
+        assert (view[~shown[0]] == stage.FILL).all()
+        # along the horizon a pixel is seen by both cameras where its angle, turned, stays within +-45 degrees
+        angle_deg = np.degrees(np.arctan((np.arange(160) + 0.5 - 80) / K[0, 0])) + yaw_deg
+        assert np.abs(angle_deg[shown[0][60]]).max() <= 45 and np.abs(angle_deg[~shown[0][60]]).min() >= 45
+    assert (teacher.imagine((anchor, None), np.eye(4)[None], K)[0] == anchor).all()  # frame 0 is the photograph itself
+
+
+@pytest.mark.parametrize("x_m, z_m", [(0, 0.8), (0.5, 0), (0, -0.6)])
+def test_warped_move_with_true_depth_equals_the_rendered_move(stage, scenes, x_m, z_m):
+    K, teacher, step = stage.intrinsics(160, 160, 90.0), stage.Warp(stage.Config()), moved(x_m, z_m)
+    for room, pose in scenes:
+        picture, _, depth = stage.render(room, pose, K)
+        want, _, new_depth = stage.render(room, pose @ step, K)
+        view = teacher.imagine((picture, depth), step[None], K)[0]
+        holes = teacher.holes[0]
+        assert difference(view, want, ~holes) < 6 and difference(picture, want, ~holes) > 3 * difference(view, want, ~holes)
+        # where is what the moved camera sees, in frame 0? Beside the picture or behind something: then it must be a hole
+        i, j = np.mgrid[:160, :160] + 0.5
+        X, Y, Z = (j - 80) / K[0, 0] * new_depth + x_m, (i - 80) / K[0, 0] * new_depth, new_depth + z_m
+        u, v = (K[0, 0] * X / Z + 80), (K[0, 0] * Y / Z + 80)
+        outside = (Z <= 0) | (u < -1) | (u >= 161) | (v < -1) | (v >= 161)
+        u, v = (np.clip(a, 0, 159).astype(int) for a in (u, v))
+        within = (Z > 0) & ~outside
+        hidden, seen = within & (depth[v, u] < 0.8 * Z), within & (np.abs(depth[v, u] - Z) < 0.02 * Z)
+        assert holes[outside].all() if z_m <= 0 or outside.any() else True
+        assert not hidden.any() or holes[hidden].mean() > 0.8
+        assert holes[seen].mean() < 0.05
+        assert (view[holes] == stage.FILL).all()
+
+
+# ---------------------------------------------------------------------------- the quality check
+def pair(stage, scene, asked: np.ndarray, shown: np.ndarray, px: int = 84, alter=lambda picture: picture) -> dict:
+    """qc of two frames: the second is rendered from `shown` where `asked` was wanted, then altered."""
+    room, pose = scene
+    K = stage.intrinsics(px, px, 90.0)
+    frames = np.stack([stage.render(room, pose, K)[0], alter(stage.render(room, pose @ shown, K)[0])])
+    return stage.quality(frames, None, [0, 8], np.stack([np.eye(4), *[asked] * 8]), [0, 8], K, stage.Config())
+
+
+def blur(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.BoxBlur(3)))
+
+
+def test_quality_check_passes_true_turns_and_moves(stage, scenes):
+    for scene in scenes:
+        for yaw_deg in (-60, -30, -10, 10, 20, 50):
+            qc = pair(stage, scene, turned(yaw_deg), turned(yaw_deg))
+            assert qc["passed"] and qc["why"] == "" and abs(qc["turn_error_deg"]) < 1.5 and qc["match"] > 0.6, qc
+        for step in (moved(0, 0.6), moved(-0.5, 0), moved(0, -0.4)):
+            qc = pair(stage, scene, step, step)
+            assert qc["passed"] and qc["turn_error_deg"] is None and qc["match"] is None and qc["holes"] == 0, qc
+
+
+def test_quality_check_names_each_fault(stage, scenes):
+    for scene in scenes:
+        for yaw_deg in (-40, -20, 20, 30):
+            wrong = pair(stage, scene, turned(yaw_deg), turned(-yaw_deg))  # the other way
+            assert not wrong["passed"] and ("turn off" in wrong["why"] or "at no yaw" in wrong["why"])
+            if 2 * abs(yaw_deg) <= 40:
+                assert abs(wrong["turn_error_deg"] + 2 * yaw_deg) < 2 and "turn off by" in wrong["why"]
+            for off_deg in (-10, 10):
+                qc = pair(stage, scene, turned(yaw_deg), turned(yaw_deg + off_deg))
+                assert not qc["passed"] and "turn off by" in qc["why"] and abs(qc["turn_error_deg"] - off_deg) < 1.5, qc
+        for step in (moved(0, 0.6), turned(20)):
+            qc = pair(stage, scene, step, np.eye(4))
+            assert not qc["passed"] and "frozen" in qc["why"] and qc["motion"] == 0
+            qc = pair(stage, scene, step, step, alter=blur)
+            assert not qc["passed"] and "blurred" in qc["why"] and qc["sharpness"] < 0.04
+
+
+def test_quality_check_counts_holes(stage, scenes):
+    K, teacher, c2w = stage.intrinsics(84, 84, 54.0), stage.Warp(stage.Config()), np.stack([np.eye(4), turned(40)])
+    room, pose = scenes[0]
+    frames = teacher.imagine((stage.render(room, pose, K)[0], None), c2w, K)
+    qc = stage.quality(frames, teacher.holes, [0, 1], c2w, [0, 1], K, stage.Config())
+    assert 0.65 < qc["holes"] < 0.85 and not qc["passed"] and "holes" in qc["why"]
+
+
+# ---------------------------------------------------------------------------- records and files
+def test_records_and_files(stage, rooms, tmp_path):
+    run = copy_of(rooms, tmp_path)
+    output = script("02", "--run", run, "--workers", 2).stdout
+    assert f"next: python 03_build_qa.py --run {run}" in output and "28 trajectories" in output
+    trajectories, views = lines(run / "1_trajectories/trajectories.jsonl"), lines(run / "2_views/views.jsonl")
+    assert len(views) == 28
+    for trajectory, view in zip(trajectories, views, strict=True):
+        assert trajectory.items() <= view.items()
+        assert view.keys() - trajectory.keys() == {"teacher", "teacher_settings", "seed", "kept", "frames", "objects", "qc"}
+        assert view["teacher"] == "simulator" and view["kept"] == view["keyframes"] and len(view["objects"]) == len(view["kept"])
+        assert view["frames"] == [f"2_views/{view['scene_id']}/{view['traj_id']}/{frame:03d}.png" for frame in view["kept"]]
+        folder = (run / view["frames"][0]).parent
+        assert json.loads((folder / "view.json").read_text()) == view
+        assert {p.name for p in folder.iterdir()} == {f"{frame:03d}.png" for frame in view["kept"]} | {"transforms.json", "view.json"}
+
+        room = stage.load_room(run / view["room"])
+        K, c2w = stage.intrinsics(view["width"], view["height"], view["fov_x_deg"]), np.array(view["c2w"])
+        written = json.loads((folder / "transforms.json").read_text())
+        assert [frame["file_path"] for frame in written["frames"]] == [f"{frame:03d}.png" for frame in view["kept"]]
+        assert (written["w"], written["h"], written["cx"], written["cy"]) == (84, 84, 42, 42) and abs(written["fl_x"] - 42) < 1e-4
+        for frame, path, objects, entry in zip(view["kept"], view["frames"], view["objects"], written["frames"], strict=True):
+            pose = stage.start_pose(room, view["start"]) @ c2w[frame]
+            picture, ids, _ = stage.render(room, pose, K)
+            assert (np.asarray(Image.open(run / path)) == picture).all()
+            assert objects == stage.visible_objects(room, ids, pose)
+            opengl = np.array(entry["transform_matrix"])
+            assert np.allclose(opengl[:, [0, 3]], c2w[frame][:, [0, 3]]) and np.allclose(opengl[:, [1, 2]], -c2w[frame][:, [1, 2]])
+    meta = json.loads((run / "2_views/meta.json").read_text())
+    assert meta["finished"] and meta["parent"]["stage"] == "01_sample_trajectories" and meta["counts"]["trajectories"] == 28
+    assert meta["counts"]["frames"] == sum(len(view["kept"]) for view in views) and (run / "2_views/contact_sheet.png").is_file()
+    assert "nothing to do" in script("02", "--run", run).stdout
+    other = script("02", "--run", run, "--keep", "ends", check=False)
+    assert other.returncode == 2 and "keep was 'keyframes', now 'ends'" in other.stderr
+
+
+def test_warp_of_a_room_starts_from_its_frame_0(stage, done, rooms, tmp_path):
+    run = copy_of(rooms, tmp_path)
+    stage.main(stage.Config(run=str(run), teacher=["warp"], keep="ends", workers=1))
+    for exact, view in zip(lines(done / "2_views/views.jsonl"), lines(run / "2_views/views.jsonl"), strict=True):
+        assert view["teacher"] == "warp" and view["objects"] is None and view["teacher_settings"] == {"depth": "exact"}
+        first, last = (np.asarray(Image.open(run / path)) for path in view["frames"])
+        assert (first == np.asarray(Image.open(done / exact["frames"][0]))).all()
+        shown = (last != stage.FILL).any(-1)
+        assert not shown.any() or difference(last, np.asarray(Image.open(done / exact["frames"][-1])), shown) < 16
+
+
+# ---------------------------------------------------------------------------- runs
+def start(run: Path, *arguments) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(SCRIPT), "--run", str(run), *map(str, arguments)], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def files_of(run: Path) -> int:
+    return sum(1 for _ in (run / "2_views").glob("*/*/*"))
+
+
+def kill_at(run: Path, files: int, send, *arguments):
+    """Start the script and SIGKILL it when it has written so many files."""
+    process = start(run, *arguments)
+    until = time.time() + 60
+    while files_of(run) < files and process.poll() is None and time.time() < until:
+        time.sleep(0.002)
+    send(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not json.loads((run / "2_views/meta.json").read_text())["finished"]
+
+
+def test_killed_runs_go_on_to_the_same_bytes(done, rooms, tmp_path):
+    run, draw = copy_of(rooms, tmp_path), np.random.default_rng()
+    moments = sorted(draw.integers(1, int(0.7 * files_of(done)), 3).tolist())
+    print("killed at", moments, "files")
+    for files, workers in zip(moments, (1, 2, 1)):
+        kill_at(run, files, os.killpg, "--keep", "all", "--workers", workers)
+    assert "are there already" in script("02", "--run", run, "--keep", "all", "--workers", 2).stdout or moments[-1] < 12
+    assert contents(run) == contents(done)
+
+
+def test_workers_die_with_a_killed_run(rooms, tmp_path):
+    """Else they would go on writing beside the rerun, under the same temporary names."""
+    run = copy_of(rooms, tmp_path)
+    path = run / "1_trajectories/trajectories.jsonl"
+    path.write_text(path.read_text().replace('"width": 84, "height": 84', '"width": 512, "height": 512'))  # slow enough to be watched
+    kill_at(run, 20, os.kill, "--keep", "all", "--workers", 2)
+    time.sleep(0.5)
+    files = files_of(run)
+    time.sleep(0.7)
+    assert files_of(run) == files
+
+
+def test_two_shards_at_once_equal_one_run(done, rooms, tmp_path):
+    run = copy_of(rooms, tmp_path)
+    processes = [start(run, "--keep", "all", "--workers", workers, "--shard", shard) for shard, workers in (("0/2", 1), ("1/2", 2))]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert contents(run) == contents(done)
+
+
+def test_one_shard_alone_leaves_the_folder_unfinished(stage, done, rooms, tmp_path, capsys):
+    run = copy_of(rooms, tmp_path)
+    stage.main(stage.Config(run=str(run), keep="all", workers=1, shard="1/2"))
+    assert "14 trajectories of other shards are missing" in capsys.readouterr().out
+    assert not (run / "2_views/views.jsonl").exists() and not json.loads((run / "2_views/meta.json").read_text())["finished"]
+    stage.main(stage.Config(run=str(run), keep="all", workers=1, shard="0/2"))
+    assert contents(run) == contents(done)
+
+
+def photo_run(folder: Path, names: list[str], actions: list[list]) -> Path:
+    """A run whose trajectories are `actions` from each photograph (paths in folder/photos), written as stage 1 would."""
+    records = []
+    for name in names:
+        for number, action in enumerate(actions):
+            c2w, keyframes = load("01").integrate(action)
+            records.append({"scene_id": Path(name).stem, "traj_id": f"t{number:03d}", "source": "real", "anchor": str(folder / "photos" / name), "room": None,
+                            "split": "train", "width": 96, "height": 64, "fov_x_deg": 54.0, "actions": [list(a) for a in action],
+                            "keyframes": keyframes, "c2w": c2w.tolist(), "start": None})
+    (folder / "1_trajectories").mkdir(parents=True)
+    (folder / "1_trajectories/trajectories.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "1_trajectories/meta.json").write_text(json.dumps({"finished": True, "counts": {"photographs": len(names)}}))
+    return folder
+
+
+def photograph(format: str = "JPEG", seed: int = 0) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (30, 45, 3), dtype=np.uint8)
+    packed = io.BytesIO()
+    Image.fromarray(noise).resize((192, 128), Image.BICUBIC).save(packed, format)
+    return packed.getvalue()
+
+
+def test_faulty_photographs_are_one_line_and_counted(tmp_path):
+    run = photo_run(tmp_path / "run", ["good.jpg", "gone.jpg", "cut.jpg"], [[("turn_left", 10)], [("forward", 0.5)], [("turn_right", 10), ("forward", 0.5)]])
+    photos = run / "photos"
+    photos.mkdir()
+    (photos / "good.jpg").write_bytes(photograph())
+    (photos / "cut.jpg").write_bytes(photograph()[:2000])
+    result = script("02", "--run", run, "--teacher", "warp", "--workers", 1)
+    assert "Traceback" not in result.stderr
+    for name in ("gone.jpg", "cut.jpg"):
+        assert sum(name in line for line in result.stderr.splitlines()) == 1  # of its three trajectories two were left out
+        assert json.loads((run / f"2_views/{name[:-4]}/t000/skipped.json").read_text())["why"]
+    left_out, = [line for line in result.stdout.splitlines() if line.startswith("left out")]
+    assert "6 of 9" in left_out and ".depth.npy" in left_out
+    view, = lines(run / "2_views/views.jsonl")
+    assert view["scene_id"] == "good" and view["teacher"] == "warp" and view["objects"] is None and view["qc"]["passed"], view["qc"]
+    assert abs(view["qc"]["turn_error_deg"]) < 1 and 0.1 < view["qc"]["holes"] < 0.4
+    counts = json.loads((run / "2_views/meta.json").read_text())["counts"]
+    assert (counts["trajectories"], counts["skipped"], counts["left out"]) == (1, 2, 6)
+
+
+def test_a_depth_map_lets_a_photograph_move(stage, tmp_path, capsys):
+    run = photo_run(tmp_path / "run", ["good.jpg", "flat.jpg", "text.jpg"], [[("forward", 0.5)]])
+    (run / "photos").mkdir()
+    (run / "depths").mkdir()
+    for name in ("good", "flat", "text"):
+        (run / f"photos/{name}.jpg").write_bytes(photograph())
+    np.save(run / "depths/good.depth.npy", np.full((128, 192), 2.0))
+    np.save(run / "depths/flat.depth.npy", np.full(7, 2.0))
+    (run / "depths/text.depth.npy").write_text("no array")
+    stage.main(stage.Config(run=str(run), teacher=["warp"], depth_dir=str(run / "depths"), workers=1))
+    error = capsys.readouterr().err
+    assert "flat.depth.npy" in error and "text.depth.npy" in error
+    view, = lines(run / "2_views/views.jsonl")
+    first, last = (np.asarray(Image.open(run / path)).astype(int) for path in view["frames"])
+    # half a metre towards a wall 2 m away: the middle three quarters fill the picture
+    middle = np.asarray(Image.fromarray(first.astype(np.uint8)).resize((96, 64), Image.BILINEAR, box=(12, 8, 84, 56))).astype(int)
+    assert np.abs(last - middle).mean() < 3 < np.abs(last - first).mean() / 3
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_photograph_cut_anywhere_is_unusable_not_a_crash(stage, tmp_path, format):
+    data = photograph(format)
+    for k, length in enumerate(np.linspace(0, len(data) - 20, 40).astype(int).tolist()):
+        path = tmp_path / f"{k}.{format.lower()}"
+        path.write_bytes(data[:length])
+        with pytest.raises(stage.Unusable, match=path.name):
+            stage.load_photo(path, 48, 32)
+
+
+def test_a_damaged_line_and_a_damaged_room_are_counted(stage, rooms, tmp_path, capsys):
+    run = copy_of(rooms, tmp_path)
+    path = run / "1_trajectories/trajectories.jsonl"
+    text = path.read_text().splitlines()
+    text[3] = text[3][:200]
+    text[10] = text[10].replace(json.loads(text[10])["scene_id"], "../outside")
+    path.write_text("\n".join(text) + "\n")
+    (run / "1_trajectories/rooms/room_00002.json").write_text('{"width_m": 3}')
+    stage.main(stage.Config(run=str(run), keep="ends", workers=1))
+    error = capsys.readouterr().err
+    assert "trajectories.jsonl:4: skipped" in error and "../outside" in error and error.count("room_00002.json: not a room file") == 7
+    counts = json.loads((run / "2_views/meta.json").read_text())["counts"]
+    assert (counts["trajectories"], counts["skipped"]) == (19, 9)
+    assert {p.name for p in tmp_path.iterdir()} == {"1_trajectories", "2_views"}
