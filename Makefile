@@ -16,10 +16,10 @@ TINY := --train full --freeze_vision False --optimizer muon --lr 1.2e-3 --batch 
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 2000 --room_px 84 --same_label_share 1 --heldout 0.09
 	$(PY) 02_imagine_views.py --run $(RUN)
-	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --pairs keyframes
+	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --pairs keyframes --caps D1=2 D4=2 S2=2
 	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 600 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --warmup 0 --steps 1400 $(TINY)
-	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 1e-4 --max_new_tokens 24
+	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.03 --steps 1400 $(TINY)
+	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 5e-5 --max_new_tokens 24
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 150 --blank False
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 150
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 5_refine --tag refined --per_task 150 --beside base sft
