@@ -206,20 +206,26 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
 def read_questions(path: Path, root: Path) -> list[dict]:
     """Records with `images` resolved inside `root`; what cannot be used is named, with the remedy, and skipped."""
-    questions, root = [], root.resolve()
+    questions, root, faults = [], root.resolve(), {}  # faults: picture -> what is wrong with it, or ""; a picture is asked about often
+
+    def fault(image: Path) -> str:
+        if not image.resolve().is_relative_to(root):
+            return f"{image} lies outside the data root {root}: copy it there or set --data_root"
+        return "" if image.is_file() else f"{image} is missing"
+
     for record in read_jsonl(path, "task_type", "messages", "images"):
         try:
             texts = [message["content"] for message in record["messages"]]
-            images = [str((root / image).resolve()) for image in record["images"]]
+            images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
             if not images or "".join(texts).count("<image>") != len(images):
                 raise ValueError(f"{len(images)} images but {''.join(texts).count('<image>')} <image> marks")
             for image in images:
-                if not Path(image).is_relative_to(root):
-                    raise ValueError(f"{image} lies outside the data root {root}: copy it there or set --data_root")
-                if not Path(image).is_file():
-                    raise ValueError(f"{image} is missing")
+                if image not in faults:
+                    faults[image] = fault(Path(image))
+                if faults[image]:
+                    raise ValueError(faults[image])
         except (ValueError, TypeError, KeyError, IndexError) as error:
             print(f"{path}: {record['task_type']} question skipped: {error}", file=sys.stderr)
             continue
@@ -324,10 +330,10 @@ def token_logprobs(student: Student, rows: list[dict]) -> torch.Tensor:
 
 
 def micro_batches(rows: list[dict], tokens: int) -> list[list[dict]]:
-    """Rows of one step, longest first, cut so that rows x longest stays within `tokens` and no row is padded by more than a third."""
+    """Rows of one step, longest first, cut so that rows x longest stays within `tokens` and no row is padded beyond twice its length."""
     parts = []
     for row in sorted(rows, key=lambda row: -len(row["ids"])):
-        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens and 4 * len(row["ids"]) >= 3 * len(parts[-1][0]["ids"]):
+        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens and 2 * len(row["ids"]) >= len(parts[-1][0]["ids"]):
             parts[-1].append(row)
         else:
             parts.append([row])
@@ -465,9 +471,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: torch.nn.Module, cfg) -> list:
-    """AdamW over what trains, matrices decayed; with muon, the matrices of the layers go to Muon and embeddings, norms and biases stay."""
+    """AdamW over what trains, matrices decayed. With muon the matrices of the layers go to Muon; embeddings, norms, biases and the
+    vision tower's mergers, whose large matrices would cost Muon more than all others together, stay."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head", name)]
+    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head|merger", name)]
     rest = [(name, p) for name, p in trained if all(p is not q for q in muon)]
     optimizers = [torch.optim.AdamW([{"params": [p for _, p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
                                      {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0}],

@@ -357,20 +357,26 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
 def read_questions(path: Path, root: Path) -> list[dict]:
     """Records with `images` resolved inside `root`; what cannot be used is named, with the remedy, and skipped."""
-    questions, root = [], root.resolve()
+    questions, root, faults = [], root.resolve(), {}  # faults: picture -> what is wrong with it, or ""; a picture is asked about often
+
+    def fault(image: Path) -> str:
+        if not image.resolve().is_relative_to(root):
+            return f"{image} lies outside the data root {root}: copy it there or set --data_root"
+        return "" if image.is_file() else f"{image} is missing"
+
     for record in read_jsonl(path, "task_type", "messages", "images"):
         try:
             texts = [message["content"] for message in record["messages"]]
-            images = [str((root / image).resolve()) for image in record["images"]]
+            images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
             if not images or "".join(texts).count("<image>") != len(images):
                 raise ValueError(f"{len(images)} images but {''.join(texts).count('<image>')} <image> marks")
             for image in images:
-                if not Path(image).is_relative_to(root):
-                    raise ValueError(f"{image} lies outside the data root {root}: copy it there or set --data_root")
-                if not Path(image).is_file():
-                    raise ValueError(f"{image} is missing")
+                if image not in faults:
+                    faults[image] = fault(Path(image))
+                if faults[image]:
+                    raise ValueError(faults[image])
         except (ValueError, TypeError, KeyError, IndexError) as error:
             print(f"{path}: {record['task_type']} question skipped: {error}", file=sys.stderr)
             continue

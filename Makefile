@@ -9,7 +9,7 @@ PY     := $(VENV)/bin/python
 # Two busy cores train twice as fast when idle threads sleep instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
-TINY := --train full --freeze_vision False --optimizer muon --lr 1.2e-3 --batch 64 --micro_tokens 3000 --log_every 50
+TINY := --train full --freeze_vision False --optimizer muon --lr 1.2e-3 --batch 64 --micro_tokens 6000 --log_every 50
 
 .PHONY: demo test bench clean
 
@@ -18,7 +18,7 @@ demo: $(VENV)/ready
 	$(PY) 02_imagine_views.py --run $(RUN)
 	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --pairs keyframes --caps D1=2 D4=2 S2=2
 	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 600 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.03 --steps 1400 $(TINY)
+	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.03 --steps 1500 $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 5e-5 --max_new_tokens 24
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 150 --blank False
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 150
