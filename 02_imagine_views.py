@@ -47,6 +47,7 @@ import resource
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -844,13 +845,16 @@ def action_text(actions: list) -> str:
 
 
 def choose_rows(records: list[dict], count: int) -> list[dict]:
-    """Trajectories for the contact sheet: one of every kind of action in turn, the kinds by frequency, scenes spread, a failed one of each kind first."""
+    """Trajectories for the contact sheet: the kinds of action in turn, the most frequent first, scenes mixed; a failed one is last, if there is any."""
     kinds = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: zlib.crc32(f"{record['scene_id']}/{record['traj_id']}".encode())):
         kinds.setdefault("; ".join(name for name, _ in record["actions"]), []).append(record)
-    queues = sorted(kinds.values(), key=len, reverse=True)
-    queues = [sorted(queue[i % 7::7] or queue, key=lambda record: record["qc"]["passed"]) for i, queue in enumerate(queues)]
-    return [queue[turn] for turn in range(count) for queue in queues if turn < len(queue)][:count]
+    kinds = sorted(kinds.values(), key=len, reverse=True)
+    chosen = [kind[turn] for turn in range(len(kinds[0])) for kind in kinds if turn < len(kind)]
+    failed = [record for record in chosen if not record["qc"]["passed"]]
+    if failed and len(chosen) > count and all(record["qc"]["passed"] for record in chosen[:count]):
+        chosen[count - 1] = failed[0]
+    return chosen[:count]
 
 
 def contact_sheet(records: list[dict], run: Path, rows: int, tile_px: int = 200) -> Image.Image:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,16 @@ def test_quality_check_names_each_fault(stage, scenes):
             assert not qc["passed"] and "frozen" in qc["why"] and qc["motion"] == 0
             qc = pair(stage, scene, step, step, alter=blur)
             assert not qc["passed"] and "blurred" in qc["why"] and qc["sharpness"] < 0.04
+
+
+def test_contact_sheet_fills_its_rows(stage):
+    records = [{"scene_id": f"s{i}", "traj_id": "t000", "actions": [[("turn_left", "turn_right")[i % 2], 10.0]], "qc": {"passed": i != 17}}
+               for i in range(30)]
+    chosen = stage.choose_rows(records, 12)
+    assert len(chosen) == 12 and len({record["scene_id"] for record in chosen}) == 12
+    assert Counter(record["actions"][0][0] for record in chosen).most_common()[0][1] <= 7
+    assert any(not record["qc"]["passed"] for record in chosen)  # the one that failed is shown
+    assert len(stage.choose_rows(records[:3], 12)) == 3
 
 
 def test_quality_check_counts_holes(stage, scenes):
