@@ -232,7 +232,7 @@ def grid(bounds: list[float], step: float) -> list[float]:
 def draw_actions(g: np.random.Generator, cfg: Config, turns_deg: list[float], moves_m: list[float]) -> list[tuple[str, float]]:
     """One single step, preset or random sequence, for example [("shift_left", 0.7), ("turn_right", 30.0)]."""
     if cfg.actions == "all":
-        kinds = [[(name,) for name in (*MOVES, *TURNS)], PRESETS, RANDOMS]
+        kinds = [[("move",), ("turn",)], PRESETS, RANDOMS]  # as many single turns (A2) as single moves (A1)
         of_kind = kinds[g.choice(3, p=np.array(cfg.shares) / sum(cfg.shares))]
     else:
         of_kind = [(name,) for name in (TURNS if cfg.actions == "turns" else MOVES)]

@@ -850,7 +850,7 @@ def choose_rows(records: list[dict], count: int) -> list[dict]:
     for record in sorted(records, key=lambda record: zlib.crc32(f"{record['scene_id']}/{record['traj_id']}".encode())):
         kinds.setdefault("; ".join(name for name, _ in record["actions"]), []).append(record)
     kinds = sorted(kinds.values(), key=len, reverse=True)
-    chosen = [kind[turn] for turn in range(len(kinds[0])) for kind in kinds if turn < len(kind)]
+    chosen = [kind[turn] for turn in range(max(map(len, kinds), default=0)) for kind in kinds if turn < len(kind)]
     failed = [record for record in chosen if not record["qc"]["passed"]]
     if failed and len(chosen) > count and all(record["qc"]["passed"] for record in chosen[:count]):
         chosen[count - 1] = failed[0]

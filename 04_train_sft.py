@@ -471,10 +471,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: torch.nn.Module, cfg) -> list:
-    """AdamW over what trains, matrices decayed. With muon the matrices of the layers go to Muon; embeddings, norms, biases and the
-    vision tower's mergers, whose large matrices would cost Muon more than all others together, stay."""
+    """AdamW over what trains, matrices decayed; with muon, the matrices of the layers go to Muon and embeddings, norms and biases stay."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head|merger", name)]
+    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head", name)]
     rest = [(name, p) for name, p in trained if all(p is not q for q in muon)]
     optimizers = [torch.optim.AdamW([{"params": [p for _, p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
                                      {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0}],
@@ -582,7 +581,7 @@ def build_tiny(folder: Path, texts: list[str], seed: int):
                          num_key_value_heads=4, head_dim=32, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
                          eos_token_id=tokenizer.eos_token_id, max_position_embeddings=4096,
                          rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)),
-        vision_config=dict(depth=4, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
+        vision_config=dict(depth=6, hidden_size=128, intermediate_size=384, num_heads=4, patch_size=14, spatial_merge_size=2,
                            temporal_patch_size=1, out_hidden_size=128, num_position_embeddings=36, deepstack_visual_indexes=[2]),
         tie_word_embeddings=True, **special)
     torch.manual_seed(seed)

@@ -470,10 +470,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: torch.nn.Module, cfg) -> list:
-    """AdamW over what trains, matrices decayed. With muon the matrices of the layers go to Muon; embeddings, norms, biases and the
-    vision tower's mergers, whose large matrices would cost Muon more than all others together, stay."""
+    """AdamW over what trains, matrices decayed; with muon, the matrices of the layers go to Muon and embeddings, norms and biases stay."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head|merger", name)]
+    muon = [p for name, p in trained if cfg.optimizer == "muon" and p.ndim == 2 and not re.search("embed|lm_head", name)]
     rest = [(name, p) for name, p in trained if all(p is not q for q in muon)]
     optimizers = [torch.optim.AdamW([{"params": [p for _, p in rest if p.ndim > 1], "weight_decay": cfg.weight_decay},
                                      {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0}],
