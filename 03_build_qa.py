@@ -742,7 +742,8 @@ def card(files: dict[str, list[Question]], asker: Asker) -> dict:
         for (task, label), answers in sorted(tally.items()):
             yes, no = (answers[word] for word in YES_NO[task])
             balance.setdefault(name, {}).setdefault(task, {})[label] = f"{yes} {YES_NO[task][0]}, {no} {YES_NO[task][1]}"
-            audits[tilt] += abs(yes - no) > max(1, 0.04 * (yes + no))  # the last question of an odd number has no partner
+            odd = name in ("grpo", "heldout") and abs(yes - no) == 1  # files cut to a number: the last of an odd one has no partner
+            audits[tilt] += abs(yes / (yes + no) - 0.5) > 0.02 and not odd
     answers = {}
     for task in [*EIGHT, *STATIC]:  # the shape of the answers, numbers as #, and the spread of the numbers
         given = [q.answer for name in ("static", "sft", "heldout") for q in files[name] if q.task == task]
