@@ -158,7 +158,7 @@ class Config:
     tasks: list[str] = setting([*EIGHT, *STATIC], "tasks to train on; the held-out file always has all twelve")
     pairs: str = setting("ends", "ends: frame 0 with the last one, as in the paper; keyframes: every two kept keyframes")
     caps: list[str] = setting(["A4=1", "D1=2", "D2=2", "D3=1", "D4=2", "S1=1", "S2=2", "S3=1"], "most questions of a task on one "
-                              "pair (S1-S4: on one picture; tasks not named: 1): else scenes full of objects rule the set")
+                              "pair (S1-S4: on one picture; tasks not named: 1): else scenes full of objects rule the set; 0.2: one on a fifth of the pairs")
     box_step: int = setting(1, "box coordinates (thousandths of the picture) are rounded to this; 10: one token each for `tiny`")
     min_area: float = setting(0.01, "smallest usable box, share of the picture: smaller ones are a few pixels")
     max_area: float = setting(0.6, "largest usable box, share of the picture: larger ones are the picture")
@@ -572,6 +572,11 @@ class Asker:
     def only_answer(self, task: str, actions: list) -> bool:
         return len(actions) in ONE_ANSWER[task] and alternate(actions) and int(pose_key(*pose(actions))) not in self.shared[task]
 
+    def caps_of(self, view: dict, where) -> dict[str, int]:
+        """The caps on one pair or picture: a cap below 1 is 1 on that share of them."""
+        return {task: cap if cap >= 1 else int(rng(self.cfg.seed, view["scene_id"], view["traj_id"], where, task, "cap").random() < cap)
+                for task, cap in self.caps.items()}
+
     def ask(self, view: dict) -> list[Question]:
         """All candidates of a view; balancing drops some later."""
         nodes = [k for k, index in enumerate(view["keyframes"]) if index in view["kept"]]
@@ -593,7 +598,8 @@ class Asker:
 
     def ask_pair(self, view: dict, pair: tuple, actions: list, images: tuple, before: dict, after: dict) -> list[Question]:
         """The eight tasks on one pair; `before` and `after` hold the objects of its two pictures by id."""
-        questions, words, caps = [], say(actions), self.caps
+        questions, words = [], say(actions)
+        caps = self.caps_of(view, pair)
 
         def generator(task):
             return rng(self.cfg.seed, view["scene_id"], view["traj_id"], pair, task)
@@ -658,7 +664,7 @@ class Asker:
 
     def ask_picture(self, view: dict, k: int, image: str, seen: dict, yaw: float) -> list[Question]:
         """S1-S4 on one picture. S2 needs exact objects (a detector may miss one), S3 distances, S4 a room with a heading."""
-        questions, caps, draw = [], self.caps, rng(self.cfg.seed, view["scene_id"], view["traj_id"], k, "S")
+        questions, caps, draw = [], self.caps_of(view, k), rng(self.cfg.seed, view["scene_id"], view["traj_id"], k, "S")
 
         def add(task, answer, label="", box="", template=None):
             words = draw.choice(TEMPLATES[template or task]).format(label=label, box=box)
@@ -683,14 +689,14 @@ class Asker:
         return questions
 
 
-def read_caps(pairs: list[str]) -> dict[str, int]:
-    """["D1=2", ...] -> {"D1": 2, ...}; tasks not named get 1."""
+def read_caps(pairs: list[str]) -> dict[str, float]:
+    """["D1=2", "A4=0.2", ...] -> {"D1": 2, "A4": 0.2, ...}; tasks not named get 1."""
     caps = dict.fromkeys([*EIGHT, *STATIC], 1)
     for pair in pairs:
         task, _, number = pair.partition("=")
-        if task not in caps or not number.isdigit():
-            stop(f"--caps {pair!r}: write TASK=NUMBER, where TASK is one of {' '.join(caps)}")
-        caps[task] = int(number)
+        if task not in caps or not re.fullmatch(r"\d+|0?\.\d+", number):
+            stop(f"--caps {pair!r}: write TASK=NUMBER, where TASK is one of {' '.join(caps)} and NUMBER is whole or below 1")
+        caps[task] = float(number) if "." in number else int(number)
     return caps
 
 

@@ -48,6 +48,8 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 from transformers.utils import cached_file, logging
 
+from kernels.register import register, windows_in_one_launch
+
 logging.disable_progress_bar()
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 BY_THE_WAY = ("run", "rollout", "micro_tokens", "save_every", "log_every", "show_every")  # settings that do not change the result
@@ -171,7 +173,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
-    attention: str = setting("sdpa", "attention of transformers: sdpa, or eager to look inside")
+    attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
     save_every: int = setting(20, "steps between states to resume from")
     log_every: int = setting(1, "steps between printed lines; metrics.jsonl has every step")
@@ -193,6 +195,7 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
     The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
     """
+    register()
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
         tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
@@ -200,6 +203,8 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
         stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
+    if attention == "world2vlm":
+        windows_in_one_launch(model)
     return Student(model.to(device), tokenizer, image_processor, source)
 
 
@@ -307,10 +312,7 @@ def collate(rows: list[dict], pad: int) -> tuple[dict, torch.Tensor, torch.Tenso
     for b, row in enumerate(rows):
         n = len(row["ids"])
         ids[b, :n], positions[:, b, :n], segment[b, :n] = row["ids"], row["positions"], row["segment"]
-    visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # [B, i, j]: j in the prefix or in i's question
-    visible &= torch.ones(T, T, dtype=torch.bool).tril()
-    mask = torch.zeros(B, 1, T, T).masked_fill(~visible[:, None], torch.finfo(torch.float32).min)
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask,
+    inputs = {"input_ids": ids, "position_ids": positions, "prefix": segment,
               "pixel_values": torch.cat([row["pixels"] for row in rows]), "image_grid_thw": torch.cat([row["grids"] for row in rows])}
     where = torch.cat([torch.full_like(row["source"], b) for b, row in enumerate(rows)])
     source = torch.cat([row["source"] for row in rows])
@@ -322,7 +324,10 @@ def token_logprobs(student: Student, rows: list[dict]) -> torch.Tensor:
     inputs, where, source, tokens = collate(rows, student.tokenizer.pad_token_id)
     device, dtype = student.model.device, student.model.dtype
     inputs = {name: x.to(device) for name, x in inputs.items()}
-    inputs["attention_mask"] = inputs["attention_mask"].clamp(min=torch.finfo(dtype).min).to(dtype)
+    if student.model.config._attn_implementation != "world2vlm":  # others take a matrix: j is in the prefix or in i's question, j <= i
+        segment = inputs.pop("prefix")
+        visible = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril()
+        inputs["attention_mask"] = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
     hidden = student.model.model(**inputs, use_cache=False).last_hidden_state                        # [B, T, width]
     logits = student.model.lm_head(hidden[where.to(device), source.to(device)]).float()              # [N, V]
     return logits.log_softmax(-1).gather(-1, tokens.to(device)[:, None])[:, 0]

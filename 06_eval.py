@@ -53,6 +53,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 
+from kernels.register import register, windows_in_one_launch
+
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
 def setting(default, help: str):
@@ -156,7 +158,7 @@ class Config:
     seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
-    attention: str = setting("sdpa", "attention of transformers: sdpa, or eager to look inside")
+    attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
 
 
 CONSTANTS = 50  # most frequent training answers a task that are tried as constant answer
@@ -345,6 +347,7 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
     The parts of the processor are loaded one by one because AutoProcessor asks for torchvision, of which only the video part has need.
     """
+    register()
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
         tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
@@ -352,6 +355,8 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
         stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
+    if attention == "world2vlm":
+        windows_in_one_launch(model)
     return Student(model.to(device), tokenizer, image_processor, source)
 
 

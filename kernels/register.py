@@ -1,0 +1,59 @@
+"""The attention of this package under the name "world2vlm", for every model of transformers.
+
+    register()                                                                     # once a process
+    model = AutoModelForImageTextToText.from_pretrained(..., attn_implementation="world2vlm")
+    windows_in_one_launch(model)                                                   # the vision tower, see there
+
+Masks. transformers asks a mask function once a forward pass and hands its result to every layer's attention function. Ours hands on the
+2-D padding mask as it is, because a kernel needs to know which keys are padding, not a B x 1 x S x S matrix. Whoever shares a prefix passes
+`prefix=segments` (int [B, S]: 0 prefix, k question k, -1 padding) to the model's forward beside attention_mask=None: keyword arguments reach
+the attention function. Rotary encodings were applied by the model before it calls us.
+"""
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kernels.attention import attention
+
+
+def padding_mask(batch_size, q_length, kv_length, q_offset=0, attention_mask=None, device="cpu", **kwargs):
+    """What transformers' models pass on as attention_mask: int [B, keys], 0 for padding and -1 turned off; None where every key counts.
+
+    A static cache has room for more keys than were written: the mask ends at the last written one, and `forward` cuts the keys there.
+    """
+    written = int(q_offset) + q_length
+    if attention_mask is None and written >= kv_length:
+        return None
+    if attention_mask is None:
+        return torch.ones(batch_size, written, dtype=torch.bool, device=device)
+    return attention_mask[:, :written].bool()
+
+
+def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, prefix=None, cu_seq_lens_q=None,
+            max_length_q=None, sliding_window=None, **kwargs):
+    """transformers' attention function: query [B, H, S, D], key and value [B, Hk, Sk, D] -> ([B, S, H, D], None)."""
+    if dropout or sliding_window is not None:
+        raise ValueError(f"world2vlm attention has no dropout ({dropout}) and no sliding window ({sliding_window}): use sdpa")
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ValueError("world2vlm attention takes a 2-D padding mask; pass prefix=segments instead of a 4-D mask, or use sdpa")
+        key, value = key[:, :, :attention_mask.shape[1]], value[:, :, :attention_mask.shape[1]]
+        prefix = attention_mask.to(torch.int32) - 1                                         # padding is -1; the rest is seen by all behind it
+    causal = module.is_causal if is_causal is None else is_causal
+    o = attention(query, key, value, causal=causal, scale=scaling, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q,
+                  prefix=prefix if causal else None)                                        # a model's keywords reach its vision tower too
+    return o.transpose(1, 2).contiguous(), None
+
+
+def register():
+    """Make attn_implementation="world2vlm" known to transformers, through its public interfaces."""
+    for name in ("world2vlm", "world2vlm_flash"):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, padding_mask)
+
+
+def windows_in_one_launch(model):
+    """Let the vision tower call us once a layer with cu_seqlens; otherwise it calls once a window in a Python loop.
+
+    transformers passes cu_seqlens to implementations whose name holds "flash", so the tower's configuration gets our second name.
+    """
+    model.model.visual.config._attn_implementation = "world2vlm_flash"

@@ -1,0 +1,186 @@
+"""The attention kernels under Triton's interpreter against a float64 oracle that follows the definition token by token.
+
+Run by tests/test_kernels.py with TRITON_INTERPRET=1. A kernel may be at most 4 times as far from the oracle as plain torch in the same precision.
+"""
+import itertools
+
+import pytest
+import torch
+
+from kernels.attention import INTERPRETED, attention, attention_reference, mrope
+
+assert INTERPRETED, "run me with TRITON_INTERPRET=1"
+
+
+def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
+    """One query after the other; q [B, H, S, D], float64. windows: list of lengths; rope (cos, sin) [B, S, D / 2]; cameras [B, V, 4, 4]."""
+    (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
+    window = [n for n, length in enumerate(windows or [Sk]) for _ in range(length)]
+
+    def rotated(x, b, t):
+        cos, sin = rope[0][b, t].double(), rope[1][b, t].double()
+        return torch.cat([x[:D // 2] * cos - x[D // 2:] * sin, x[D // 2:] * cos + x[:D // 2] * sin])
+
+    def by(matrix, x):
+        return torch.cat([matrix @ x[c:c + 4] for c in range(0, D, 4)])
+
+    def P(b, t):
+        return cameras[b, t // (S // cameras.shape[1])].double()
+
+    out = []
+    for b, h, i in itertools.product(range(B), range(H), range(S)):
+        query, at = q[b, h, i], i + Sk - S
+        query = query if rope is None else rotated(query, b, i)
+        query = query if cameras is None else by(P(b, i).T, query)
+        keys, values = [], []
+        for j in range(Sk):
+            seen = window[j] == window[at] and (not causal or j <= at)
+            if prefix is not None:
+                seen = seen and (prefix[b, j] == 0 or (prefix[b, j] > 0 and prefix[b, j] == prefix[b, at]))
+            if seen:
+                key, value = k[b, h // (H // Hk), j], v[b, h // (H // Hk), j]
+                key = key if rope is None else rotated(key, b, j)
+                if cameras is not None:
+                    key, value = by(torch.linalg.inv(P(b, j)), key), by(torch.linalg.inv(P(b, j)), value)
+                keys.append(key)
+                values.append(value)
+        if keys:
+            o = ((torch.stack(keys) @ query) * scale).softmax(0) @ torch.stack(values)
+            out.append(o if cameras is None else by(P(b, i), o))
+        else:
+            out.append(0 * query)
+    return torch.stack(out).view(B, H, S, D)
+
+
+def close(got, same_precision, exact, what):
+    """got is at most 4 times as far from the exact values as plain torch in the same precision is."""
+    size = exact.abs().max().item()
+    floor = 2e-7 if got.dtype == torch.float32 else 5e-4
+    error, allowed = (got.double() - exact).abs().max().item(), 4 * (same_precision.double() - exact).abs().max().item() + floor * max(size, 1e-3)
+    assert error <= allowed, f"{what}: {error:.2e} off where {allowed:.2e} is allowed"
+
+
+def check(B=1, H=2, Hk=1, S=5, Sk=None, D=32, causal=True, dtype=torch.float32, windows=None, prefix=None, rope=False, views=0, wrong=1.0):
+    """Output and the three gradients; `wrong` scales the kernel's scores, so that -1 must fail."""
+    g = torch.Generator().manual_seed(S * 1000 + D)
+    Sk = S if Sk is None else Sk
+    q, k, v, do = (torch.randn(B, heads, n, D, generator=g).to(dtype) for heads, n in ((H, S), (Hk, Sk), (Hk, Sk), (H, S)))
+    options = {"prefix": prefix}
+    if rope:
+        options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16], 1e4)
+    if views:
+        options["cameras"] = torch.eye(4) + 0.3 * torch.randn(B, views, 4, 4, generator=g)
+    cu = None if windows is None else torch.tensor([0, *itertools.accumulate(windows)], dtype=torch.int32)
+
+    def run(function, dtype, **more):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        o = function(*leaves, **more)
+        return [o, *torch.autograd.grad(o, leaves, do.to(dtype))]
+
+    exact = run(oracle, torch.float64, causal=causal, scale=0.3, windows=windows, **options)
+    plain = run(attention_reference, dtype, causal=causal, scale=0.3, cu_seqlens=cu, **options)
+    fused = run(attention, dtype, causal=causal, scale=0.3 * wrong, cu_seqlens=cu, **options)
+    for name, a, b, c in zip(("o", "dq", "dk", "dv"), fused, plain, exact):
+        close(a, b, c, name)
+
+
+@pytest.mark.parametrize("S", [1, 31, 32, 33, 65])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths_around_a_block(S, causal):
+    check(S=S, causal=causal)
+
+
+@pytest.mark.parametrize("D", [40, 64, 72, 80, 128])
+def test_head_widths(D):
+    check(S=35, H=1, D=D)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_grouped_heads(group):
+    check(H=2 * group, Hk=2, S=6)
+
+
+@pytest.mark.parametrize("S, Sk", [(1, 1), (1, 40), (3, 37), (33, 70)])
+def test_fewer_queries_than_keys_stand_at_the_end(S, Sk):
+    check(S=S, Sk=Sk)
+
+
+@pytest.mark.parametrize("windows", [[4, 4, 4], [1, 33, 7], [0, 5, 0, 32, 0], [40]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows(windows, causal):
+    check(S=sum(windows), windows=windows, causal=causal)
+
+
+def segments(*runs):
+    """segments((0, 3), (1, 2)) = [0, 0, 0, 1, 1]: (segment, how many tokens)."""
+    return [s for s, n in runs for _ in range(n)]
+
+
+@pytest.mark.parametrize("rows", [
+    [segments((0, 3), (1, 2), (2, 4))],                                     # a prefix and two questions
+    [segments((1, 5), (2, 6))],                                             # no prefix
+    [segments((0, 11))],                                                    # nothing but prefix
+    [segments((-1, 4), (0, 7)), segments((0, 11))],                         # left padding
+    [segments((0, 4), (1, 5), (-1, 2)), segments((0, 2), (1, 3), (2, 6))],  # right padding
+    [segments((0, 33), (1, 40), (2, 3), (3, 34))],                          # blocks that no row of a block sees
+])
+def test_prefix(rows):
+    check(B=len(rows), S=len(rows[0]), prefix=torch.tensor(rows))
+
+
+def test_prefix_with_a_cache_and_left_padding():
+    check(B=2, S=1, Sk=40, prefix=torch.tensor([segments((-1, 9), (0, 31)), segments((0, 40))]))
+
+
+def test_prefix_in_every_window():
+    windows = [9, 0, 36]
+    prefix = torch.tensor([segments((0, 3), (1, 2), (2, 4)) + segments((0, 30), (1, 2), (2, 4))])
+    check(S=45, windows=windows, prefix=prefix)
+
+
+@pytest.mark.parametrize("D", [32, 80])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rope(D, causal):
+    check(B=2, H=1, S=9, D=D, rope=True, causal=causal)
+
+
+@pytest.mark.parametrize("D", [32, 80])
+@pytest.mark.parametrize("views", [1, 3])
+def test_cameras(D, views):
+    check(B=2, H=1, S=12, D=D, views=views, causal=False)
+
+
+def test_all_at_once():
+    check(S=36, rope=True, views=4, windows=[30, 6], prefix=torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))]))
+
+
+def test_half_precision():
+    """float16 only: the interpreter multiplies the bits of bfloat16 as integers."""
+    check(B=2, S=40, D=64, dtype=torch.float16)
+    check(S=18, D=64, dtype=torch.float16, rope=True, views=2)
+
+
+def test_strided_inputs_are_read_in_place():
+    qkv = torch.randn(2, 20, 3, 4, 32)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    torch.testing.assert_close(attention(q, k, v, causal=True, scale=None),
+                               attention_reference(q, k, v, causal=True, scale=32**-0.5), atol=2e-6, rtol=1e-5)
+
+
+def test_the_forward_pass_is_deterministic():
+    q, k, v = torch.randn(3, 1, 2, 70, 32)
+    assert torch.equal(attention(q, k, v, causal=True, scale=None), attention(q, k, v, causal=True, scale=None))
+
+
+def test_a_flipped_sign_fails():
+    with pytest.raises(AssertionError, match="off where"):
+        check(S=33, wrong=-1.0)
+    with pytest.raises(AssertionError, match="off where"):
+        check(S=33, rope=True, views=3, wrong=-1.0)
+
+
+def test_mrope_is_rope_where_the_streams_agree():
+    """The three streams of a text token are equal: then the section must not matter."""
+    positions = torch.arange(7).expand(3, 1, 7)
+    for a, b in zip(mrope(positions, [8, 12, 12], 1e6), mrope(positions, [11, 11, 10], 1e6, interleaved=True)):
+        torch.testing.assert_close(a, b)

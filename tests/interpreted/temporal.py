@@ -1,0 +1,134 @@
+"""
+kernels/temporal.py under Triton's interpreter (run by tests/test_kernels.py), against one small attention after another in float64.
+
+bfloat16 is missing: in Triton 3.9 the interpreter's tl.dot multiplies its bit patterns. float16 goes the same way through the kernels.
+"""
+import pytest
+import torch
+from kernels import temporal
+from kernels.temporal import temporal_attention, temporal_attention_reference
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+def oracle(q, k, v, T, scale):
+    """[B*T, S, H, D]: for each video, pixel and head its own softmax."""
+    BT, S, H, D = q.shape
+    out = torch.empty_like(q)
+    for b in range(BT // T):
+        for s in range(S):
+            for h in range(H):
+                Q, K, V = (x[b * T:(b + 1) * T, s, h] for x in (q, k, v))                # T d
+                weights = (Q @ K.T * scale).exp()
+                out[b * T:(b + 1) * T, s, h] = weights / weights.sum(1, keepdim=True) @ V
+    return out
+
+
+def results(attention, tensors, dout):
+    """The output and the gradients of q, k, v in float64."""
+    leaves = [x.detach().requires_grad_() for x in tensors]      # detach keeps strides
+    out = attention(*leaves)
+    return [x.double() for x in (out.detach(), *torch.autograd.grad(out, leaves, dout))]
+
+
+def draw(dtype, B, T, S, H, D, fused=False, flat=False):
+    """q, k, v (slices of one projection if `fused`) and the output's gradient, [B*T, S, H, D] or, if `flat`, [B*T, S, H*D]."""
+    g = torch.Generator().manual_seed(B + 10 * T + 100 * S + D)
+    x = torch.randn(B * T, S, 4, H, D, generator=g).to(dtype)
+    parts = x.unbind(2) if fused else [part.contiguous() for part in x.unbind(2)]
+    return [part.flatten(2) for part in parts[:3]] + [parts[3].flatten(2)] if flat else parts
+
+
+def expected(q, k, v, dout, T, D, scale):
+    """The oracle's results in the tensors' own shape."""
+    wide = [x.double().unflatten(-1, (-1, D)) if x.ndim == 3 else x.double() for x in (q, k, v, dout)]
+    return [x.reshape(q.shape) for x in results(lambda *x: oracle(*x, T, scale), wide[:3], wide[3])]
+
+
+def tolerance(plain, want):
+    """Four times the error of the same precision in plain torch, a list as long as the results."""
+    return [4 * (p - w).abs().max() + 1e-7 * w.abs().max() for p, w in zip(plain, want, strict=True)]
+
+
+def check(got, want, allowed):
+    for name, g, w, most in zip(NAMES, got, want, allowed, strict=True):
+        error = (g - w).abs().max()
+        assert error <= most, f"{name} is off by {error:.1e}, allowed {most:.1e}"
+
+
+@pytest.mark.parametrize("dtype, B, T, S, H, D, fused, flat", [
+    (torch.float32, 1, 1, 1, 1, 32, False, False),       # one token
+    (torch.float32, 2, 2, 9, 2, 64, True, True),         # 18 pixels: the last block of 8 is not full and one spans both videos
+    (torch.float32, 1, 21, 3, 3, 80, True, False),       # an odd width, padded to 128
+    (torch.float32, 1, 33, 2, 1, 64, False, True),       # one frame more than half a tile
+    (torch.float32, 1, 64, 1, 1, 128, False, False),     # the longest and widest
+    (torch.float16, 1, 1, 65, 1, 32, True, False),       # 64 pixels a block, one more
+    (torch.float16, 1, 2, 31, 1, 128, False, True),      # 32 pixels a block, one less
+    (torch.float16, 2, 21, 2, 2, 64, True, True),        # Stable Virtual Camera's, 3 pixels a block: 4 pixels of two videos
+    (torch.float16, 1, 64, 2, 1, 80, True, False)])
+def test_against_oracle(dtype, B, T, S, H, D, fused, flat):
+    q, k, v, dout = draw(dtype, B, T, S, H, D, fused, flat)
+    got = results(lambda *x: temporal_attention(*x, T, head_width=D), (q, k, v), dout)
+    plain = results(lambda *x: temporal_attention_reference(*x, T, head_width=D), (q, k, v), dout)
+    want = expected(q, k, v, dout, T, D, D ** -0.5)
+    check(got, want, tolerance(plain, want))
+
+
+def test_scale_and_a_wrong_sign_is_noticed():
+    q, k, v, dout = draw(torch.float32, 1, 5, 4, 1, 32)
+    got = results(lambda *x: temporal_attention(*x, 5, scale=0.3), (q, k, v), dout)
+    plain = results(lambda *x: temporal_attention_reference(*x, 5, scale=0.3), (q, k, v), dout)
+    want = expected(q, k, v, dout, 5, 32, 0.3)
+    allowed = tolerance(plain, want)
+    check(got, want, allowed)
+    for wrong in (expected(q, k, v, dout, 5, 32, -0.3), expected(q, k, v, dout, 5, 32, 32 ** -0.5)):
+        with pytest.raises(AssertionError, match="out is off"):
+            check(got, wrong, allowed)
+    for i, name in enumerate(NAMES):
+        with pytest.raises(AssertionError, match=f"{name} is off"):
+            check([-x if i == j else x for j, x in enumerate(got)], want, allowed)
+
+
+def test_pixels_do_not_meet():
+    """Another content of pixel 1 (in the same tile) changes nothing at pixels 0 and 2, forward or backward, by not a single bit."""
+    q, k, v, dout = draw(torch.float16, 1, 21, 3, 1, 32)
+    changed = [x.clone() for x in (q, k, v, dout)]
+    for x in changed:
+        x[:, 1] = 100 * x[:, 1].flip(0)
+    before, after = (results(lambda *y: temporal_attention(*y, 21), x[:3], x[3]) for x in ((q, k, v, dout), changed))
+    for b, a in zip(before, after):
+        assert b[:, [0, 2]].equal(a[:, [0, 2]]) and not b[:, 1].equal(a[:, 1])
+
+
+def test_a_program_writes_its_own_pixels_only():
+    """Alone, the first program fills the first 64 // 21 = 3 of 4 pixels. In a full run the next program would hide its stray rows."""
+    q, k, v, dout = draw(torch.float16, 1, 21, 4, 1, 32)
+    out, dq, dk, dv = (torch.full_like(q, float("nan")) for _ in range(4))
+    strides, sizes = q.stride()[:3], (4, 1, 4, 0.2)          # S, H, pixels, scale
+    constants, options = temporal._settings(21, 32, torch.float16)
+    temporal.temporal_forward[(1,)](q, k, v, out, *strides * 3, *sizes, **constants, **options)
+    temporal.temporal_backward[(1,)](q, k, v, dout, dq, dk, dv, *strides * 4, *sizes, **constants, **options)
+    for x in (out, dq, dk, dv):
+        assert x[:, :3].isfinite().all() and x[:, 3].isnan().all()
+
+
+def test_the_kernel_ran_and_its_output_is_contiguous(monkeypatch):
+    monkeypatch.setattr(temporal, "temporal_attention_reference", None)
+    x, y, z, _ = draw(torch.float32, 1, 3, 2, 2, 32, fused=True)
+    out = temporal_attention(x.requires_grad_(), y, z, 3)
+    assert out.is_contiguous() and out.shape == x.shape
+    out.sum().backward()                                      # this gradient has stride 0 everywhere
+    assert x.grad.isfinite().all()
+
+
+def test_what_it_refuses():
+    x = torch.zeros(6, 2, 128)
+    for message, arguments, options in [
+            ("one shape", (x, x, x[:3], 3), {}), ("one shape", (x[0], x[0], x[0], 3), {}), ("head_width", (x, x, x, 3), {"head_width": 48}),
+            ("heads must be", (x, x, x, 3), {"head_width": 256}), ("num_frames", (x, x, x, 4), {}), ("num_frames", (x, x, x, 0), {}),
+            ("num_frames", (x.repeat(20, 1, 1),) * 3 + (65,), {}), ("float32", (x.double(),) * 3 + (3,), {}),
+            ("float32", (x, x, x.half(), 3), {}),
+            ("CPU or a CUDA", (x.to("meta"),) * 3 + (3,), {}), ("16 bytes", (x.mT.contiguous().mT,) * 3 + (3,), {}),
+            ("16 bytes", (torch.zeros(6, 2, 130)[..., 1:129],) * 3 + (3,), {}), ("float16 or float32", (x.bfloat16(),) * 3 + (3,), {})]:
+        with pytest.raises(ValueError, match=message):
+            temporal_attention(*arguments, **options)

@@ -1,0 +1,37 @@
+"""
+The kernels under Triton's interpreter, in processes of their own: TRITON_INTERPRET counts when triton is imported, and must not reach
+other tests.
+"""
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None                # what `import triton` meets on macOS and Windows
+import torch
+from kernels.rays import plucker_rays
+from kernels.temporal import temporal_attention, temporal_attention_reference
+x = torch.randn(6, 2, 64)
+assert temporal_attention(x, x, x, 3).equal(temporal_attention_reference(x, x, x, 3))
+assert plucker_rays(torch.eye(4)[None], torch.eye(3)[None], 2, 3).shape == (1, 6, 2, 3)
+"""
+
+
+def python(*arguments, **environment) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
+def test_interpreted(path):
+    pytest.importorskip("triton")
+    python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")
+
+
+def test_cpu_tensors_take_the_reference_without_triton():
+    python("-c", WITHOUT_TRITON, TRITON_INTERPRET="0")
