@@ -158,7 +158,8 @@ class Config:
     tasks: list[str] = setting([*EIGHT, *STATIC], "tasks to train on; the held-out file always has all twelve")
     pairs: str = setting("ends", "ends: frame 0 with the last one, as in the paper; keyframes: every two kept keyframes")
     caps: list[str] = setting(["A4=1", "D1=2", "D2=2", "D3=1", "D4=2", "S1=1", "S2=2", "S3=1"], "most questions of a task on one "
-                              "pair (S1-S4: on one picture; tasks not named: 1): else scenes full of objects rule the set; 0.2: one on a fifth of the pairs")
+                              "pair (S1-S4: on one picture; tasks not named: 1), else scenes full of objects rule the set; 0.2: one on a "
+                              "fifth of the pairs")
     box_step: int = setting(1, "box coordinates (thousandths of the picture) are rounded to this; 10: one token each for `tiny`")
     min_area: float = setting(0.01, "smallest usable box, share of the picture: smaller ones are a few pixels")
     max_area: float = setting(0.6, "largest usable box, share of the picture: larger ones are the picture")

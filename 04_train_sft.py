@@ -281,7 +281,7 @@ def share(questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, pad:
     """Encoded questions about the same pictures -> rows of  prefix | rest of question 1 | rest of question 2 | ...
 
     The prefix is the longest run of tokens that all prompts begin with. Every token keeps the position id that it has when its question
-    stands alone, and sees the prefix and its own question only (see `collate`), so each answer token gets the log-probability that it
+    stands alone, and sees the prefix and its own question only (`segment`), so each answer token gets the log-probability that it
     would have had alone. Questions whose pictures do not all lie in the common prefix get a row each.
     """
     prefix = min(question["prompt"] for question in questions)

@@ -21,11 +21,12 @@ A head's columns are laid out as two halves of a power of two each (80 = 40 + 40
 Bytes moved: q, k, v read once and o written once (k and v come from L2 for all but the first program of a head) + 4 B S H for lse.
 
 Backward (FlashAttention-2, Dao 2023). With do the gradient of o and delta_i = do_i.o_i:
-    dv_j = sum_i p_ij do_i      dp_ij = do_i.v_j      ds_ij = p_ij (dp_ij - delta_i)      dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i
+    dv_j = sum_i p_ij do_i      dp_ij = do_i.v_j      ds_ij = p_ij (dp_ij - delta_i)
+    dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
 p is recomputed from lse. One kernel owns a block of keys (dk, dv), another a block of queries (dq): no atomics, the same bits every run.
 An encoding y = A x passes its gradient on as A^T dy: rotations by the opposite angle, cameras by the transposed matrix.
 """
-import os
+from __future__ import annotations  # annotations are not evaluated: without triton, tl.constexpr need not exist
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,9 @@ import torch.nn.functional as F
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no triton outside Linux: CPU tensors need none, CUDA tensors are refused below
-    triton = None
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # run the kernels on CPU tensors
+    jit = triton.jit
+except ImportError:  # macOS, Windows: the reference still runs on the CPU
+    triton, jit = None, lambda kernel: kernel
 
 # Shapes: B rows, H query heads, Hk key heads, S queries, Sk keys, D head width, N sequences (B, or the windows of cu_seqlens), V views.
 
@@ -90,7 +90,8 @@ def attention_reference(q, k, v, *, causal, scale, cu_seqlens=None, prefix=None,
         def rows(x):  # [1, H, S, D] -> [N, H, longest, D]
             return torch.nn.utils.rnn.pad_sequence(x[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
 
-        own = None if len(set(lengths)) == 1 else torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+        own = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]  # [N, longest]
+        own = None if own.all() else own
         segments = None if prefix is None else torch.nn.utils.rnn.pad_sequence(prefix[0].split(lengths), batch_first=True, padding_value=-1)
         o = visible_attention(rows(q), rows(k), rows(v), causal, scale, own, segments).transpose(1, 2)       # [N, longest, H, D]
         o = (o.flatten(0, 1) if own is None else o[own]).transpose(0, 1)[None]
@@ -119,10 +120,6 @@ def visible_attention(q, k, v, causal, scale, own, segments):
 
 # The kernels ---------------------------------------------------------------------------------------------------------------------------
 # In a kernel: `rows` are queries and `cols` keys of one sequence, counted from its first; a token is counted over the whole batch.
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
-
 
 @jit
 def load_rows(X, stride, rows, count, D: tl.constexpr, BD: tl.constexpr):
@@ -272,7 +269,7 @@ def forward_kernel(Q, K, V, O, LSE, CU, SEGMENT, FIRST, PREFIX_ENDS, COS, SIN, P
             theirs = tl.load(SEGMENT + b * Sk + start + cols, mask=cols < keys, other=-1)
         s = scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL, PREFIX, PRECISION)
         larger = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(larger == float("-inf"), 0.0, larger)                                # nothing seen yet: exp2(-inf - 0) is 0, not nan
+        base = tl.where(larger == float("-inf"), 0.0, larger)                                # nothing seen: exp2(-inf - 0) is 0, not nan
         p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)
         o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
@@ -333,7 +330,7 @@ def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, CU, SEGMENT, FIRST, PREFIX_ENDS, COS,
 def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, CU, SEGMENT, LAST, COS, SIN, P, INVERSE, scale, S, Sk, per_view, blocks, H, group,
                 qb, qh, qs, kb, kh, ks, vb, vh, vs, CAUSAL: tl.constexpr, WINDOWS: tl.constexpr, PREFIX: tl.constexpr, ROPE: tl.constexpr,
                 CAMERAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    """One program: BN keys of one key head, over all queries that see them, of all query heads that share them. DK and DV are contiguous."""
+    """One program: BN keys of one key head, over all queries that see them of all query heads that share it. DK and DV are contiguous."""
     Hk = H // group
     block, hk, n = tl.program_id(0) % blocks, tl.program_id(0) // blocks % Hk, tl.program_id(0) // blocks // Hk
     b, start, count, keys = sequence(CU, n, S, Sk, WINDOWS)
@@ -386,15 +383,15 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, CU, SEGMENT, LAST, COS, SIN, P,
 # Launching -----------------------------------------------------------------------------------------------------------------------------
 
 def tiles(D: int, bits: int, flags: dict, backward: bool) -> dict:
-    """Block sizes and launch options, for launches and `compile_cases`. Large blocks read keys less often; registers bound them: an encoded
-    tile is float32 for a while, and a block of questions that share a prefix is short."""
+    """Block sizes and launch options, for launches and `compile_cases`. Large blocks read keys less often, registers bound them: an encoded
+    tile is float32 for a while. Questions that share a prefix are short, so blocks of 64 waste less on them."""
     BD, encoded = 2 * triton.next_power_of_2(D // 2), flags["ROPE"] or flags["CAMERAS"]
     if bits == 32:
         size = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
     elif backward:
         size = {"BM": 64, "BN": 64, "num_warps": 8 if BD > 64 or encoded else 4, "num_stages": 1}
     elif encoded:
-        size = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+        size = {"BM": 64, "BN": 32, "num_warps": 8 if BD > 64 else 4, "num_stages": 2}
     elif flags["PREFIX"]:
         size = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
     else:
@@ -429,7 +426,7 @@ class FusedAttention(torch.autograd.Function):
         B, H, S, D = q.shape
         Hk, Sk = k.shape[1:3]
         first, last, ends = (None, None, None) if prefix is None else prefix_ranges(prefix, cu_seqlens)
-        inverse = None if cameras is None else torch.linalg.inv(cameras).contiguous()
+        inverse = None if cameras is None else torch.linalg.inv_ex(cameras).inverse.contiguous()  # inv would wait for the GPU
         o = torch.empty(B, H, S, D, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
         flags = {"CAUSAL": causal, "WINDOWS": cu_seqlens is not None, "PREFIX": prefix is not None, "ROPE": cos is not None,
@@ -440,8 +437,9 @@ class FusedAttention(torch.autograd.Function):
         tile = tiles(D, q.element_size() * 8, flags, False)
         blocks = triton.cdiv(ctx.longest[0], tile["BM"])
         if blocks * ctx.N:
-            forward_kernel[(blocks * ctx.N * H,)](q, k, v, o, lse, cu_seqlens, prefix, first, ends, cos, sin, cameras, inverse, *ctx.numbers,
-                                                  blocks, H, H // Hk, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **flags, **tile)
+            forward_kernel[(blocks * ctx.N * H,)](q, k, v, o, lse, cu_seqlens, prefix, first, ends, cos, sin, cameras, inverse,
+                                                  *ctx.numbers, blocks, H, H // Hk, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                                                  **flags, **tile)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, prefix, first, last, ends, cos, sin, cameras, inverse)
         return o
 
@@ -464,20 +462,23 @@ class FusedAttention(torch.autograd.Function):
         return dq, dk, dv, *[None] * 8
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float | None, cu_seqlens: torch.Tensor | None = None,
-              prefix: torch.Tensor | None = None, rope: tuple[torch.Tensor, torch.Tensor] | None = None,
-              cameras: torch.Tensor | None = None, max_seqlen: int | None = None) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float | None,
+              cu_seqlens: torch.Tensor | None = None, prefix: torch.Tensor | None = None,
+              rope: tuple[torch.Tensor, torch.Tensor] | None = None, cameras: torch.Tensor | None = None,
+              max_seqlen: int | None = None) -> torch.Tensor:
     """Softmax attention, differentiable in q, k and v.
 
     q [B, H, S, D], k and v [B, Hk, Sk, D] of one dtype (bf16, fp16, fp32), D a multiple of 8 from 32 to 128, H a multiple of Hk.
     scale: None is D^-0.5. cu_seqlens: int32 [N + 1] from 0 to S, with B = 1. prefix: int [B, Sk], see above; needs causal.
     rope: (cos, sin) [B, S, D / 2 or D], e.g. of `mrope`. cameras: P [B, V, 4, 4], S = V equal runs of tokens.
     max_seqlen: longest sequence of cu_seqlens, if known: saves waiting for the device to tell it.
-    Returns [B, H, S, D]. Raises ValueError for anything else. CPU tensors take the reference, CUDA tensors the kernels.
+    Returns [B, H, S, D]. CPU tensors take the reference (TRITON_INTERPRET=1: the kernels), CUDA tensors the kernels.
+    Raises ValueError for anything else, RuntimeError for a CUDA tensor without triton.
     """
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     if k.shape != (B, Hk, Sk, D) or v.shape != k.shape or H % Hk:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not [B, H, S, D], [B, Hk, Sk, D] twice, Hk | H")
+        raise ValueError(f"q, k and v want [B, H, S, D] and twice [B, Hk, Sk, D] with H a multiple of Hk, not {tuple(q.shape)}, "
+                         f"{tuple(k.shape)} and {tuple(v.shape)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: cast them to one dtype")
     if cu_seqlens is not None and (B > 1 or S != Sk or cu_seqlens.ndim != 1):
@@ -491,10 +492,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
     if cameras is not None and (cameras.ndim != 4 or cameras.shape[0] != B or cameras.shape[2:] != (4, 4) or S % cameras.shape[1] or D % 8):
         raise ValueError(f"cameras wants [{B}, V, 4, 4] with V a divisor of {S} and D a multiple of 8, not {tuple(cameras.shape)}, D = {D}")
     scale = D**-0.5 if scale is None else scale
-    if not (q.is_cuda or INTERPRETED):
+    if q.is_cuda and triton is None:
+        raise RuntimeError("attention on a CUDA tensor needs triton, which could not be imported: pip install triton")
+    if q.device.type == "cpu" and not (triton and triton.knobs.runtime.interpret):
         return attention_reference(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, prefix=prefix, rope=rope, cameras=cameras)
-    if triton is None:
-        raise ValueError("CUDA tensors need triton: pip install triton")
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter multiplies the bit patterns of bfloat16: use float16 or float32 there")
     if D % 8 or not 32 <= D <= 128 or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"the kernels take bf16, fp16 and fp32 heads of 32 to 128 in steps of 8, not {q.dtype} heads of {D}")
     if any(x is not None and x.requires_grad for x in (*(rope or ()), cameras)):
@@ -504,8 +507,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int().contiguous()
         max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if max_seqlen is None else max_seqlen
-    return FusedAttention.apply(q, k, v, causal, scale, cu_seqlens, max_seqlen, None if prefix is None else prefix.int().contiguous(), cos, sin,
-                                None if cameras is None else cameras.float().contiguous())
+    prefix = None if prefix is None else prefix.int().contiguous()
+    cameras = None if cameras is None else cameras.float().contiguous()
+    return FusedAttention.apply(q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras)
 
 
 def compile_cases() -> list[tuple]:
@@ -517,7 +521,8 @@ def compile_cases() -> list[tuple]:
                  "INVERSE": ("CAMERAS", "*fp32")}
     cases = []
     for kind, D, options in (("bf16", 128, ("CAUSAL",)), ("fp16", 64, ()), ("bf16", 80, ("WINDOWS",)), ("bf16", 128, ("CAUSAL", "PREFIX")),
-                             ("bf16", 128, ("CAUSAL", "ROPE")), ("bf16", 64, ("CAMERAS",)), ("fp32", 64, ("CAUSAL",))):
+                             ("bf16", 128, ("CAUSAL", "ROPE")), ("bf16", 80, ("WINDOWS", "ROPE")), ("bf16", 64, ("CAMERAS",)),
+                             ("bf16", 128, ("CAMERAS",)), ("fp32", 64, ("CAUSAL",))):
         for direction, kernel, tensors in (("forward", forward_kernel, "Q K V O"), ("backward dq", dq_kernel, "Q K V DO DQ"),
                                            ("backward dk dv", dkdv_kernel, "Q K V DO DK DV")):
             flags = {option: option in options for option in ("CAUSAL", "WINDOWS", "PREFIX", "ROPE", "CAMERAS")}

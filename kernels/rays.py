@@ -40,10 +40,11 @@ OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 def _cameras(w2c, K, height: int, width: int):
-    """M [..., 3, 3] = R^T K_px^-1 and the camera centre o [..., 3]. Sums of products, not matmul: autocast or TF32 would round them."""
+    """M [..., 3, 3] = R^T K_px^-1 and the camera centre o [..., 3]. Sums of products, not matmul: autocast or TF32 would round them.
+    inv_ex, not inv, which would wait for the GPU to say whether K is singular."""
     rotation, translation = w2c[..., :3, :3], w2c[..., :3, 3]
     per_pixel = torch.tensor([1 / width, 1 / height, 1], dtype=K.dtype, device=K.device)         # K_px^-1 = K^-1 diag(1/w, 1/h, 1)
-    M = (rotation.mT[..., None] * (torch.linalg.inv(K) * per_pixel)[..., None, :, :]).sum(-2)    # sum over the middle index
+    M = (rotation.mT[..., None] * (torch.linalg.inv_ex(K).inverse * per_pixel)[..., None, :, :]).sum(-2)    # sum over the middle index
     return M, -(rotation.mT * translation[..., None, :]).sum(-1)
 
 

@@ -6,8 +6,8 @@
 
 Masks. transformers asks a mask function once a forward pass and hands its result to every layer's attention function. Ours hands on the
 2-D padding mask as it is, because a kernel needs to know which keys are padding, not a B x 1 x S x S matrix. Whoever shares a prefix passes
-`prefix=segments` (int [B, S]: 0 prefix, k question k, -1 padding) to the model's forward beside attention_mask=None: keyword arguments reach
-the attention function. Rotary encodings were applied by the model before it calls us.
+`prefix=segments` (int [B, S]: 0 prefix, k question k, -1 padding) to the model's forward, without an attention_mask: keyword arguments
+reach the attention function. Rotary encodings were applied by the model before it calls us.
 """
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -16,7 +16,7 @@ from kernels.attention import attention
 
 
 def padding_mask(batch_size, q_length, kv_length, q_offset=0, attention_mask=None, device="cpu", **kwargs):
-    """What transformers' models pass on as attention_mask: int [B, keys], 0 for padding and -1 turned off; None where every key counts.
+    """What transformers' models pass on as attention_mask: bool [B, keys], False for padding; None where every key counts.
 
     A static cache has room for more keys than were written: the mask ends at the last written one, and `forward` cuts the keys there.
     """
@@ -37,10 +37,10 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         if attention_mask.ndim != 2:
             raise ValueError("world2vlm attention takes a 2-D padding mask; pass prefix=segments instead of a 4-D mask, or use sdpa")
         key, value = key[:, :, :attention_mask.shape[1]], value[:, :, :attention_mask.shape[1]]
-        prefix = attention_mask.to(torch.int32) - 1                                         # padding is -1; the rest is seen by all behind it
+        prefix = attention_mask.to(torch.int32) - 1                          # padding is -1; the rest, 0, is seen by all behind it
     causal = module.is_causal if is_causal is None else is_causal
     o = attention(query, key, value, causal=causal, scale=scaling, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q,
-                  prefix=prefix if causal else None)                                        # a model's keywords reach its vision tower too
+                  prefix=prefix if causal else None)                         # a model's keywords reach its vision tower too
     return o.transpose(1, 2).contiguous(), None
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # kernels/, wherever pytest was started
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
@@ -27,7 +28,8 @@ def load(name: str):
 def script(name: str, *arguments, processes: int = 1, check: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a script as a user would, under torchrun where `processes` says so."""
     path, = ROOT.glob(f"{name}*.py")
-    runner = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    runner = [sys.executable] if processes == 1 else torchrun
     done = subprocess.run([*runner, str(path), *map(str, arguments)], capture_output=True, text=True, **options)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -50,6 +52,30 @@ def write_questions(path: Path, root: Path, scenes: int, seed: int = 0, pictures
                 {"role": "assistant", "content": answer}]})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def tiny_qwen25(run: Path, folder: Path, attention: str):
+    """The other family: a random Qwen2.5-VL with windowed attention, with the tiny student's tokenizer and processor."""
+    import shutil
+
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    sft = load("04")
+    if not (folder / "qwen25").is_dir():
+        student = sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6)
+        ids = {key: getattr(student.model.config, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id",
+                                                                   "vision_end_token_id")}
+        config = Qwen2_5_VLConfig(
+            text_config=dict(vocab_size=len(student.tokenizer), hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=2,
+                             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
+            vision_config=dict(depth=2, hidden_size=80, intermediate_size=48, num_heads=1, patch_size=14, out_hidden_size=128,
+                               window_size=56, fullatt_block_indexes=[1], temporal_patch_size=1), **ids)
+        torch.manual_seed(0)
+        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "qwen25")
+        for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+            shutil.copy(run / "4_base" / name, folder / "qwen25" / name)
+    return sft.load_student(str(folder / "qwen25"), torch.float32, "cpu", attention, 10**6)
 
 
 @pytest.fixture(scope="session")

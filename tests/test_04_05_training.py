@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, script, write_questions
+from conftest import ROOT, load, script, tiny_qwen25, write_questions
 from PIL import Image
 
 sft, refine = load("04"), load("05")
@@ -23,25 +23,6 @@ def tiny(run, module=sft):
     return module.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6)
 
 
-def tiny_qwen25(run, tmp_path):
-    """The other family: a random Qwen2.5-VL with windowed attention, with the tiny student's tokenizer and processor."""
-    import shutil
-
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    student = tiny(run)
-    ids = {key: getattr(student.model.config, key) for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(student.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=14, out_hidden_size=64, window_size=56,
-                           fullatt_block_indexes=[1], temporal_patch_size=1), **ids)
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(tmp_path / "qwen25")
-    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
-        shutil.copy(run / "4_base" / name, tmp_path / "qwen25" / name)
-    return sft.load_student(str(tmp_path / "qwen25"), torch.float32, "cpu", "eager", 10**6)
-
-
 def gradients(student):
     found = torch.cat([p.grad.flatten() for p in student.model.parameters() if p.grad is not None])
     student.model.zero_grad()
@@ -52,7 +33,7 @@ def gradients(student):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
 def test_shared_prefix_keeps_loss_and_gradients(run, tmp_path, family):
-    student = tiny(run) if family == "qwen3" else tiny_qwen25(run, tmp_path)
+    student = tiny(run) if family == "qwen3" else tiny_qwen25(run, tmp_path, "eager")
     groups = sft.group_by_pictures(sft.read_questions(run / "3_qa/sft.jsonl", run), 16)
     shared, alone = (sft.rows_of(student, groups, way) for way in (True, False))
     assert len(shared) == 12 and len(alone) == 36
@@ -79,7 +60,7 @@ def test_questions_would_see_each_other_without_the_mask(run):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
 def test_positions_are_those_of_transformers(run, tmp_path, family):
-    student = tiny(run) if family == "qwen3" else tiny_qwen25(run, tmp_path)
+    student = tiny(run) if family == "qwen3" else tiny_qwen25(run, tmp_path, "eager")
     grids = torch.tensor([[1, 6, 6], [1, 2, 8], [1, 4, 2]])
     record = {"messages": [{"role": "user", "content": "Look: <image><image> and <image> where is it?"}, {"role": "assistant", "content": "left"}]}
     encoded = sft.encode(student, record, grids)

@@ -13,10 +13,12 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None                # what `import triton` meets on macOS and Windows
 import torch
+from kernels.attention import attention
 from kernels.rays import plucker_rays
 from kernels.temporal import temporal_attention, temporal_attention_reference
 x = torch.randn(6, 2, 64)
 assert temporal_attention(x, x, x, 3).equal(temporal_attention_reference(x, x, x, 3))
+assert attention(*torch.randn(3, 1, 2, 5, 32), causal=True, scale=None).shape == (1, 2, 5, 32)
 assert plucker_rays(torch.eye(4)[None], torch.eye(3)[None], 2, 3).shape == (1, 6, 2, 3)
 """
 
@@ -27,7 +29,10 @@ def python(*arguments, **environment) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
+INTERPRETED = [*sorted((ROOT / "tests/interpreted").glob("*.py")), ROOT / "tests/test_kernels_register.py"]
+
+
+@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
 def test_interpreted(path):
     pytest.importorskip("triton")
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")

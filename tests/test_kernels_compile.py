@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 pytest.importorskip("triton", reason="triton is published for Linux only: kernels are compiled there")
-sys.path.insert(0, str(ROOT))
+
 from kernels import compile as ahead  # noqa: E402
 
 

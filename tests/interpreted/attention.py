@@ -1,15 +1,17 @@
 """The attention kernels under Triton's interpreter against a float64 oracle that follows the definition token by token.
 
-Run by tests/test_kernels.py with TRITON_INTERPRET=1. A kernel may be at most 4 times as far from the oracle as plain torch in the same precision.
+Run by tests/test_kernels.py with TRITON_INTERPRET=1. A kernel may be at most 4 times as far from the oracle as plain torch in the same
+precision.
 """
 import itertools
 
 import pytest
 import torch
+import triton
 
-from kernels.attention import INTERPRETED, attention, attention_reference, mrope
+from kernels.attention import attention, attention_reference, mrope
 
-assert INTERPRETED, "run me with TRITON_INTERPRET=1"
+assert triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
 
 
 def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
@@ -56,7 +58,8 @@ def close(got, same_precision, exact, what):
     """got is at most 4 times as far from the exact values as plain torch in the same precision is."""
     size = exact.abs().max().item()
     floor = 2e-7 if got.dtype == torch.float32 else 5e-4
-    error, allowed = (got.double() - exact).abs().max().item(), 4 * (same_precision.double() - exact).abs().max().item() + floor * max(size, 1e-3)
+    error, plain = ((x.double() - exact).abs().max().item() for x in (got, same_precision))
+    allowed = 4 * plain + floor * max(size, 1e-3)
     assert error <= allowed, f"{what}: {error:.2e} off where {allowed:.2e} is allowed"
 
 
@@ -67,7 +70,8 @@ def check(B=1, H=2, Hk=1, S=5, Sk=None, D=32, causal=True, dtype=torch.float32, 
     q, k, v, do = (torch.randn(B, heads, n, D, generator=g).to(dtype) for heads, n in ((H, S), (Hk, Sk), (Hk, Sk), (H, S)))
     options = {"prefix": prefix}
     if rope:
-        options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16], 1e4)
+        section = [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16]
+        options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), section, 1e4)
     if views:
         options["cameras"] = torch.eye(4) + 0.3 * torch.randn(B, views, 4, 4, generator=g)
     cu = None if windows is None else torch.tensor([0, *itertools.accumulate(windows)], dtype=torch.int32)
