@@ -51,7 +51,7 @@ from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoT
                           Qwen3VLForConditionalGeneration)
 from transformers.utils import cached_file, logging
 
-from kernels.register import register, windows_in_one_launch
+from kernels import register, windows_in_one_launch
 
 logging.disable_progress_bar()
 BY_THE_WAY = ("run", "micro_tokens", "save_every", "log_every")  # settings that do not change the result

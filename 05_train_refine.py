@@ -48,7 +48,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 from transformers.utils import cached_file, logging
 
-from kernels.register import register, windows_in_one_launch
+from kernels import register, windows_in_one_launch
 
 logging.disable_progress_bar()
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")

@@ -53,7 +53,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 
-from kernels.register import register, windows_in_one_launch
+from kernels import register, windows_in_one_launch
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---

@@ -10,7 +10,6 @@ Masks. transformers asks a mask function once a forward pass and hands its resul
 reach the attention function. Rotary encodings were applied by the model before it calls us.
 """
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from kernels.attention import attention
 
@@ -46,6 +45,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 def register():
     """Make attn_implementation="world2vlm" known to transformers, through its public interfaces."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # here: the kernels themselves need nothing but torch
     for name in ("world2vlm", "world2vlm_flash"):
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, padding_mask)

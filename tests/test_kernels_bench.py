@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT))
-from kernels import bench  # noqa: E402
+from kernels import bench
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

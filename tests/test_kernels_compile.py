@@ -8,7 +8,7 @@ from conftest import ROOT
 
 pytest.importorskip("triton", reason="triton is published for Linux only: kernels are compiled there")
 
-from kernels import compile as ahead  # noqa: E402
+from kernels import compile as ahead
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 Here CPU tensors take the reference; tests/test_kernels.py runs this file again under Triton's interpreter, where they take the kernels.
 """
-import kernels.register
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import load, tiny_qwen25, write_questions
 from PIL import Image
 
 sft, refine = load("04"), load("05")
+ours_in_transformers = importlib.import_module("kernels.register")  # `kernels.register` is the function
 
 
 @pytest.fixture(scope="module", params=["qwen2.5", "qwen3"])
@@ -86,8 +88,8 @@ def test_gradients_of_a_batch_with_shared_prefixes(pair, run, tmp_path, checkpoi
 @torch.no_grad()
 def test_the_vision_tower_calls_once_a_layer(pair, questions, monkeypatch):
     """Three prompts, six pictures, many windows: one launch a layer, with cu_seqlens."""
-    launches, attention = [], kernels.register.attention
-    monkeypatch.setattr(kernels.register, "attention", lambda *a, **k: launches.append(k["cu_seqlens"]) or attention(*a, **k))
+    launches, attention = [], ours_in_transformers.attention
+    monkeypatch.setattr(ours_in_transformers, "attention", lambda *a, **k: launches.append(k["cu_seqlens"]) or attention(*a, **k))
     pair[1].model(**left_padded(pair[1], questions))
     config = pair[1].model.config
     assert sum(c is not None for c in launches) == config.vision_config.depth
@@ -98,6 +100,6 @@ def test_the_vision_tower_calls_once_a_layer(pair, questions, monkeypatch):
 def test_what_it_cannot_do_is_an_error():
     x = torch.zeros(1, 2, 3, 32)
     with pytest.raises(ValueError, match="prefix=segments"):
-        kernels.register.forward(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3))
+        ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3))
     with pytest.raises(ValueError, match="no dropout"):
-        kernels.register.forward(torch.nn.Module(), x, x, x, None, dropout=0.1)
+        ours_in_transformers.forward(torch.nn.Module(), x, x, x, None, dropout=0.1)
