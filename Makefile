@@ -3,6 +3,7 @@
 
 RUN    ?= runs/demo
 PYTHON ?= python3
+STEPS  ?= 860
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
@@ -18,7 +19,7 @@ demo: $(VENV)/ready
 	$(PY) 02_imagine_views.py --run $(RUN) --keep ends
 	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=0.2 D1=3 D2=0.5 D3=2 D4=2 S2=2
 	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 250 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.02 --steps 920 $(TINY)
+	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.02 --steps $(STEPS) $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 2e-5 --max_new_tokens 24
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 120 --blank False
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 120
