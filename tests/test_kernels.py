@@ -29,13 +29,16 @@ def python(*arguments, **environment) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
 
 
-INTERPRETED = [*sorted((ROOT / "tests/interpreted").glob("*.py")), ROOT / "tests/test_kernels_register.py"]
-
-
-@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
 def test_interpreted(path):
     pytest.importorskip("triton")
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")
+
+
+def test_a_whole_model_interpreted():
+    """Part of test_kernels_register.py once more, on the kernels instead of the reference; all of it would take a quarter of an hour."""
+    pytest.importorskip("triton")
+    python("-m", "pytest", "-q", ROOT / "tests/test_kernels_register.py", "-k", "qwen2.5 and logits", TRITON_INTERPRET="1")
 
 
 def test_cpu_tensors_take_the_reference_without_triton():

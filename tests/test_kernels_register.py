@@ -1,6 +1,6 @@
 """A tiny Qwen2.5-VL and the tiny student are the same model with attn_implementation="world2vlm" as with "eager".
 
-Here CPU tensors take the reference; tests/test_kernels.py runs this file again under Triton's interpreter, where they take the kernels.
+Here CPU tensors take the reference; tests/test_kernels.py runs a part again under Triton's interpreter, where they take the kernels.
 """
 import importlib
 
