@@ -845,7 +845,7 @@ def action_text(actions: list) -> str:
 
 
 def choose_rows(records: list[dict], count: int) -> list[dict]:
-    """Trajectories for the contact sheet: the kinds of action in turn, the most frequent first, scenes mixed; a failed one is last, if there is any."""
+    """Trajectories for the contact sheet: the kinds of action in turn, the most frequent first, scenes mixed; a failed one, if any, last."""
     kinds = {}
     for record in sorted(records, key=lambda record: zlib.crc32(f"{record['scene_id']}/{record['traj_id']}".encode())):
         kinds.setdefault("; ".join(name for name, _ in record["actions"]), []).append(record)

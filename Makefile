@@ -1,4 +1,4 @@
-# make demo: the road 01 -> 06 on a bare machine, with the simulator and the tiny student.   make test: the tests.
+# make demo: the road 01 -> 06 on a bare machine, with the simulator and the tiny student (STEPS of SFT).   make test: the tests.
 # Both make .venv first. Each stage skips itself when its folder is finished, so an interrupted demo goes on where it stopped.
 
 RUN    ?= runs/demo

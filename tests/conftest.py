@@ -54,6 +54,17 @@ def write_questions(path: Path, root: Path, scenes: int, seed: int = 0, pictures
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def tolerance(plain: list, want: list) -> list:
+    """How far each result may be from the oracle's: four times as far as plain torch of the same precision."""
+    return [4 * (p - w).abs().max() + 1e-7 * w.abs().max() for p, w in zip(plain, want, strict=True)]
+
+
+def check(names: tuple, got: list, want: list, allowed: list):
+    for name, g, w, most in zip(names, got, want, allowed, strict=True):
+        error = (g - w).abs().max()
+        assert error <= most, f"{name} is off by {error:.1e}, allowed {most:.1e}"
+
+
 def tiny_qwen25(run: Path, folder: Path, attention: str):
     """The other family: a random Qwen2.5-VL with windowed attention, with the tiny student's tokenizer and processor."""
     import shutil

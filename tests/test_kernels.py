@@ -36,7 +36,7 @@ def test_interpreted(path):
 
 
 def test_a_whole_model_interpreted():
-    """Part of test_kernels_register.py once more, on the kernels instead of the reference; all of it would take a quarter of an hour."""
+    """Part of test_kernels_register.py once more, on the kernels instead of the reference; its gradients take minutes there."""
     pytest.importorskip("triton")
     python("-m", "pytest", "-q", ROOT / "tests/test_kernels_register.py", "-k", "qwen2.5 and logits", TRITON_INTERPRET="1")
 

@@ -101,5 +101,7 @@ def test_what_it_cannot_do_is_an_error():
     x = torch.zeros(1, 2, 3, 32)
     with pytest.raises(ValueError, match="prefix=segments"):
         ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3))
+    with pytest.raises(ValueError, match="not both"):  # else the mask would quietly take the prefix's place
+        ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.ones(1, 3), prefix=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="no dropout"):
         ours_in_transformers.forward(torch.nn.Module(), x, x, x, None, dropout=0.1)

@@ -3,6 +3,8 @@ import math
 
 import pytest
 import torch
+from conftest import check, tolerance
+
 from kernels import rays
 from kernels.rays import plucker_rays, plucker_rays_reference
 
@@ -42,17 +44,6 @@ def results(function, w2c, K, height, width, dout):
     return [x.double() for x in (out.detach(), *torch.autograd.grad(out, (w2c, K), dout))]
 
 
-def tolerance(plain, want):
-    """Four times the error of the same precision in plain torch, a list as long as the results."""
-    return [4 * (p - w).abs().max() + 1e-7 * w.abs().max() for p, w in zip(plain, want, strict=True)]
-
-
-def check(got, want, allowed):
-    for name, g, w, most in zip(NAMES, got, want, allowed, strict=True):
-        error = (g - w).abs().max()
-        assert error <= most, f"{name} is off by {error:.1e}, allowed {most:.1e}"
-
-
 # A block is 512 pixels: here are 1, 35, 512, 513 and 511.
 @pytest.mark.parametrize("V, height, width", [(1, 1, 1), (3, 5, 7), (2, 16, 32), (1, 27, 19), (1, 73, 7)])
 def test_against_oracle(V, height, width):
@@ -62,12 +53,12 @@ def test_against_oracle(V, height, width):
     arguments = w2c.double(), K.double(), height, width, dout.double()
     want = results(oracle, *arguments)
     allowed = tolerance(plain, want)
-    check(got, want, allowed)
+    check(NAMES, got, want, allowed)
     with pytest.raises(AssertionError, match="rays is off"):
-        check(got, results(lambda *x: oracle(*x, sign=-1), *arguments), allowed)              # d x o
+        check(NAMES, got, results(lambda *x: oracle(*x, sign=-1), *arguments), allowed)              # d x o
     for i, name in enumerate(NAMES):
         with pytest.raises(AssertionError, match=f"{name} is off"):
-            check([-x if i == j else x for j, x in enumerate(got)], want, allowed)
+            check(NAMES, [-x if i == j else x for j, x in enumerate(got)], want, allowed)
 
 
 def test_by_meaning():

@@ -5,6 +5,8 @@ bfloat16 is missing: in Triton 3.9 the interpreter's tl.dot multiplies its bit p
 """
 import pytest
 import torch
+from conftest import check, tolerance
+
 from kernels import temporal
 from kernels.temporal import temporal_attention, temporal_attention_reference
 
@@ -45,17 +47,6 @@ def expected(q, k, v, dout, T, D, scale):
     return [x.reshape(q.shape) for x in results(lambda *x: oracle(*x, T, scale), wide[:3], wide[3])]
 
 
-def tolerance(plain, want):
-    """Four times the error of the same precision in plain torch, a list as long as the results."""
-    return [4 * (p - w).abs().max() + 1e-7 * w.abs().max() for p, w in zip(plain, want, strict=True)]
-
-
-def check(got, want, allowed):
-    for name, g, w, most in zip(NAMES, got, want, allowed, strict=True):
-        error = (g - w).abs().max()
-        assert error <= most, f"{name} is off by {error:.1e}, allowed {most:.1e}"
-
-
 @pytest.mark.parametrize("dtype, B, T, S, H, D, fused, flat", [
     (torch.float32, 1, 1, 1, 1, 32, False, False),       # one token
     (torch.float32, 2, 2, 9, 2, 64, True, True),         # 18 pixels: the last block of 8 is not full and one spans both videos
@@ -71,7 +62,7 @@ def test_against_oracle(dtype, B, T, S, H, D, fused, flat):
     got = results(lambda *x: temporal_attention(*x, T, head_width=D), (q, k, v), dout)
     plain = results(lambda *x: temporal_attention_reference(*x, T, head_width=D), (q, k, v), dout)
     want = expected(q, k, v, dout, T, D, D ** -0.5)
-    check(got, want, tolerance(plain, want))
+    check(NAMES, got, want, tolerance(plain, want))
 
 
 def test_scale_and_a_wrong_sign_is_noticed():
@@ -80,13 +71,13 @@ def test_scale_and_a_wrong_sign_is_noticed():
     plain = results(lambda *x: temporal_attention_reference(*x, 5, scale=0.3), (q, k, v), dout)
     want = expected(q, k, v, dout, 5, 32, 0.3)
     allowed = tolerance(plain, want)
-    check(got, want, allowed)
+    check(NAMES, got, want, allowed)
     for wrong in (expected(q, k, v, dout, 5, 32, -0.3), expected(q, k, v, dout, 5, 32, 32 ** -0.5)):
         with pytest.raises(AssertionError, match="out is off"):
-            check(got, wrong, allowed)
+            check(NAMES, got, wrong, allowed)
     for i, name in enumerate(NAMES):
         with pytest.raises(AssertionError, match=f"{name} is off"):
-            check([-x if i == j else x for j, x in enumerate(got)], want, allowed)
+            check(NAMES, [-x if i == j else x for j, x in enumerate(got)], want, allowed)
 
 
 def test_pixels_do_not_meet():
