@@ -223,6 +223,40 @@ def key_blocks(block, count, keys, n, b, start, PREFIX_ENDS, FIRST, Sk, CAUSAL: 
 
 
 @jit
+def query_tile(Q, SEGMENT, COS, SIN, P, stride, rows, count, first, first_key, per_view, PREFIX: tl.constexpr, ROPE: tl.constexpr,
+               CAMERAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """A block of encoded queries, their tokens and their segments; `first` is the sequence's first query, `first_key` that query's key."""
+    tokens = first + tl.minimum(rows, count - 1)
+    q = encode(load_rows(Q, stride, rows, count, D, BD), COS, SIN, P, tokens, per_view, ROPE, CAMERAS, True, D, BD)
+    mine = rows
+    if PREFIX:
+        mine = tl.load(SEGMENT + first_key + rows, mask=rows < count, other=-1)
+    return q, tokens, mine
+
+
+@jit
+def gradient_tile(DO, LSE, DELTA, P, rows, tokens, count, line, per_view, CAMERAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """do of a block of queries with their lse and delta. o = P o', so do' = P^T do."""
+    do = load_rows(DO + line * D, D, rows, count, D, BD)
+    if CAMERAS:
+        do = mix(do.to(tl.float32), P, tokens // per_view, True).to(do.dtype)
+    return do, tl.load(LSE + line + rows, mask=rows < count, other=0.0), tl.load(DELTA + line + rows, mask=rows < count, other=0.0)
+
+
+@jit
+def key_tile(K, V, SEGMENT, COS, SIN, INVERSE, k_stride, v_stride, cols, keys, first, per_view, PREFIX: tl.constexpr, ROPE: tl.constexpr,
+             CAMERAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """A block of encoded keys and values, their tokens and their segments; `first` is the token of the sequence's first key."""
+    tokens = first + tl.minimum(cols, keys - 1)
+    k = encode(load_rows(K, k_stride, cols, keys, D, BD), COS, SIN, INVERSE, tokens, per_view, ROPE, CAMERAS, False, D, BD)
+    v = encode(load_rows(V, v_stride, cols, keys, D, BD), COS, SIN, INVERSE, tokens, per_view, False, CAMERAS, False, D, BD)
+    theirs = cols
+    if PREFIX:
+        theirs = tl.load(SEGMENT + first + cols, mask=cols < keys, other=-1)
+    return k, v, tokens, theirs
+
+
+@jit
 def scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr):
     """scale q.k, in units of log 2 for exp2; -inf where the pair is not visible: [BM, BN] float32."""
     visible = (rows < count)[:, None] & (cols < keys)[None, :]
@@ -243,14 +277,10 @@ def forward_kernel(Q, K, V, O, LSE, CU, SEGMENT, FIRST, PREFIX_ENDS, COS, SIN, P
     b, start, count, keys = sequence(CU, n, S, Sk, WINDOWS)
     if block * BM >= count:
         return
-    b, shift = b.to(tl.int64), keys - count
+    query, first, b = b * S + start, b * Sk + start, b.to(tl.int64)                          # tokens fit into 32 bits, addresses may not
     rows = block * BM + tl.arange(0, BM)
-    tokens = b * S + start + tl.minimum(rows, count - 1)
-    q = load_rows(Q + b * qb + h * qh + start * qs, qs, rows, count, D, BD)
-    q = encode(q, COS, SIN, P, tokens, per_view, ROPE, CAMERAS, True, D, BD)
-    mine = rows
-    if PREFIX:
-        mine = tl.load(SEGMENT + b * Sk + start + shift + rows, mask=rows < count, other=-1)
+    q, tokens, mine = query_tile(Q + b * qb + h * qh + start * qs, SEGMENT, COS, SIN, P, qs, rows, count, query,
+                                 first + keys - count, per_view, PREFIX, ROPE, CAMERAS, D, BD)
     K += b * kb + h // group * kh + start * ks
     V += b * vb + h // group * vh + start * vs
 
@@ -260,13 +290,7 @@ def forward_kernel(Q, K, V, O, LSE, CU, SEGMENT, FIRST, PREFIX_ENDS, COS, SIN, P
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, b, start, PREFIX_ENDS, FIRST, Sk, CAUSAL, PREFIX, BM, BN)
     for t in range(0, a1 - a0 + b1 - b0):
         cols = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0)) * BN + tl.arange(0, BN)
-        k, v = load_rows(K, ks, cols, keys, D, BD), load_rows(V, vs, cols, keys, D, BD)
-        seen = b * Sk + start + tl.minimum(cols, keys - 1)
-        k = encode(k, COS, SIN, INVERSE, seen, per_view, ROPE, CAMERAS, False, D, BD)
-        v = encode(v, COS, SIN, INVERSE, seen, per_view, False, CAMERAS, False, D, BD)
-        theirs = cols
-        if PREFIX:
-            theirs = tl.load(SEGMENT + b * Sk + start + cols, mask=cols < keys, other=-1)
+        k, v, _, theirs = key_tile(K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, cols, keys, first, per_view, PREFIX, ROPE, CAMERAS, D, BD)
         s = scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL, PREFIX, PRECISION)
         larger = tl.maximum(m, tl.max(s, 1))
         base = tl.where(larger == float("-inf"), 0.0, larger)                                # nothing seen: exp2(-inf - 0) is 0, not nan
@@ -278,8 +302,9 @@ def forward_kernel(Q, K, V, O, LSE, CU, SEGMENT, FIRST, PREFIX_ENDS, COS, SIN, P
     o = o / tl.where(blind, 1.0, l)[:, None]
     if CAMERAS:
         o = mix(o, P, tokens // per_view, False)
-    store_rows(O + ((b * H + h) * S + start) * D, D, rows, count, o, D, BD)
-    tl.store(LSE + (b * H + h) * S + start + rows, tl.where(blind, 0.0, m + tl.log2(tl.where(blind, 1.0, l))), mask=rows < count)
+    line = (b * H + h) * S + start
+    store_rows(O + line * D, D, rows, count, o, D, BD)
+    tl.store(LSE + line + rows, tl.where(blind, 0.0, m + tl.log2(tl.where(blind, 1.0, l))), mask=rows < count)
 
 
 @jit
@@ -291,19 +316,11 @@ def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, CU, SEGMENT, FIRST, PREFIX_ENDS, COS,
     b, start, count, keys = sequence(CU, n, S, Sk, WINDOWS)
     if block * BM >= count:
         return
-    b, shift = b.to(tl.int64), keys - count
-    rows = block * BM + tl.arange(0, BM)
-    tokens = b * S + start + tl.minimum(rows, count - 1)
-    q = load_rows(Q + b * qb + h * qh + start * qs, qs, rows, count, D, BD)
-    q = encode(q, COS, SIN, P, tokens, per_view, ROPE, CAMERAS, True, D, BD)
-    line = (b * H + h) * S + start
-    do = load_rows(DO + line * D, D, rows, count, D, BD)
-    do = encode(do, COS, SIN, P, tokens, per_view, False, CAMERAS, True, D, BD)              # o = P o', so do' = P^T do
-    lse = tl.load(LSE + line + rows, mask=rows < count, other=0.0)
-    delta = tl.load(DELTA + line + rows, mask=rows < count, other=0.0)
-    mine = rows
-    if PREFIX:
-        mine = tl.load(SEGMENT + b * Sk + start + shift + rows, mask=rows < count, other=-1)
+    query, first, b = b * S + start, b * Sk + start, b.to(tl.int64)
+    rows, line = block * BM + tl.arange(0, BM), (b * H + h) * S + start
+    q, tokens, mine = query_tile(Q + b * qb + h * qh + start * qs, SEGMENT, COS, SIN, P, qs, rows, count, query,
+                                 first + keys - count, per_view, PREFIX, ROPE, CAMERAS, D, BD)
+    do, lse, delta = gradient_tile(DO, LSE, DELTA, P, rows, tokens, count, line, per_view, CAMERAS, D, BD)
     K += b * kb + h // group * kh + start * ks
     V += b * vb + h // group * vh + start * vs
 
@@ -311,13 +328,7 @@ def dq_kernel(Q, K, V, DO, DQ, LSE, DELTA, CU, SEGMENT, FIRST, PREFIX_ENDS, COS,
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, b, start, PREFIX_ENDS, FIRST, Sk, CAUSAL, PREFIX, BM, BN)
     for t in range(0, a1 - a0 + b1 - b0):
         cols = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0)) * BN + tl.arange(0, BN)
-        k, v = load_rows(K, ks, cols, keys, D, BD), load_rows(V, vs, cols, keys, D, BD)
-        seen = b * Sk + start + tl.minimum(cols, keys - 1)
-        k = encode(k, COS, SIN, INVERSE, seen, per_view, ROPE, CAMERAS, False, D, BD)
-        v = encode(v, COS, SIN, INVERSE, seen, per_view, False, CAMERAS, False, D, BD)
-        theirs = cols
-        if PREFIX:
-            theirs = tl.load(SEGMENT + b * Sk + start + cols, mask=cols < keys, other=-1)
+        k, v, _, theirs = key_tile(K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, cols, keys, first, per_view, PREFIX, ROPE, CAMERAS, D, BD)
         s = scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL, PREFIX, PRECISION)
         p = tl.exp2(s - lse[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
@@ -336,38 +347,25 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, CU, SEGMENT, LAST, COS, SIN, P,
     b, start, count, keys = sequence(CU, n, S, Sk, WINDOWS)
     if block * BN >= keys:
         return
-    b, shift = b.to(tl.int64), keys - count
-    cols = block * BN + tl.arange(0, BN)
-    seen = b * Sk + start + tl.minimum(cols, keys - 1)
-    k = load_rows(K + b * kb + hk * kh + start * ks, ks, cols, keys, D, BD)
-    k = encode(k, COS, SIN, INVERSE, seen, per_view, ROPE, CAMERAS, False, D, BD)
-    v = load_rows(V + b * vb + hk * vh + start * vs, vs, cols, keys, D, BD)
-    v = encode(v, COS, SIN, INVERSE, seen, per_view, False, CAMERAS, False, D, BD)
+    query, first, b = b * S + start, b * Sk + start, b.to(tl.int64)
+    cols, shift = block * BN + tl.arange(0, BN), keys - count
+    k, v, seen, theirs = key_tile(K + b * kb + hk * kh + start * ks, V + b * vb + hk * vh + start * vs, SEGMENT, COS, SIN, INVERSE, ks, vs,
+                                  cols, keys, first, per_view, PREFIX, ROPE, CAMERAS, D, BD)
 
     i0, end = count * 0, count                                                               # queries that may see this block: i0 BM .. end
-    theirs = cols
     if CAUSAL:
         i0 = tl.maximum(block * BN - shift, 0) // BM
     if PREFIX:
-        theirs = tl.load(SEGMENT + b * Sk + start + cols, mask=cols < keys, other=-1)
-        end = tl.minimum(count, tl.max(tl.load(LAST + b * Sk + start + cols, mask=cols < keys, other=0)) - shift)
+        end = tl.minimum(count, tl.max(tl.load(LAST + first + cols, mask=cols < keys, other=0)) - shift)
     visits = tl.maximum(tl.cdiv(end, BM) - i0, 0)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     for t in range(0, visits * group):
         h = hk * group + t // visits
         rows = (i0 + t % visits) * BM + tl.arange(0, BM)
-        tokens = b * S + start + tl.minimum(rows, count - 1)
-        line = (b * H + h) * S + start
-        q = load_rows(Q + b * qb + h * qh + start * qs, qs, rows, count, D, BD)
-        q = encode(q, COS, SIN, P, tokens, per_view, ROPE, CAMERAS, True, D, BD)
-        do = load_rows(DO + line * D, D, rows, count, D, BD)
-        do = encode(do, COS, SIN, P, tokens, per_view, False, CAMERAS, True, D, BD)
-        lse = tl.load(LSE + line + rows, mask=rows < count, other=0.0)
-        delta = tl.load(DELTA + line + rows, mask=rows < count, other=0.0)
-        mine = rows
-        if PREFIX:
-            mine = tl.load(SEGMENT + b * Sk + start + shift + rows, mask=rows < count, other=-1)
+        q, tokens, mine = query_tile(Q + b * qb + h * qh + start * qs, SEGMENT, COS, SIN, P, qs, rows, count, query, first + shift, per_view,
+                                     PREFIX, ROPE, CAMERAS, D, BD)
+        do, lse, delta = gradient_tile(DO, LSE, DELTA, P, rows, tokens, count, (b * H + h) * S + start, per_view, CAMERAS, D, BD)
         s = scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL, PREFIX, PRECISION)
         p = tl.exp2(s - lse[:, None])
         dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision=PRECISION)

@@ -34,8 +34,8 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         raise ValueError(f"world2vlm attention has no dropout ({dropout}) and no sliding window ({sliding_window}): use sdpa")
     if attention_mask is not None:
         if attention_mask.ndim != 2 or prefix is not None:
-            raise ValueError("world2vlm attention takes a 2-D padding mask or prefix=segments (with -1 for padding), not both and no 4-D mask: "
-                             "choose one, or use sdpa")
+            raise ValueError("world2vlm attention takes a 2-D padding mask or prefix=segments (with -1 for padding), not both and no "
+                             "4-D mask: choose one, or use sdpa")
         key, value = key[:, :, :attention_mask.shape[1]], value[:, :, :attention_mask.shape[1]]
         prefix = attention_mask.to(torch.int32) - 1                          # padding is -1; the rest, 0, is seen by all behind it
     causal = module.is_causal if is_causal is None else is_causal
