@@ -363,8 +363,8 @@ def dkdv_kernel(Q, K, V, DO, DK, DV, LSE, DELTA, CU, SEGMENT, LAST, COS, SIN, P,
     for t in range(0, visits * group):
         h = hk * group + t // visits
         rows = (i0 + t % visits) * BM + tl.arange(0, BM)
-        q, tokens, mine = query_tile(Q + b * qb + h * qh + start * qs, SEGMENT, COS, SIN, P, qs, rows, count, query, first + shift, per_view,
-                                     PREFIX, ROPE, CAMERAS, D, BD)
+        q, tokens, mine = query_tile(Q + b * qb + h * qh + start * qs, SEGMENT, COS, SIN, P, qs, rows, count, query,
+                                     first + shift, per_view, PREFIX, ROPE, CAMERAS, D, BD)
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, rows, tokens, count, (b * H + h) * S + start, per_view, CAMERAS, D, BD)
         s = scores(q, k, rows, cols, count, keys, mine, theirs, scale, CAUSAL, PREFIX, PRECISION)
         p = tl.exp2(s - lse[:, None])
