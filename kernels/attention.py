@@ -385,7 +385,7 @@ def tiles(D: int, bits: int, flags: dict, backward: bool) -> dict:
     tile is float32 for a while. Questions that share a prefix are short, so blocks of 64 waste less on them."""
     BD, encoded = 2 * triton.next_power_of_2(D // 2), flags["ROPE"] or flags["CAMERAS"]
     if bits == 32:
-        size = {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+        size = {"BM": 32 if BD <= 64 else 16, "BN": 32 if BD <= 64 else 16, "num_warps": 8, "num_stages": 1}
     elif backward:
         size = {"BM": 64, "BN": 64, "num_warps": 8 if BD > 64 or encoded else 4, "num_stages": 1}
     elif encoded:
@@ -520,7 +520,8 @@ def compile_cases() -> list[tuple]:
     cases = []
     for kind, D, options in (("bf16", 128, ("CAUSAL",)), ("fp16", 64, ()), ("bf16", 80, ("WINDOWS",)), ("bf16", 128, ("CAUSAL", "PREFIX")),
                              ("bf16", 128, ("CAUSAL", "ROPE")), ("bf16", 80, ("WINDOWS", "ROPE")), ("bf16", 64, ("CAMERAS",)),
-                             ("bf16", 128, ("CAMERAS",)), ("fp32", 64, ("CAUSAL",))):
+                             ("bf16", 128, ("CAMERAS",)), ("fp32", 64, ("CAUSAL",)), ("fp32", 128, ("CAUSAL",)),
+                             ("fp32", 128, ("CAUSAL", "ROPE"))):
         for direction, kernel, tensors in (("forward", forward_kernel, "Q K V O"), ("backward dq", dq_kernel, "Q K V DO DQ"),
                                            ("backward dk dv", dkdv_kernel, "Q K V DO DK DV")):
             flags = {option: option in options for option in ("CAUSAL", "WINDOWS", "PREFIX", "ROPE", "CAMERAS")}
