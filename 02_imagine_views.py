@@ -56,6 +56,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -160,6 +161,8 @@ class Config:
                                  "to the first one named that can take it")
     keep: str = setting("keyframes", "frames kept of a trajectory: keyframes (frame 0 and the one after each action), ends (first and last) or all")
     depth_dir: str = setting("", "folder of <photo stem>.depth.npy files, float metres along the viewing axis, for warp; empty: beside each photograph")
+    device: str = setting("auto", "where a teacher's networks run: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1; bfloat16 on cuda, "
+                          "float32 on a CPU")
     seed: int = setting(0, "seed of teachers that draw random numbers; simulator and warp draw none, it only goes on record")
     max_turn_error_deg: float = setting(5.0, "quality check, degrees: half of the smallest turn, so that a passed turn is nearest to its own label")
     min_match: float = setting(0.4, "quality check, correlation 0..1: at its best yaw the anchor must resemble the turned frame at least so much")
@@ -510,6 +513,10 @@ def splat_depth(depth: np.ndarray, c2w: np.ndarray, K: np.ndarray) -> np.ndarray
 
 
 # --- teachers ---
+# refuses(trajectory) -> why this teacher cannot take it at all and what would help; empty: it can.
+# anchor(trajectory) -> what it starts from, read from disk.
+# imagine(anchor, c2w [N,4,4], K, kept) -> frames uint8 [n,H,W,3], those of the indices `kept` (all N unless given). It leaves behind what stage 2
+# records of them: `objects` (visible ones per frame, or None), `holes` (bool [n,H,W], or None), `K` (of the frames), `settings`.
 
 class Unusable(Exception):
     """This trajectory cannot be imagined; the text says why and what would help."""
@@ -524,11 +531,12 @@ def load_room(path: Path) -> Room:
 
 
 @lru_cache(maxsize=4)
-def load_photo(path: Path, width: int, height: int) -> np.ndarray:
-    """uint8 [H,W,3], the right way up."""
+def load_photo(path: Path, width: int = 0, height: int = 0) -> np.ndarray:
+    """uint8 [H,W,3], the right way up; in its own size unless another is given."""
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.LANCZOS))
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(image.resize((width, height), Image.LANCZOS) if width else image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # what PIL raises for damaged files
         raise Unusable(f"{path}: {error}") from None
 
@@ -554,7 +562,6 @@ class Simulator:
         self.run = Path(cfg.run)
 
     def refuses(self, trajectory: dict) -> str:
-        """Why this teacher cannot take the trajectory at all and what would help; empty: it can."""
         return "" if trajectory["room"] else "simulator draws rooms, not photographs (add --teacher warp)"
 
     def anchor(self, trajectory: dict) -> tuple[Room, list[float]]:
@@ -563,11 +570,10 @@ class Simulator:
             raise Unusable(f"start {start!r} is not [x_m, z_m, yaw_deg]")
         return room, start
 
-    def imagine(self, anchor: tuple[Room, list[float]], c2w: np.ndarray, K: np.ndarray) -> np.ndarray:
-        """Poses [N,4,4] -> frames uint8 [N,H,W,3]; leaves the visible objects of each in `objects`, its holes in `holes` (none here)."""
+    def imagine(self, anchor: tuple[Room, list[float]], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
         (room, start), frames, self.objects = anchor, [], []
-        self.settings, self.holes = {}, None
-        poses = start_pose(room, start) @ c2w
+        self.settings, self.holes, self.K = {}, None, K
+        poses = start_pose(room, start) @ c2w[kept]
         inside = np.abs(poses[:, :3, 3] + [0, room.half_m[1], 0]) < room.half_m - 0.01
         if not inside.all():
             raise Unusable("the camera leaves the room: run 01 again")
@@ -578,6 +584,26 @@ class Simulator:
             frames.append(picture)
             self.objects.append(visible_objects(room, ids, pose))
         return np.stack(frames)
+
+
+def first_picture(trajectory: dict, rooms: Simulator, long_side_px: int = 576) -> np.ndarray:
+    """What a generative teacher starts from, uint8 [H,W,3]: the photograph in its own size, or the room's frame 0 drawn so large."""
+    if not trajectory["room"]:
+        return load_photo(Path(trajectory["anchor"]))
+    room, start = rooms.anchor(trajectory)
+    enlarge = max(1, long_side_px / max(trajectory["width"], trajectory["height"]))
+    width, height = round(enlarge * trajectory["width"]), round(enlarge * trajectory["height"])
+    return render(room, start_pose(room, start), intrinsics(width, height, trajectory["fov_x_deg"]))[0]
+
+
+def network_place(cfg: Config) -> tuple[torch.device, torch.dtype]:
+    """Where a teacher's networks run, and in what precision."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a name torch does not know; a build without CUDA
+        stop(f"--device {name}: {str(error).splitlines()[0]}")
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 class Warp:
@@ -606,16 +632,17 @@ class Warp:
         self.settings = {"depth": path.name if path.is_file() else None}
         return load_photo(Path(trajectory["anchor"]), width, height), load_depth(path, width, height) if path.is_file() else None
 
-    def imagine(self, anchor: tuple[np.ndarray, np.ndarray | None], c2w: np.ndarray, K: np.ndarray) -> np.ndarray:
+    def imagine(self, anchor: tuple[np.ndarray, np.ndarray | None], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
         (picture, depth), views = anchor, []
-        for pose in c2w:
+        for pose in c2w[kept]:
             moves = np.abs(pose[:3, 3]).max() > 1e-6
             views.append(look_back(picture, pose, K, splat_depth(depth, pose, K) if moves else 1.0))
-        self.objects, self.holes = None, np.stack([holes for _, holes in views])
+        self.objects, self.holes, self.K = None, np.stack([holes for _, holes in views]), K
         return np.stack([view for view, _ in views])
 
 
 TEACHERS = {"simulator": Simulator, "warp": Warp}
+NETWORKS = set()  # those of them that run a network
 
 
 # --- quality check ---
@@ -752,9 +779,10 @@ def nerfstudio(trajectory: dict, c2w: np.ndarray, K: np.ndarray, kept: list[int]
 def make_views(trajectory: dict, teacher_name: str, teacher, cfg: Config):
     """Imagine one trajectory and write its folder, view.json last."""
     c2w = check(trajectory)
-    K = intrinsics(trajectory["width"], trajectory["height"], trajectory["fov_x_deg"])
     kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
-    frames = teacher.imagine(teacher.anchor(trajectory), c2w[kept], K)
+    frames = teacher.imagine(teacher.anchor(trajectory), c2w, intrinsics(trajectory["width"], trajectory["height"], trajectory["fov_x_deg"]), kept)
+    K, (height, width) = teacher.K, frames.shape[1:3]
+    trajectory = trajectory | {"width": width, "height": height, "fov_x_deg": round(2 * math.degrees(math.atan(width / 2 / K[0, 0])), 4)}
     folder = folder_of(trajectory)
     for frame, picture in zip(kept, frames):
         save(Path(cfg.run) / folder / f"{frame:03d}.png", png(Image.fromarray(picture)))
@@ -976,7 +1004,8 @@ def main(cfg: Config):
         print(f"{len(share) - len(todo)} of {len(share)} trajectories are there already")
     if "simulator" in cfg.teacher:
         pattern_bank()  # once, before the processes part
-    pool = multiprocessing.Pool(cfg.workers, start_worker, (cfg,)) if cfg.workers > 1 else None
+    workers = 1 if NETWORKS & {*cfg.teacher} else cfg.workers  # one copy of the weights; the device is busy as it is
+    pool = multiprocessing.Pool(workers, start_worker, (cfg,)) if workers > 1 else None
     start_worker(cfg)
     for why in tqdm(pool.imap_unordered(work, todo, chunksize=8) if pool else map(work, todo), total=len(todo), desc="views", unit="trajectory"):
         if why:
