@@ -87,13 +87,16 @@ def attention_reference(q, k, v, *, causal, scale, cu_seqlens=None, prefix=None,
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         lengths = [length for length in lengths if length]
 
-        def rows(x):  # [1, H, S, D] -> [N, H, longest, D]
-            return torch.nn.utils.rnn.pad_sequence(x[0].transpose(0, 1).split(lengths), batch_first=True).transpose(1, 2)
+        def rows(x, padding=0):  # [S, ...] -> [N, longest, ...]
+            if own is None:  # equal windows lie side by side as they are
+                return x.unflatten(0, (len(lengths), -1))
+            return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=padding)
 
         own = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]  # [N, longest]
         own = None if own.all() else own
-        segments = None if prefix is None else torch.nn.utils.rnn.pad_sequence(prefix[0].split(lengths), batch_first=True, padding_value=-1)
-        o = visible_attention(rows(q), rows(k), rows(v), causal, scale, own, segments).transpose(1, 2)       # [N, longest, H, D]
+        q, k, v = (rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q, k, v))                            # [N, H, longest, D]
+        segments = None if prefix is None else rows(prefix[0], padding=-1)
+        o = visible_attention(q, k, v, causal, scale, own, segments).transpose(1, 2)                         # [N, longest, H, D]
         o = (o.flatten(0, 1) if own is None else o[own]).transpose(0, 1)[None]
     return o if cameras is None else transform(o, cameras)
 
