@@ -8,6 +8,14 @@ shows. `warp` moves the pixels of a photograph: pixel p of the new view, at dept
 A turn has t = 0, so z cancels and K R K^-1 is exact (a homography). A move needs the photograph's depth map, which is splatted into the
 new view, nearest surface first, to give z. What the photograph does not show stays grey and is counted as a hole, never invented.
 
+`svc` is Stable Virtual Camera, the paper's world model: a U-Net that sees the latents of all N views at once, each with its camera's rays, and
+takes noise out of them, the photograph's view being known. One step from noise level sigma to the next, D being the network's clean estimate:
+
+    x <- x + (sigma_next - sigma) (x - D) / sigma,   D = D_without + s (D_with - D_without)   (with and without the photograph; s per view)
+
+Where we depart from its published use: one call a trajectory, with the photograph in it, instead of two passes of three calls whose second never
+sees it; a metre is as long in every call; only the kept views are decoded; cross-attention to the one context token is the linear map that it is.
+
 Where we depart from the paper: its teachers are trusted, ours are measured. Every trajectory gets a `qc` record, and what fails stays on disk,
 marked, for stage 3 to leave out:
     turn_error_deg  of the worst turn between key frames: yaw at which the earlier frame matches the later one, minus the yaw asked for; null where
@@ -30,6 +38,7 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/demo
     python 02_imagine_views.py --run runs/mine --teacher warp
     python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
+    python 02_imagine_views.py --run runs/mine --teacher svc                 # Stable Virtual Camera, weights by hub id or --svc FOLDER
     python 02_imagine_views.py --run runs/big --shard 0/4                    # and 1/4, 2/4, 3/4 elsewhere on the same disk
     python 02_imagine_views.py --benchmark
 
@@ -37,7 +46,9 @@ Measured on two CPU cores by --benchmark: 1793 frames/s at 112x112 and 185 at 57
 """
 import argparse
 import fcntl
+import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -51,15 +62,24 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+from kernels import plucker_rays, temporal_attention
+from kernels.temporal import MAX_FRAMES
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
 def setting(default, help: str):
@@ -157,12 +177,27 @@ FILL = 127  # grey of the pixels that no picture shows
 @dataclass
 class Config:
     run: str = setting("runs/demo", "folder of the run; reads RUN/1_trajectories, writes RUN/2_views")
-    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact) and/or warp (photographs; of a room it warps frame 0): a trajectory goes "
-                                 "to the first one named that can take it")
+    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact), warp (moves the pixels of photographs), svc (Stable Virtual Camera); all but the "
+                                 "simulator start from a photograph or a room's frame 0. A trajectory goes to the first one named that can take it")
     keep: str = setting("keyframes", "frames kept of a trajectory: keyframes (frame 0 and the one after each action), ends (first and last) or all")
     depth_dir: str = setting("", "folder of <photo stem>.depth.npy files, float metres along the viewing axis, for warp; empty: beside each photograph")
     device: str = setting("auto", "where a teacher's networks run: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1; bfloat16 on cuda, "
                           "float32 on a CPU")
+    steps: int = setting(0, "network evaluations of a generative teacher; 0: its own (svc 50, with --fast 20)")
+    guidance: float = setting(0.0, "how strongly a generative teacher follows its picture; 0: its own (svc 4, as published)")
+    fast: bool = setting(False, "svc: a second-order solver, and the kept frames only; prints the PSNR to the full run of the first trajectory")
+    compile: bool = setting(False, "svc: torch.compile the network; pays after a few trajectories")
+    offload: bool = setting(False, "keep a teacher's networks in main memory while they do not work: less GPU memory, slower")
+    vae_tiling: bool = setting(False, "decode pictures in tiles: less GPU memory")
+    svc: str = setting("stabilityai/stable-virtual-camera", "Stable Virtual Camera: hub id, folder or file of safetensors")
+    svc_vae: str = setting("stabilityai/stable-diffusion-2-1-base", "its picture autoencoder: hub id or folder of an AutoencoderKL, at its top or in vae/")
+    svc_clip: str = setting("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "its picture encoder: hub id or folder of a CLIPVisionModelWithProjection")
+    svc_px: list[int] = setting([576, 576], "width and height of its frames, multiples of 64; pictures are resized to cover them and cropped at the centre")
+    svc_window: int = setting(MAX_FRAMES, "most frames in one call; longer trajectories take several, each with the picture first")
+    svc_guider: str = setting("multiview", "vanilla, multiview or multiview_temporal: where guidance is weakened (see guidance_scale)")
+    svc_units_per_m: float = setting(1.0, "length of a metre in the network's coordinates, the same in every trajectory")
+    svc_passes: int = setting(1, "1: one call a trajectory. 2: as published, for comparison: a second pass imagines every frame again beside the first "
+                              "one's, without the picture, at a scale that changes from call to call")
     seed: int = setting(0, "seed of teachers that draw random numbers; simulator and warp draw none, it only goes on record")
     max_turn_error_deg: float = setting(5.0, "quality check, degrees: half of the smallest turn, so that a passed turn is nearest to its own label")
     min_match: float = setting(0.4, "quality check, correlation 0..1: at its best yaw the anchor must resemble the turned frame at least so much")
@@ -512,6 +547,479 @@ def splat_depth(depth: np.ndarray, c2w: np.ndarray, K: np.ndarray) -> np.ndarray
     return z.reshape(height, width)
 
 
+# --- svc: Stable Virtual Camera's network (arXiv 2503.14489; module names are those of the published weights) ---
+# B scenes of T frames each, b t -> one batch axis; C channels, D context width, h w latent size, s = h * w.
+
+@dataclass
+class SevaConfig:
+    """The network's shape; the defaults are the released model's."""
+    in_channels: int = 11  # 4 latent, 1 "is this frame given?", 6 Plücker
+    model_channels: int = 320
+    out_channels: int = 4
+    num_frames: int = 21
+    num_res_blocks: int = 2
+    attention_resolutions: list[int] = field(default_factory=lambda: [4, 2, 1])
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_head_channels: int = 64
+    transformer_depth: list[int] = field(default_factory=lambda: [1, 1, 1, 1])
+    context_dim: int = 1024
+    dense_in_channels: int = 6
+    dropout: float = 0.0
+    unflatten_names: list[str] = field(default_factory=lambda: ["middle_ds8", "output_ds4", "output_ds2"])  # attend across frames there
+
+
+def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
+    """t [N] -> float32 [N, width]: cosines, then sines, of geometrically spaced frequencies."""
+    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = t[:, None].float() * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a skip; between norm and convolution the camera map scales and shifts every pixel of the first."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, dense_channels: int, dropout: float):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.dense_emb_layers = nn.Sequential(nn.Conv2d(dense_channels, 2 * channels, 1))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout),
+                                        nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        norm, silu, conv = self.in_layers
+        if dense.shape[-2:] != x.shape[-2:]:
+            dense = F.interpolate(dense, x.shape[-2:], mode="bilinear", align_corners=True)
+        scale, shift = self.dense_emb_layers(dense).chunk(2, 1)
+        h = conv(silu(norm(x)) * (1 + scale) + shift) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """The weights of an attention; who meets whom is up to the block."""
+
+    def __init__(self, width: int, context_width: int, head_width: int):
+        super().__init__()
+        self.head_width = head_width
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def within(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n,s,C]: every token attends to all tokens of its row."""
+        q, k, v = (rearrange(to(x), "n s (h d) -> n h s d", d=self.head_width) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "n h s d -> n s (h d)"))
+
+    def through_time(self, x: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """x [b t,s,C]: every pixel attends to itself in all frames of its scene."""
+        return self.to_out(temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), num_frames, head_width=self.head_width))
+
+    def to_one(self, context: torch.Tensor) -> torch.Tensor:
+        """context [n,1,D]: a softmax over one token is 1, whatever asks. So to_q and to_k have no say, and this is a linear map."""
+        return self.to_out(self.to_v(context))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.proj(x).chunk(2, -1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class SpaceBlock(nn.Module):
+    """x [n,s,C], context [n,1,D]: attention within each row, the context, a feed-forward net."""
+
+    def __init__(self, width: int, context_width: int, head_width: int):
+        super().__init__()
+        self.attn1 = Attention(width, width, head_width)
+        self.attn2 = Attention(width, context_width, head_width)
+        self.ff = FeedForward(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))  # norm2 served attn2's queries: see to_one
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn1.within(self.norm1(x))
+        x = x + self.attn2.to_one(context)
+        return x + self.ff(self.norm3(x))
+
+
+class TimeBlock(SpaceBlock):
+    """x [b t,s,C]: attention through time, with a feed-forward net before it; the last one has no residual, what surrounds the block adds x."""
+
+    def __init__(self, width: int, context_width: int, head_width: int):
+        super().__init__(width, context_width, head_width)
+        self.norm_in, self.ff_in = nn.LayerNorm(width), FeedForward(width)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, num_frames: int) -> torch.Tensor:
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1.through_time(self.norm1(x), num_frames)
+        x = x + self.attn2.to_one(context)
+        return self.ff(self.norm3(x))
+
+
+class MultiviewTransformer(nn.Module):
+    """Blocks that look around a frame (or, `across` frames, around the whole scene), each followed by one that looks through time."""
+
+    def __init__(self, width: int, depth: int, cfg: SevaConfig, across: bool):
+        super().__init__()
+        self.across = across
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList(SpaceBlock(width, cfg.context_dim, cfg.num_head_channels) for _ in range(depth))
+        self.time_mix_blocks = nn.ModuleList(TimeBlock(width, cfg.context_dim, cfg.num_head_channels) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """x [b t,C,h,w], context [b t,1,D]. Blocks that see several frames take the context of the scene's first."""
+        skip, T, h = x, num_frames, x.shape[-2]
+        x = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        first = context[::T]  # b 1 D
+        for space, time_mix in zip(self.transformer_blocks, self.time_mix_blocks):
+            if self.across:
+                x = rearrange(space(rearrange(x, "(b t) s c -> b (t s) c", t=T), first), "b (t s) c -> (b t) s c", t=T)
+            else:
+                x = space(x, context)
+            x = x + time_mix(x, first.repeat_interleave(T, 0), T)
+        return skip + rearrange(self.proj_out(x), "n (h w) c -> n c h w", h=h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Layers of one resolution, each given what its kind needs."""
+
+    def forward(self, x, emb, context, dense, num_frames):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, dense)
+            else:
+                x = layer(x, context, num_frames) if isinstance(layer, MultiviewTransformer) else layer(x)
+        return x
+
+
+class Seva(nn.Module):
+    """The U-Net: noisy latents, time step, pictures' context and camera map -> its estimate of the noise."""
+
+    def __init__(self, cfg: SevaConfig):
+        super().__init__()
+        self.cfg = cfg
+        width, last = cfg.model_channels, len(cfg.channel_mult) - 1
+        emb_width = 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
+
+        def res(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(channels, out_channels, emb_width, cfg.dense_in_channels, cfg.dropout)
+
+        def transformer(channels: int, level: int, side: str) -> list[nn.Module]:
+            factor = 2 ** level
+            if factor not in cfg.attention_resolutions and side != "middle":
+                return []
+            return [MultiviewTransformer(channels, cfg.transformer_depth[level], cfg, f"{side}_ds{factor}" in cfg.unflatten_names)]
+
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(cfg.in_channels, width, 3, padding=1))])
+        channels, skips = width, [width]
+        for level, factor in enumerate(cfg.channel_mult):
+            for _ in range(cfg.num_res_blocks):
+                self.input_blocks.append(Stage(res(channels, factor * width), *transformer(factor * width, level, "input")))
+                channels = factor * width
+                skips.append(channels)
+            if level < last:
+                self.input_blocks.append(Stage(Downsample(channels)))
+                skips.append(channels)
+        self.middle_block = Stage(res(channels, channels), *transformer(channels, last, "middle"), res(channels, channels))
+        self.output_blocks = nn.ModuleList()
+        for level, factor in reversed([*enumerate(cfg.channel_mult)]):
+            for i in range(cfg.num_res_blocks + 1):
+                layers = [res(channels + skips.pop(), factor * width), *transformer(factor * width, level, "output")]
+                channels = factor * width
+                self.output_blocks.append(Stage(*layers, *([Upsample(channels)] if level and i == cfg.num_res_blocks else [])))
+        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_channels, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, dense_y: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        """x [b t,11,h,w], t [b t] time steps 0..999, y [b t,1,D], dense_y [b t,6,h,w] -> [b t,4,h,w]. h and w are multiples of 8."""
+        if y.shape[1] != 1:
+            raise ValueError(f"the context has one token, got y {tuple(y.shape)}")
+        T = num_frames or self.cfg.num_frames
+        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(x.dtype))
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, emb, y, dense_y, T)
+            skips.append(x)
+        x = self.middle_block(x, emb, y, dense_y, T)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, skips.pop()], 1), emb, y, dense_y, T)
+        return self.out(x)
+
+
+# --- svc: noise schedule, guidance, sampler ---
+# A picture z is noised to z + sigma * noise. The network knows 1000 levels of sigma.
+
+@lru_cache(maxsize=1)
+def svc_levels() -> torch.Tensor:
+    """float64 [1000], rising: the noise level of every time step, e^2.4 times that of the image model it grew from (more noise for more frames)."""
+    beta = torch.linspace(5e-6 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - beta).cumprod(0)
+    return ((1 - kept) / kept).sqrt() * math.exp(2.4)
+
+
+def svc_sigmas(num_steps: int) -> torch.Tensor:
+    """float32 [num_steps + 1]: falling noise levels, a final 0."""
+    index = torch.from_numpy(np.linspace(999, 0, num_steps, endpoint=False).astype(np.int64))
+    return torch.cat([svc_levels()[index].float(), torch.zeros(1)])
+
+
+def dense_sigmas(num_steps: int) -> torch.Tensor:
+    """The same for few steps, which must be small where the picture forms: even in sigma^(1/7) (Karras et al. 2022, eq. 5), on the network's levels."""
+    levels = svc_levels()
+    want = torch.linspace(float(levels[-1]) ** (1 / 7), float(levels[0]) ** (1 / 7), num_steps, dtype=torch.float64) ** 7
+    index = (want[:, None] - levels).abs().argmin(1).unique().flip(0)  # unique: of very many steps some would fall on one level
+    return torch.cat([levels[index].float(), torch.zeros(1)])
+
+
+def svc_denoise(network, x: torch.Tensor, sigma: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The clean picture behind x [n,4,h,w] at noise sigma [n], as the network sees it: x - sigma net(x / sqrt(sigma^2 + 1), ...).
+
+    cond: replace [n,5,h,w] (known latents and their mask), concat [n,7,h,w], dense_vector [n,6,h,w], crossattn [n,1,D].
+    """
+    step = (sigma[:, None] - svc_levels().to(sigma)).abs().argmin(1)  # [n]
+    sigma = svc_levels().to(sigma)[step].view(-1, 1, 1, 1)
+    known, mask = cond["replace"].split((4, 1), 1)
+    x = x * (1 - mask) + known * mask
+    x_in = torch.cat([x / (sigma ** 2 + 1).sqrt(), cond["concat"]], 1)
+    return x - sigma * network(x_in, step, cond["crossattn"], cond["dense_vector"])
+
+
+def svc_condition(latents: torch.Tensor, mask: torch.Tensor, plucker: torch.Tensor, clip_mean: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the network is told, without the pictures and with them, one after the other along the batch (see `svc_denoise`).
+
+    latents [n_in,4,h,w] of the given frames in order, mask bool [T] (which frames they are), plucker [T,6,h,w], clip_mean [D].
+    Without the pictures the cameras remain: guidance strengthens what the pictures say, not where the camera stands.
+    """
+    T, (h, w) = len(mask), latents.shape[-2:]
+    replace, plane = latents.new_zeros(T, 5, h, w), mask.to(latents)[:, None, None, None].expand(T, 1, h, w)
+    replace[mask] = F.pad(latents, (0, 0, 0, 0, 0, 1), value=1.0)
+    context = clip_mean.expand(T, 1, -1)
+    return {"replace": torch.cat([torch.zeros_like(replace), replace]), "dense_vector": torch.cat([plucker, plucker]),
+            "concat": torch.cat([F.pad(plucker, (0, 0, 0, 0, 1, 0)), torch.cat([plane, plucker], 1)]),
+            "crossattn": torch.cat([torch.zeros_like(context), context])}
+
+
+def guidance_scale(guider: str, c2w: torch.Tensor, K: torch.Tensor, mask: torch.Tensor, cfg: float, cfg_min: float = 1.2) -> torch.Tensor:
+    """How strongly each frame follows the pictures, [T]: `cfg`, less where a picture is near.
+
+    vanilla: cfg everywhere. multiview: cfg_min where the camera looks as one of a picture does. multiview_temporal: also rising with the number of
+    frames to the nearest picture. c2w [T,4,4], K [T,3,3], mask bool [T] (which frames are pictures).
+    """
+    T = len(mask)
+    scale = torch.full((T,), cfg)
+    if guider == "vanilla":
+        return scale
+    if guider == "multiview_temporal":
+        away = (torch.arange(T)[:, None] - torch.arange(T)[mask]).abs().amin(1)
+        scale = cfg_min + away / max(1, int(away.max())) * (cfg - cfg_min)
+    R, centre = c2w[:, :3, :3], c2w[:, :3, 3]
+    cosine = (torch.einsum("fij,gij->fg", R, R[mask]) - 1) / 2
+    turned_deg = cosine.clamp(-1, 1).arccos().rad2deg().amin(1)
+    moved = (centre[:, None] - centre[mask]).norm(dim=-1).amin(1)
+    zoomed = (K[:, None] != K[mask]).flatten(2).any(-1).all(1)
+    return torch.where((turned_deg < 10) & (moved < 1e-5) & ~zoomed, cfg_min, scale)
+
+
+def svc_sample(network, noise: torch.Tensor, latents: torch.Tensor, mask: torch.Tensor, plucker: torch.Tensor, clip_mean: torch.Tensor,
+               scale: torch.Tensor, num_steps: int = 50, eps=None, second_order: bool = False, progress=lambda steps: steps) -> torch.Tensor:
+    """Latents [T,4,h,w] of all frames, float32, from noise [T,4,h,w] of variance 1; network(x, t, y, dense_y) as `Seva`.
+
+    Each step asks the network twice in one batch, without and with the pictures, and goes beyond the second by `scale` [T]; then one Euler step
+    of dx/dsigma = (x - denoised) / sigma. eps: num_steps noises [T,4,h,w]; the published sampler adds 1e-6 to sigma before each step, and in
+    float32 that is a little noise; none given: none added. `second_order` extrapolates from the last two estimates instead, at other levels
+    (DPM-Solver++ 2M, arXiv 2211.01095): fewer steps, another result. The other arguments as in `svc_condition`.
+    """
+    sigmas = (dense_sigmas if second_order else svc_sigmas)(num_steps).to(noise.device)
+    cond = svc_condition(latents, mask, plucker, clip_mean)
+    scale, before = scale.to(noise).view(-1, 1, 1, 1), None
+    x = noise * (1 + sigmas[0] ** 2).sqrt()
+    for i in progress(range(len(sigmas) - 1)):
+        sigma, sigma_next = sigmas[i] + (0 if second_order else 1e-6), sigmas[i + 1]
+        if eps is not None and not second_order:
+            x = x + eps[i].to(x) * (sigma ** 2 - sigmas[i] ** 2).clamp(min=0).sqrt()
+        without, given = svc_denoise(network, torch.cat([x, x]), sigma.expand(2 * len(x)), cond).chunk(2)
+        denoised = without + scale * (given - without)
+        if not second_order:
+            x = x + (sigma_next - sigma) * (x - denoised) / sigma
+            continue
+        ahead = denoised
+        if before is not None and sigma_next > 0:  # at the middle of the step, in log sigma
+            ahead = denoised + (denoised - before) * (sigma / sigma_next).log() / (2 * (sigmas[i - 1] / sigma).log())
+        x, before = sigma_next / sigma * x + (1 - sigma_next / sigma) * ahead, denoised
+    return x
+
+
+# --- svc: pictures, cameras and frames of one call ---
+
+def fit_size(wh: tuple[int, int], WH: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(width, height, left, top): to which size the published code resizes a w x h picture so that it covers W x H, and where it crops that."""
+    (w, h), (W, H) = wh, WH
+    if W >= H:
+        factor = min(WH) / min(wh) if w / h >= W / H else max(WH) / (min(wh) if w < h else max(wh))
+    else:
+        factor = min(WH) / min(wh) if w / h <= W / H else max(WH) / (min(wh) if w > h else max(wh))
+    width, height = math.ceil(factor * w), math.ceil(factor * h)
+    left, top = (min(max(int(0.5 * size) - want // 2, 0), size - want) for size, want in ((width, W), (height, H)))
+    return width, height, left, top
+
+
+def fit_picture(picture: np.ndarray, WH: tuple[int, int]) -> torch.Tensor:
+    """uint8 [h,w,3] -> float32 [3,H,W] in -1..1, resized and cropped at the centre."""
+    width, height, left, top = fit_size(picture.shape[1::-1], WH)
+    resized = F.interpolate(torch.tensor(picture).permute(2, 0, 1)[None] / 255.0 * 2 - 1, (height, width), mode="area")
+    return resized[0, :, top:top + WH[1], left:left + WH[0]]
+
+
+def fit_intrinsics(K: torch.Tensor, wh: tuple[int, int], WH: tuple[int, int]) -> torch.Tensor:
+    """K [...,3,3] in pixels of a w x h picture -> in pixels of the fitted one."""
+    width, height, left, top = fit_size(wh, WH)
+    K = K * torch.tensor([width / wh[0], height / wh[1], 1])[:, None]
+    K[..., 0, 2] -= left
+    K[..., 1, 2] -= top
+    return K
+
+
+def normalised(K: torch.Tensor, WH: tuple[int, int]) -> torch.Tensor:
+    return K / torch.tensor([WH[0], WH[1], 1])[:, None]
+
+
+def scene_scaled(c2w: torch.Tensor, frames: list[int], camera_scale: float) -> torch.Tensor:
+    """The published normalisation of one call's poses c2w[frames], [T,4,4]: centres about the mean of the whole trajectory's c2w [N,4,4], the first
+    at distance `camera_scale` from it (far outliers do not count towards the mean). The unit of length so depends on which frame comes first."""
+    centre = c2w[:, :3, 3]
+    away = (centre - centre.median(0).values).norm(dim=-1)
+    mean = centre[away <= min(10 * float(away.quantile(0.97)), 1e6)].mean(0)
+    scaled = c2w[frames].clone()
+    scaled[:, :3, 3] -= mean
+    first = scaled[0, :3, 3].norm()
+    scaled[:, :3, 3] *= camera_scale if first < 1e-5 else camera_scale / first
+    return scaled
+
+
+def clip_pixels(picture: torch.Tensor) -> torch.Tensor:
+    """[3,H,W] in -1..1 -> [3,224,224] as CLIP has it: blurred where it shrinks, bicubic between the corners (align_corners), its mean and deviation."""
+    height, width = picture.shape[-2:]
+    shrink = height / 224, width / 224
+    x = picture[None]
+    if max(shrink) > 1:
+        for axis, factor in ((-2, shrink[0]), (-1, shrink[1])):
+            sigma = max((factor - 1) / 2, 0.001)
+            taps = int(max(4 * sigma, 3)) // 2 * 2 + 1  # odd
+            kernel = torch.exp(-(torch.arange(taps, device=x.device) - taps // 2) ** 2 / (2 * sigma ** 2)).to(x)
+            pad = (0, 0, taps // 2, taps // 2) if axis == -2 else (taps // 2, taps // 2, 0, 0)
+            kernel = (kernel / kernel.sum()).view(1, 1, -1, 1) if axis == -2 else (kernel / kernel.sum()).view(1, 1, 1, -1)
+            x = F.conv2d(F.pad(x.transpose(0, 1), pad, mode="reflect"), kernel).transpose(0, 1)
+    x = (F.interpolate(x, (224, 224), mode="bicubic", align_corners=True)[0] + 1) / 2
+    mean, deviation = x.new_tensor([0.48145466, 0.4578275, 0.40821073]), x.new_tensor([0.26862954, 0.26130258, 0.27577711])
+    return (x - mean[:, None, None]) / deviation[:, None, None]
+
+
+# Frames of a call: "!i" is a given picture (picture i), ">j" one to imagine (target j), "NULL" fills the call up. The published code pads with copies
+# of the last frame of whichever kind has the last real slot.
+
+def slot(kind: str, number: int) -> str:
+    return f"{kind}{number:03d}"
+
+
+def padded(call: list[str], window: int) -> list[str]:
+    return call + ["NULL"] * (window - len(call))
+
+
+def single_pass(inputs: int, targets: int, window: int) -> list[list[str]]:
+    """Calls of `window` slots that all start with the given pictures."""
+    step = window - inputs
+    return [padded([slot("!", i) for i in range(inputs)] + [slot(">", j) for j in range(at, min(at + step, targets))], window)
+            for at in range(0, targets, step)]
+
+
+def anchor_positions(inputs: int, targets: int, window: int, strategy: str) -> np.ndarray:
+    """Where among the targets (counted from 1) the first of two passes imagines anchors for the second."""
+    room = window - 2 - (inputs if "gt" in strategy else 0)
+    return np.linspace(1, targets, max(math.ceil(targets / room) + 1, window - inputs))
+
+
+def second_pass(inputs: int, anchors: np.ndarray, targets: int, window: int, strategy: str) -> list[list[str]]:
+    """Calls that fill in the targets between anchors ("!" from number `inputs` on); "gt" in the strategy repeats the given pictures in each."""
+    head = [slot("!", i) for i in range(inputs)] if "gt" in strategy else []
+    bounds = [0.0, *anchors[:-1], anchors[-1] + 0.01, math.inf]
+    inside = [[slot(">", j - 1) for j in range(1, targets + 1) if low <= j < high] for low, high in zip(bounds, bounds[1:])]
+    if max(map(len, inside)) > window - 2:
+        raise ValueError(f"{max(map(len, inside))} targets between two anchors do not fit into a call of {window}")
+    name = [slot("!", inputs + i) for i in range(len(anchors))]
+    call, calls = head + inside[0] + name[:1], []
+    for k, between in enumerate(inside[1:]):  # from anchor k to anchor k + 1
+        following = name[k + 1:k + 2]
+        if not between:
+            continue
+        if len(call) + len(between) + len(following) > window:
+            calls.append(padded(call, window))
+            call = head + name[k:k + 1]
+        call = call + between + following
+    return calls + ([padded(call, window)] if len(call) > 1 else [])
+
+
+def svc_scene(seen: list[tuple[torch.Tensor, torch.Tensor]], c2w: torch.Tensor, K: torch.Tensor, passes: list[list[list[str]]],
+              anchors: list[int], scaled, sample, look) -> dict[int, torch.Tensor]:
+    """All calls of one trajectory -> frame index: its latents [4,h,w]; the given pictures come first among the frames.
+
+    seen: (latents [4,h,w], CLIP vector [D]) of each given picture. c2w [N,4,4], K [N,3,3] normalised. passes: the calls of one pass, or of two;
+    anchors: frames that the first of two imagines for the second. scaled(frames) -> their poses [T,4,4] as the network is told them;
+    sample(number of the pass, frames, latents, mask, plucker, clip_mean, poses, K) -> latents [T,4,h,w]; look(latents) -> the pair that `seen` holds.
+    """
+    h, w = seen[0][0].shape[-2:]
+    known = {slot("!", i): (pair, i) for i, pair in enumerate(seen)}
+    for number, calls in enumerate(passes):
+        final = number == len(passes) - 1
+        target = {slot(">", j): frame for j, frame in enumerate(range(len(seen), len(c2w)) if final else anchors)}
+        imagined = {}
+        for call in calls:
+            real = [name for name in call if name != "NULL"]
+            names = real + real[-1:] * (len(call) - len(real))
+            frames = [known[name][1] if name in known else target[name] for name in names]
+            mask = torch.tensor([name in known for name in names])
+            latents, vectors = (torch.stack(part) for part in zip(*(known[name][0] for name in names if name in known)))
+            poses = scaled(frames)
+            plucker = plucker_rays(torch.linalg.inv(poses) @ poses[0], K[frames], h, w)
+            z = sample(number, frames, latents, mask, plucker, vectors.mean(0), poses, K[frames])
+            imagined |= {target[name]: z[i] for i, name in enumerate(real) if name in target}
+        if not final:
+            known |= {slot("!", len(seen) + i): (look(imagined[frame]), frame) for i, frame in enumerate(anchors)}
+    return imagined
+
+
 # --- teachers ---
 # refuses(trajectory) -> why this teacher cannot take it at all and what would help; empty: it can.
 # anchor(trajectory) -> what it starts from, read from disk.
@@ -641,8 +1149,183 @@ class Warp:
         return np.stack([view for view, _ in views])
 
 
-TEACHERS = {"simulator": Simulator, "warp": Warp}
-NETWORKS = set()  # those of them that run a network
+def stable_seed(*key) -> int:
+    """The same number on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def load_part(what: str, name: str, load):
+    """A network from a hub id or folder; whatever is wrong with its files is one line that names them. `load` returns (network, loading info)."""
+    try:
+        network, info = load()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        stop(f"{what} {name}: {' '.join(str(error).split())[:300]}")
+    if info["missing_keys"] or info["mismatched_keys"]:
+        stop(f"{what} {name}: its weights do not fit its config (missing or of another shape: "
+             f"{', '.join(map(str, [*info['missing_keys'], *info['mismatched_keys']][:3]))})")
+    return network.eval().requires_grad_(False)
+
+
+def svc_network(name: str) -> Seva:
+    """The U-Net from a hub id, a folder or a file of safetensors. The file's metadata may hold another SevaConfig than the released one ("config")."""
+    path = Path(name)
+    if path.is_dir():
+        path = next((path / file for file in ("modelv1.1.safetensors", "model.safetensors") if (path / file).is_file()), path / "model.safetensors")
+    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        try:
+            path = Path(hf_hub_download(name, "modelv1.1.safetensors"))
+        except (OSError, ValueError) as error:
+            stop(f"--svc {name}: neither a folder here nor to be had from the hub ({' '.join(str(error).split())[:200]})")
+    try:
+        with safe_open(path, "pt") as file:
+            cfg = SevaConfig(**json.loads((file.metadata() or {}).get("config", "{}")))
+            with torch.device("meta"):
+                network = Seva(cfg)
+            want = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
+            have = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            if wrong := [f"{key} is {have.get(key, 'missing')}, want {want.get(key, 'none')}"
+                         for key in sorted({*want, *have}) if want.get(key) != have.get(key)]:
+                raise ValueError(f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:2])}")
+            network.load_state_dict({key: file.get_tensor(key).float() for key in want}, assign=True)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        stop(f"--svc {path}: {error}")
+    return network.eval().requires_grad_(False)
+
+
+class SvcAnchor(NamedTuple):
+    wh: tuple[int, int]  # size of the picture as it came
+    fitted: torch.Tensor  # [3,H,W] in -1..1
+    encoded: tuple[torch.Tensor, torch.Tensor]  # its latents [4,h,w] and CLIP vector [D]
+    actions: list
+    seed: int
+
+
+class Svc:
+    """Stable Virtual Camera."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.rooms, self.encoded, self.compared = cfg, Simulator(cfg), (None, None, None), False
+        self.steps, self.guidance = cfg.steps or (20 if cfg.fast else 50), cfg.guidance or 4.0
+        self.settings = {"model": cfg.svc, "size": cfg.svc_px, "steps": self.steps, "guidance": self.guidance, "guider": cfg.svc_guider,
+                         "passes": cfg.svc_passes, "fast": cfg.fast, "units_per_m": cfg.svc_units_per_m}
+
+    def refuses(self, trajectory: dict) -> str:
+        if self.cfg.svc_passes == 2 and not 4 <= len(trajectory["c2w"]) <= MAX_FRAMES:
+            return f"svc's two published passes take 4 to {MAX_FRAMES} frames at once (use --svc_passes 1)"
+        return ""
+
+    @cached_property
+    def networks(self) -> tuple:
+        """(U-Net, VAE, CLIP), read when first needed."""
+        from diffusers import AutoencoderKL  # here: they take seconds to import, which the simulator need not wait for
+        from transformers import CLIPVisionModelWithProjection
+        device, dtype = network_place(self.cfg)
+        unet, (vae, vae_folder) = svc_network(self.cfg.svc), (self.cfg.svc_vae, "" if (Path(self.cfg.svc_vae) / "config.json").is_file() else "vae")
+        vae = load_part("--svc_vae", vae, lambda: AutoencoderKL.from_pretrained(vae, subfolder=vae_folder, use_safetensors=True,
+                                                                                output_loading_info=True))
+        clip = load_part("--svc_clip", self.cfg.svc_clip, lambda: CLIPVisionModelWithProjection.from_pretrained(
+            self.cfg.svc_clip, use_safetensors=True, output_loading_info=True))
+        if self.cfg.vae_tiling:
+            vae.enable_tiling()
+        unet = unet.to(dtype=dtype, memory_format=torch.channels_last)
+        for part in () if self.cfg.offload else (unet, vae, clip):
+            part.to(device)
+        return (torch.compile(unet) if self.cfg.compile else unet), vae, clip
+
+    @contextmanager
+    def at_work(self, part: nn.Module):
+        """A network on its device; with --offload only while it works."""
+        device = network_place(self.cfg)[0]
+        yield part.to(device)
+        if self.cfg.offload:
+            part.to("cpu")
+
+    def encode(self, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[3,H,W] in -1..1 -> (latents [4,h,w], CLIP vector [D]), in float32 as the decoder: once a picture, and their faults stay."""
+        _, vae, clip = self.networks
+        with self.at_work(vae):
+            latents = vae.encode(picture[None].to(vae.device)).latent_dist.mean[0] * 0.18215
+        with self.at_work(clip):
+            vector = clip(clip_pixels(picture.to(clip.device))[None]).image_embeds[0]
+        return latents, vector
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.networks[1]
+        with self.at_work(vae):
+            return vae.decode(latents[None].to(vae.device) / 0.18215).sample[0]
+
+    @torch.no_grad()
+    def anchor(self, trajectory: dict) -> SvcAnchor:
+        picture = first_picture(trajectory, self.rooms)
+        if self.encoded[0] is not picture:  # the trajectories of a photograph follow one another
+            fitted = fit_picture(picture, self.cfg.svc_px)
+            self.encoded = picture, fitted, self.encode(fitted)
+        return SvcAnchor(picture.shape[1::-1], *self.encoded[1:], trajectory["actions"],
+                         stable_seed(self.cfg.seed, trajectory["scene_id"], trajectory["traj_id"], "svc"))
+
+    def published_passes(self, targets: int) -> tuple[list, list[int]]:
+        """World2VLM's way: (calls of both passes, frames that the first imagines for the second, here all of them)."""
+        positions = np.round(anchor_positions(1, targets, targets + 1, "interp"))
+        return ([single_pass(1, len(positions), targets + 1), second_pass(1, positions, targets, targets + 1, "interp")],
+                positions.astype(int).tolist())
+
+    def sample(self, anchor: SvcAnchor, c2w: torch.Tensor, K: torch.Tensor, frames: list[int], steps: int, fast: bool) -> dict[int, torch.Tensor]:
+        """Poses c2w [N,4,4] and normalised K [N,3,3] of the frames that bear the numbers `frames` -> number: its latents [4,h,w]."""
+        unet, device, calls = self.networks[0], network_place(self.cfg)[0], itertools.count()
+        dtype, metric = next(unet.parameters()).dtype, c2w.clone()
+        metric[:, :3, 3] *= self.cfg.svc_units_per_m
+        if self.cfg.svc_passes == 2:
+            passes, anchors = self.published_passes(len(frames) - 1)
+            guiders, scale = ("multiview", "multiview_temporal"), max(0.5 * sum(abs(value) for _, value in anchor.actions), 0.5)
+            scaled = lambda picked: scene_scaled(c2w, picked, scale)  # as published: half the sum of metres and degrees
+        else:
+            passes, anchors, guiders = [single_pass(1, len(frames) - 1, min(len(frames), self.cfg.svc_window))], [], (self.cfg.svc_guider,)
+            scaled = lambda picked: metric[picked]
+
+        def network(x, t, y, dense_y):
+            return unet(x.to(dtype), t, y.to(dtype), dense_y.to(dtype), len(x) // 2).float()
+
+        def sample_call(number, picked, latents, mask, plucker, clip_mean, poses, K):
+            call = next(calls)  # a frame's noise depends on the trajectory, the call and the frame, not on which others are in the call
+            normal = torch.stack([torch.randn(steps + 1, *latents.shape[1:], generator=torch.Generator().manual_seed(
+                stable_seed(anchor.seed, call, frames[i]))) for i in picked], 1)
+            given = (x.to(device) for x in (latents, mask, plucker, clip_mean, guidance_scale(guiders[number], poses, K, mask, self.guidance)))
+            with self.at_work(unet):
+                return svc_sample(network, normal[0].to(device), *given, steps, normal[1:], fast,
+                                  lambda range_: tqdm(range_, desc="svc", leave=False, unit="step"))
+
+        latents = svc_scene([anchor.encoded], c2w, K, passes, anchors, scaled, sample_call, lambda z: self.encode(self.decode(z)))
+        return {frames[i]: z for i, z in latents.items()}
+
+    @torch.no_grad()
+    def imagine(self, anchor: SvcAnchor, c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
+        """Frame 0 is the picture itself, fitted."""
+        W, H = self.cfg.svc_px
+        own = torch.tensor(K) * torch.tensor([anchor.wh[0] / (2 * K[0, 2]), anchor.wh[1] / (2 * K[1, 2]), 1])[:, None]  # in pixels of the picture
+        fitted_K = fit_intrinsics(own, anchor.wh, (W, H))
+        norm_K, c2w = normalised(fitted_K, (W, H)).expand(len(c2w), 3, 3), torch.tensor(c2w, dtype=torch.float32)
+        every = list(range(len(c2w)))
+        wanted = np.arange(len(c2w))[kept].tolist()
+        used = sorted({0, *wanted}) if self.cfg.fast else every
+        latents = self.sample(anchor, c2w[used], norm_K[used], used, self.steps, self.cfg.fast)
+        frames = torch.stack([anchor.fitted if frame == 0 else self.decode(latents[frame]).float().cpu() for frame in wanted])
+        if self.cfg.fast and not self.compared:
+            self.compare(frames, wanted, self.sample(anchor, c2w, norm_K, every, 50, False))
+        self.objects, self.holes = None, None
+        self.K = intrinsics(W, H, 2 * math.degrees(math.atan(W / 2 / float(fitted_K[0, 0]))))
+        return ((frames + 1) / 2 * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+    def compare(self, frames: torch.Tensor, wanted: list[int], latents: dict[int, torch.Tensor]):
+        """Once a run of --fast: how far its frames are from the full run's."""
+        self.compared = True
+        error = [(frame.clamp(-1, 1) - self.decode(latents[i]).float().cpu().clamp(-1, 1)).square().mean() / 4
+                 for frame, i in zip(frames, wanted) if i != 0]
+        tqdm.write(f"--fast: {-10 * math.log10(max(float(torch.stack(error).mean()), 1e-12)):.1f} dB PSNR to 50 Euler steps on all {len(latents) + 1} "
+                   "frames, first trajectory")
+
+
+TEACHERS = {"simulator": Simulator, "warp": Warp, "svc": Svc}
+NETWORKS = {"svc"}  # those of them that run a network
 
 
 # --- quality check ---
@@ -979,6 +1662,13 @@ def check_settings(cfg: Config) -> tuple[int, int]:
             stop(f"--teacher {name}: choose from {', '.join(TEACHERS)}")
     if cfg.keep not in ("keyframes", "ends", "all"):
         stop(f"--keep {cfg.keep}: choose keyframes, ends or all")
+    if len(cfg.svc_px) != 2 or any(px < 64 or px % 64 for px in cfg.svc_px):
+        stop(f"--svc_px {cfg.svc_px}: want a width and a height that are multiples of 64")
+    if cfg.svc_guider not in ("vanilla", "multiview", "multiview_temporal") or cfg.svc_passes not in (1, 2) or not 2 <= cfg.svc_window <= MAX_FRAMES:
+        stop(f"--svc_guider {cfg.svc_guider} --svc_passes {cfg.svc_passes} --svc_window {cfg.svc_window}: want vanilla, multiview or multiview_temporal, "
+             f"1 or 2, and 2 to {MAX_FRAMES}")
+    if min(cfg.steps, cfg.guidance) < 0 or cfg.svc_units_per_m <= 0:
+        stop(f"--steps {cfg.steps} --guidance {cfg.guidance:g} --svc_units_per_m {cfg.svc_units_per_m:g}: want 0 or more, and more than 0")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
@@ -1007,6 +1697,8 @@ def main(cfg: Config):
     workers = 1 if NETWORKS & {*cfg.teacher} else cfg.workers  # one copy of the weights; the device is busy as it is
     pool = multiprocessing.Pool(workers, start_worker, (cfg,)) if workers > 1 else None
     start_worker(cfg)
+    for name in NETWORKS & {*cfg.teacher} if todo else ():
+        WORKER["teachers"][name].networks  # read now: what is wrong with their files is said before the bar
     for why in tqdm(pool.imap_unordered(work, todo, chunksize=8) if pool else map(work, todo), total=len(todo), desc="views", unit="trajectory"):
         if why:
             tqdm.write(why, file=sys.stderr)

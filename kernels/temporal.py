@@ -187,7 +187,8 @@ class TemporalAttention(torch.autograd.Function):
 
 def _aligned(x) -> bool:
     """Whether every row of x starts on 16 bytes and is contiguous, as `_tile` promises the compiler."""
-    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1] + [x.storage_offset()]
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # a number that torch.compile cannot follow
+    steps = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1]) if size > 1] + [offset]
     return (x.stride(-1) == 1 or x.shape[-1] == 1) and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
