@@ -839,11 +839,12 @@ def guidance_scale(guider: str, c2w: torch.Tensor, K: torch.Tensor, mask: torch.
     frames to the nearest picture. c2w [T,4,4], K [T,3,3], mask bool [T] (which frames are pictures).
     """
     T = len(mask)
-    scale = torch.full((T,), cfg)
+    scale = torch.full((T,), cfg, device=c2w.device)
     if guider == "vanilla":
         return scale
     if guider == "multiview_temporal":
-        away = (torch.arange(T)[:, None] - torch.arange(T)[mask]).abs().amin(1)
+        number = torch.arange(T, device=c2w.device)
+        away = (number[:, None] - number[mask]).abs().amin(1)
         scale = cfg_min + away / max(1, int(away.max())) * (cfg - cfg_min)
     R, centre = c2w[:, :3, :3], c2w[:, :3, 3]
     cosine = (torch.einsum("fij,gij->fg", R, R[mask]) - 1) / 2
@@ -1009,7 +1010,7 @@ def svc_scene(seen: list[tuple[torch.Tensor, torch.Tensor]], c2w: torch.Tensor, 
             real = [name for name in call if name != "NULL"]
             names = real + real[-1:] * (len(call) - len(real))
             frames = [known[name][1] if name in known else target[name] for name in names]
-            mask = torch.tensor([name in known for name in names])
+            mask = torch.tensor([name in known for name in names], device=c2w.device)
             latents, vectors = (torch.stack(part) for part in zip(*(known[name][0] for name in names if name in known)))
             poses = scaled(frames)
             plucker = plucker_rays(torch.linalg.inv(poses) @ poses[0], K[frames], h, w)
@@ -1272,12 +1273,13 @@ class Svc:
     def sample(self, anchor: SvcAnchor, c2w: torch.Tensor, K: torch.Tensor, frames: list[int], steps: int, fast: bool) -> dict[int, torch.Tensor]:
         """Poses c2w [N,4,4] and normalised K [N,3,3] of the frames that bear the numbers `frames` -> number: its latents [4,h,w]."""
         unet, device, calls = self.networks[0], network_place(self.cfg)[0], itertools.count()
-        dtype, metric = next(unet.parameters()).dtype, c2w.clone()
+        dtype, c2w, K = next(unet.parameters()).dtype, c2w.to(device), K.to(device)
+        metric = c2w.clone()
         metric[:, :3, 3] *= self.cfg.svc_units_per_m
         if self.cfg.svc_passes == 2:
             passes, anchors = self.published_passes(len(frames) - 1)
-            guiders, scale = ("multiview", "multiview_temporal"), max(0.5 * sum(abs(value) for _, value in anchor.actions), 0.5)
-            scaled = lambda picked: scene_scaled(c2w, picked, scale)  # as published: half the sum of metres and degrees
+            guiders, camera_scale = ("multiview", "multiview_temporal"), max(0.5 * sum(abs(value) for _, value in anchor.actions), 0.5)
+            scaled = lambda picked: scene_scaled(c2w, picked, camera_scale)  # as published: half the sum of metres and degrees
         else:
             passes, anchors, guiders = [single_pass(1, len(frames) - 1, min(len(frames), self.cfg.svc_window))], [], (self.cfg.svc_guider,)
             scaled = lambda picked: metric[picked]
@@ -1289,9 +1291,9 @@ class Svc:
             call = next(calls)  # a frame's noise depends on the trajectory, the call and the frame, not on which others are in the call
             normal = torch.stack([torch.randn(steps + 1, *latents.shape[1:], generator=torch.Generator().manual_seed(
                 stable_seed(anchor.seed, call, frames[i]))) for i in picked], 1)
-            given = (x.to(device) for x in (latents, mask, plucker, clip_mean, guidance_scale(guiders[number], poses, K, mask, self.guidance)))
+            scale = guidance_scale(guiders[number], poses, K, mask, self.guidance)
             with self.at_work(unet):
-                return svc_sample(network, normal[0].to(device), *given, steps, normal[1:], fast,
+                return svc_sample(network, normal[0].to(device), latents, mask, plucker, clip_mean, scale, steps, normal[1:], fast,
                                   lambda range_: tqdm(range_, desc="svc", leave=False, unit="step"))
 
         latents = svc_scene([anchor.encoded], c2w, K, passes, anchors, scaled, sample_call, lambda z: self.encode(self.decode(z)))
@@ -1705,6 +1707,8 @@ def main(cfg: Config):
     if pool:
         pool.close()
         pool.join()
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
 
     with alone(folder):  # the shard that ends last finds all the marks; should two end together, the second finds the folder finished
         missing = sum(not any((run / folder_of(job[0]) / mark).is_file() for mark in ("view.json", "skipped.json")) for job in jobs)
