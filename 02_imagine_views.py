@@ -1220,18 +1220,18 @@ class Svc:
         """(U-Net, VAE, CLIP), read when first needed."""
         from diffusers import AutoencoderKL  # here: they take seconds to import, which the simulator need not wait for
         from transformers import CLIPVisionModelWithProjection
-        device, dtype = network_place(self.cfg)
-        unet, (vae, vae_folder) = svc_network(self.cfg.svc), (self.cfg.svc_vae, "" if (Path(self.cfg.svc_vae) / "config.json").is_file() else "vae")
-        vae = load_part("--svc_vae", vae, lambda: AutoencoderKL.from_pretrained(vae, subfolder=vae_folder, use_safetensors=True,
-                                                                                output_loading_info=True))
-        clip = load_part("--svc_clip", self.cfg.svc_clip, lambda: CLIPVisionModelWithProjection.from_pretrained(
-            self.cfg.svc_clip, use_safetensors=True, output_loading_info=True))
-        if self.cfg.vae_tiling:
+        cfg, (device, dtype) = self.cfg, network_place(self.cfg)
+        unet = svc_network(cfg.svc).to(dtype=dtype, memory_format=torch.channels_last if cfg.compile else torch.contiguous_format)
+        inside = "" if (Path(cfg.svc_vae) / "config.json").is_file() else "vae"
+        vae = load_part("--svc_vae", cfg.svc_vae, lambda: AutoencoderKL.from_pretrained(
+            cfg.svc_vae, subfolder=inside, use_safetensors=True, output_loading_info=True))
+        clip = load_part("--svc_clip", cfg.svc_clip, lambda: CLIPVisionModelWithProjection.from_pretrained(
+            cfg.svc_clip, use_safetensors=True, output_loading_info=True))
+        if cfg.vae_tiling:
             vae.enable_tiling()
-        unet = unet.to(dtype=dtype, memory_format=torch.channels_last)
-        for part in () if self.cfg.offload else (unet, vae, clip):
+        for part in () if cfg.offload else (unet, vae, clip):
             part.to(device)
-        return (torch.compile(unet) if self.cfg.compile else unet), vae, clip
+        return (torch.compile(unet) if cfg.compile else unet), vae, clip
 
     @contextmanager
     def at_work(self, part: nn.Module):
@@ -1669,6 +1669,8 @@ def check_settings(cfg: Config) -> tuple[int, int]:
     if cfg.svc_guider not in ("vanilla", "multiview", "multiview_temporal") or cfg.svc_passes not in (1, 2) or not 2 <= cfg.svc_window <= MAX_FRAMES:
         stop(f"--svc_guider {cfg.svc_guider} --svc_passes {cfg.svc_passes} --svc_window {cfg.svc_window}: want vanilla, multiview or multiview_temporal, "
              f"1 or 2, and 2 to {MAX_FRAMES}")
+    if cfg.fast and cfg.svc_passes == 2:
+        stop("--fast and --svc_passes 2: the published two passes need every frame, choose one of the settings")
     if min(cfg.steps, cfg.guidance) < 0 or cfg.svc_units_per_m <= 0:
         stop(f"--steps {cfg.steps} --guidance {cfg.guidance:g} --svc_units_per_m {cfg.svc_units_per_m:g}: want 0 or more, and more than 0")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
