@@ -8,6 +8,9 @@ shows. `warp` moves the pixels of a photograph: pixel p of the new view, at dept
 A turn has t = 0, so z cancels and K R K^-1 is exact (a homography). A move needs the photograph's depth map, which is splatted into the
 new view, nearest surface first, to give z. What the photograph does not show stays grey and is counted as a hole, never invented.
 
+`sana-wm` is a video diffusion model that follows camera poses, run by diffusers (SanaWMPipeline: 2.7 B parameters, Apache-2.0). It walks
+the path in smaller steps, of which the frames asked for are kept, and sees the middle of the picture, in the shape of --sana_size.
+
 Where we depart from the paper: its teachers are trusted, ours are measured. Every trajectory gets a `qc` record, and what fails stays on disk,
 marked, for stage 3 to leave out:
     turn_error_deg  of the worst turn between key frames: yaw at which the earlier frame matches the later one, minus the yaw asked for; null where
@@ -31,12 +34,14 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/mine --teacher warp
     python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
     python 02_imagine_views.py --run runs/big --shard 0/4                    # and 1/4, 2/4, 3/4 elsewhere on the same disk
+    python 02_imagine_views.py --run runs/mine --teacher sana-wm --vae_tiling     # a GPU and 12 GB of weights
     python 02_imagine_views.py --benchmark
 
 Measured on two CPU cores by --benchmark: 1793 frames/s at 112x112 and 185 at 576x576, with exact boxes, without files.
 """
 import argparse
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -58,6 +63,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -157,13 +163,24 @@ FILL = 127  # grey of the pixels that no picture shows
 @dataclass
 class Config:
     run: str = setting("runs/demo", "folder of the run; reads RUN/1_trajectories, writes RUN/2_views")
-    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact) and/or warp (photographs; of a room it warps frame 0): a trajectory goes "
-                                 "to the first one named that can take it")
+    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact), warp (photographs; of a room it warps frame 0) and/or sana-wm "
+                                 "(both; a GPU): a trajectory goes to the first one named that can take it")
     keep: str = setting("keyframes", "frames kept of a trajectory: keyframes (frame 0 and the one after each action), ends (first and last) or all")
     depth_dir: str = setting("", "folder of <photo stem>.depth.npy files, float metres along the viewing axis, for warp; empty: beside each photograph")
     device: str = setting("auto", "where a teacher's networks run: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1; bfloat16 on cuda, "
                           "float32 on a CPU")
     seed: int = setting(0, "seed of teachers that draw random numbers; simulator and warp draw none, it only goes on record")
+    steps: int = setting(0, "denoising steps of a diffusion teacher; 0: its own number (sana-wm 60)")
+    guidance: float = setting(0.0, "classifier-free guidance of a diffusion teacher, a factor; 1: none; 0: its own (sana-wm 5.0)")
+    offload: bool = setting(False, "networks wait in main memory, one at a time is on the GPU: less memory there, slower; a CPU ignores it")
+    vae_tiling: bool = setting(False, "the VAE works on overlapping tiles: less memory at its peak. SANA-WM's training did so")
+    sana: str = setting("Efficient-Large-Model/SANA-WM_bidirectional-diffusers", "sana-wm: hub id or folder of a SanaWMPipeline")
+    sana_refiner: str = setting("", "sana-wm: hub id or folder of a SanaWMLTX2Refiner, three more steps that sharpen (the published one, "
+                                "Efficient-Large-Model/SANA-WM_bidirectional-diffusers-refiner, takes 35 GB more memory); empty: none")
+    sana_size: list[int] = setting([704, 1280], "sana-wm: height and width of its frames, pixels, multiples of 32 from 64 up; it was "
+                                   "trained at 704 1280")
+    sana_prompt: str = setting("A quiet indoor place in even light, seen by a slowly moving camera. Nothing and nobody in it moves.",
+                               "sana-wm: what its text encoder reads, the same for all trajectories")
     max_turn_error_deg: float = setting(5.0, "quality check, degrees: half of the smallest turn, so that a passed turn is nearest to its own label")
     min_match: float = setting(0.4, "quality check, correlation 0..1: at its best yaw the anchor must resemble the turned frame at least so much")
     min_sharpness: float = setting(0.04, "quality check, ratio: variance of the Laplacian over the anchor's; a 5x5 box blur leaves about 0.02")
@@ -641,8 +658,194 @@ class Warp:
         return np.stack([view for view, _ in views])
 
 
-TEACHERS = {"simulator": Simulator, "warp": Warp}
-NETWORKS = set()  # those of them that run a network
+def random_numbers(*key) -> torch.Generator:
+    """A generator of its own for every (seed, scene, trajectory, purpose); on the CPU, so that every device gets the same numbers."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
+
+
+# --- sana-wm ---
+
+def resample(c2w: np.ndarray, max_step_m: float = 0.05, max_step_deg: float = 1.2, group: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """The path c2w [N,4,4] of a level camera in smaller steps -> (poses float32 [F,4,4], at [N]: poses[at[i]] is c2w[i]).
+
+    SANA-WM expects 0.025 to 0.05 m and 0.6 to 1.2 degrees from frame to frame, and its VAE packs all frames after the first in groups, so
+    F = group * k + 1, k >= 1. Each step of the path (01 takes up to 0.2 m or 5 degrees) is cut into the fewest equal parts within the upper
+    limits; none then falls short of the lower ones, though a step that was smaller stays so. Between two poses of the path the camera moves
+    in a straight line and turns evenly. The last pose is repeated until the groups are full. Raises Unusable where it pitches or rolls.
+    """
+    if np.abs(c2w[:, 1, :3] - [0, 1, 0]).max() > 1e-3:
+        raise Unusable("sana-wm's camera is level, these poses pitch or roll")
+    poses, at = [c2w[0]], [0]
+    for start, end in zip(c2w, c2w[1:]):
+        move_m, turn_deg = end[:3, 3] - start[:3, 3], yaw_deg_of(start[:3, :3].T @ end[:3, :3])
+        parts = max(1, math.ceil(np.linalg.norm(move_m) / max_step_m - 1e-4), math.ceil(abs(turn_deg) / max_step_deg - 1e-4))
+        for part in range(1, parts):
+            pose = start.copy()
+            pose[:3, :3] = start[:3, :3] @ yaw_matrix(turn_deg * part / parts)
+            pose[:3, 3] += move_m * part / parts
+            poses.append(pose)
+        poses.append(end)
+        at.append(len(poses) - 1)
+    poses += [c2w[-1]] * (group * max(1, math.ceil((len(poses) - 1) / group)) + 1 - len(poses))
+    return np.stack(poses).astype(np.float32), np.array(at)
+
+
+def middle(picture: np.ndarray, K: np.ndarray, width: int, height: int) -> tuple[Image.Image, np.ndarray]:
+    """The largest middle part of a picture uint8 [h,w,3] that has the shape asked for, resized to it -> (picture, its K).
+
+    K is that of the whole picture, in pixels of any size. SanaWMPipeline resizes and cuts likewise, but rounds to whole pixels in between.
+    Done here, nothing is left to cut: pixels stay square, the principal point stays central, and the picture is at hand as frame 0.
+    """
+    image = ImageOps.fit(Image.fromarray(picture), (width, height), Image.LANCZOS)
+    focal_px = K[0, 0] / (2 * K[0, 2]) * picture.shape[1] * max(width / picture.shape[1], height / picture.shape[0])
+    return image, np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]], np.float32)
+
+
+def check_pipeline(source: str, kind: str):
+    """A source of weights that cannot be right ends the run before anything is made."""
+    index = Path(source) / "model_index.json"
+    if not Path(source).is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            stop(f"{source} is neither a folder nor a hub id (owner/name): name a {kind}")
+        return
+    try:
+        found = json.loads(index.read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"{index} does not describe a pipeline ({error!r}): name the folder of a {kind}")
+    if found != kind:
+        stop(f"{index} describes a {found}: name the folder of a {kind}")
+
+
+def load_parts(source: str, kinds: dict[str, type], dtype: torch.dtype) -> dict:
+    """The parts of a diffusers pipeline from its folder or the hub, {name: class} -> {name: object}; a VAE in float32, as advised there.
+
+    The caller names each class, weights come from safetensors, and a tokenizer's own code is refused: nothing in the folder is ever run. A
+    part that does not load whole ends the run with one line that names its file.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        wanted = [f"{name}/*.{ending}" for name in kinds for ending in ("json", "safetensors", "model")]
+        try:
+            folder = Path(snapshot_download(source, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            stop(f"{source} is no folder here, and the hub does not give it: {str(error).strip().splitlines()[0]}")
+    parts = {}
+    for name, kind in kinds.items():
+        place = folder / name
+        weights = sorted(place.glob("*.safetensors"))
+        try:
+            if not issubclass(kind, torch.nn.Module):
+                parts[name] = kind.from_pretrained(str(place), **({"trust_remote_code": False} if name == "tokenizer" else {}))
+                continue
+            if not weights:
+                raise OSError("no *.safetensors in it")
+            for place in weights:
+                with safe_open(place, "pt"):  # compares the file's length with what its head says
+                    pass
+            place = weights[0] if len(weights) == 1 else folder / name
+            parts[name], report = kind.from_pretrained(str(folder / name), dtype=torch.float32 if name == "vae" else dtype,
+                                                       use_safetensors=True, output_loading_info=True)
+            if lacking := sorted(report["missing_keys"]):  # they would be random numbers
+                raise ValueError(f"it lacks {', '.join(lacking[:3])}")
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # Key, Type: a wrong config.json
+            stop(f"{place} does not load as {kind.__name__}: {str(error).strip().splitlines()[0]}")
+    return parts
+
+
+class SanaWM:
+    """A video model that follows camera poses, run by diffusers. An anchor is (picture uint8 [h,w,3], (scene_id, traj_id)).
+
+    Frame 0 is the middle of the picture itself, not what the VAE makes of it.
+    """
+    MOST_FRAMES = 961  # a minute at 16 frames a second: the longest that the model was made for
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.rooms, self.pipe, self.refiner = cfg, Simulator(cfg), None, None
+        if len(cfg.sana_size) != 2 or any(side < 64 or side % 32 for side in cfg.sana_size):
+            stop(f"--sana_size {' '.join(map(str, cfg.sana_size))}: want height and width, multiples of 32 from 64 up")
+        check_pipeline(cfg.sana, "SanaWMPipeline")
+        if cfg.sana_refiner:
+            check_pipeline(cfg.sana_refiner, "SanaWMLTX2Refiner")
+
+    def refuses(self, trajectory: dict) -> str:
+        return ""
+
+    def anchor(self, trajectory: dict) -> tuple[np.ndarray, tuple[str, str]]:
+        return first_picture(trajectory, self.rooms, max(self.cfg.sana_size)), (trajectory["scene_id"], trajectory["traj_id"])
+
+    def load(self):
+        """Bring the networks to the device and encode the prompt, once."""
+        import diffusers  # here, because it takes seconds that runs without networks need not wait
+        from diffusers.pipelines.sana_wm.pipeline_sana_wm import DEFAULT_CHI_PROMPT  # trained with these words before each prompt
+        from transformers import AutoTokenizer, Gemma2ForCausalLM
+        diffusers.utils.logging.set_verbosity_error()  # what it would warn of is looked into by load_parts
+        cfg, (device, dtype) = self.cfg, network_place(self.cfg)
+        pipe = diffusers.SanaWMPipeline(**load_parts(cfg.sana, {
+            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler, "tokenizer": AutoTokenizer, "text_encoder": Gemma2ForCausalLM,
+            "vae": diffusers.AutoencoderKLLTX2Video, "transformer": diffusers.SanaWMTransformer3DModel}, dtype))
+        pipe.text_encoder.to(device)
+        with torch.no_grad():
+            embeddings = pipe.encode_prompt(cfg.sana_prompt, device=device, chi_prompt=DEFAULT_CHI_PROMPT)
+        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+        self.prompt = dict(zip(names, embeddings))
+        pipe.register_modules(text_encoder=None, tokenizer=None)  # all trajectories share the prompt, so 5 GB of weights can go
+        if cfg.vae_tiling:  # tiles of 512 pixels, and of 96 frames in time: those of the model's training
+            pipe.vae.enable_tiling(tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64)
+            pipe.vae.use_framewise_encoding = pipe.vae.use_framewise_decoding = True
+        if cfg.sana_refiner:
+            from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+            from transformers import Gemma3ForConditionalGeneration
+            self.refiner = diffusers.SanaWMLTX2Refiner(vae=pipe.vae, **load_parts(cfg.sana_refiner, {
+                "scheduler": diffusers.FlowMatchEulerDiscreteScheduler, "tokenizer": AutoTokenizer,
+                "text_encoder": Gemma3ForConditionalGeneration, "connectors": LTX2TextConnectors,
+                "transformer": diffusers.SanaWMLTX2RefinerTransformer3DModel}, dtype))
+        for stage in filter(None, (pipe, self.refiner)):
+            stage.set_progress_bar_config(desc="sana-wm", leave=False)
+            if cfg.offload and device.type == "cuda":
+                try:
+                    stage.enable_model_cpu_offload(device=device)
+                except ImportError as error:
+                    stop(f"--offload: {str(error).splitlines()[0]}")
+            else:
+                stage.to(device)
+        self.pipe = pipe
+
+    def video(self, image: Image.Image, poses: np.ndarray, name: tuple[str, str], steps: int, guidance: float) -> torch.Tensor:
+        """The frames [F,3,H,W] in 0..1 at poses [F,4,4]."""
+        noise = random_numbers(self.cfg.seed, *name, "sana-wm")
+        made = self.pipe(image=image, prompt=self.cfg.sana_prompt, c2w=poses, intrinsics=self.K, num_frames=len(poses), height=image.height,
+                         width=image.width, num_inference_steps=steps, guidance_scale=guidance, generator=noise,
+                         output_type="latent" if self.refiner else "pt", **self.prompt).frames
+        if self.refiner:
+            noise = random_numbers(self.cfg.seed, *name, "refiner")
+            made = self.refiner(made, self.cfg.sana_prompt, fps=16, generator=noise, output_type="pt")
+            made = torch.cat([made[:1], made])  # it leaves frame 0 out
+        return made
+
+    def imagine(self, anchor: tuple[np.ndarray, tuple[str, str]], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
+        (picture, name), cfg, (height, width) = anchor, self.cfg, self.cfg.sana_size
+        poses, at = resample(c2w)
+        if len(poses) > self.MOST_FRAMES:
+            raise Unusable(f"in sana-wm's steps the path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
+        if self.pipe is None:
+            self.load()
+        image, self.K = middle(picture, K, width, height)
+        steps, guidance = cfg.steps or 60, cfg.guidance or 5.0
+        try:
+            made = self.video(image, poses, name, steps, guidance)
+        except torch.OutOfMemoryError as error:
+            stop(f"{str(error).splitlines()[0]} Try --vae_tiling, --offload or a smaller --sana_size.")
+        frames = (255 * made[at[kept]]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        frames[at[kept] == 0] = np.asarray(image)
+        self.objects, self.holes = None, None
+        self.settings = {"model": cfg.sana, "refiner": cfg.sana_refiner or None, "steps": steps, "guidance": guidance,
+                         "prompt": cfg.sana_prompt, "height": height, "width": width, "frames": len(poses), "vae_tiling": cfg.vae_tiling}
+        return frames
+
+
+TEACHERS = {"simulator": Simulator, "warp": Warp, "sana-wm": SanaWM}
+NETWORKS = {"sana-wm"}  # those of them that run a network
 
 
 # --- quality check ---
@@ -982,6 +1185,8 @@ def check_settings(cfg: Config) -> tuple[int, int]:
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
+    if cfg.steps < 0 or cfg.guidance < 0:
+        stop(f"--steps {cfg.steps}, --guidance {cfg.guidance}: want 0 (the teacher's own) or more")
     if cfg.workers < 1 or cfg.sheet_rows < 1:
         stop(f"--workers {cfg.workers}, --sheet_rows {cfg.sheet_rows}: want at least 1")
     return int(numbers[1]), int(numbers[2])
@@ -1007,7 +1212,9 @@ def main(cfg: Config):
     workers = 1 if NETWORKS & {*cfg.teacher} else cfg.workers  # one copy of the weights; the device is busy as it is
     pool = multiprocessing.Pool(workers, start_worker, (cfg,)) if workers > 1 else None
     start_worker(cfg)
-    for why in tqdm(pool.imap_unordered(work, todo, chunksize=8) if pool else map(work, todo), total=len(todo), desc="views", unit="trajectory"):
+    results = pool.imap_unordered(work, todo, chunksize=8) if pool else map(work, todo)
+    # delay: the bar comes with the first result, so that the line of networks that do not load stands alone
+    for why in tqdm(results, total=len(todo), desc="views", unit="trajectory", delay=0.01):
         if why:
             tqdm.write(why, file=sys.stderr)
     if pool:
