@@ -16,6 +16,9 @@ takes noise out of them, the photograph's view being known. One step from noise 
 Where we depart from its published use: one call a trajectory, with the photograph in it, instead of two passes of three calls whose second never
 sees it; a metre is as long in every call; only the kept views are decoded; cross-attention to the one context token is the linear map that it is.
 
+`sana-wm` is a video diffusion model that follows camera poses, run by diffusers (SanaWMPipeline: 2.7 B parameters, Apache-2.0). It walks
+the path in smaller steps, of which the frames asked for are kept, and sees the middle of the picture, in the shape of --sana_size.
+
 Where we depart from the paper: its teachers are trusted, ours are measured. Every trajectory gets a `qc` record, and what fails stays on disk,
 marked, for stage 3 to leave out:
     turn_error_deg  of the worst turn between key frames: yaw at which the earlier frame matches the later one, minus the yaw asked for; null where
@@ -40,6 +43,7 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
     python 02_imagine_views.py --run runs/mine --teacher svc                 # Stable Virtual Camera, weights by hub id or --svc FOLDER
     python 02_imagine_views.py --run runs/big --shard 0/4                    # and 1/4, 2/4, 3/4 elsewhere on the same disk
+    python 02_imagine_views.py --run runs/mine --teacher sana-wm --vae_tiling     # a GPU and 12 GB of weights
     python 02_imagine_views.py --benchmark
 
 Measured on two CPU cores by --benchmark: 1793 frames/s at 112x112 and 185 at 576x576, with exact boxes, without files.
@@ -71,7 +75,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -177,18 +181,19 @@ FILL = 127  # grey of the pixels that no picture shows
 @dataclass
 class Config:
     run: str = setting("runs/demo", "folder of the run; reads RUN/1_trajectories, writes RUN/2_views")
-    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact), warp (moves the pixels of photographs), svc (Stable Virtual Camera); all but the "
-                                 "simulator start from a photograph or a room's frame 0. A trajectory goes to the first one named that can take it")
+    teacher: list[str] = setting(["simulator"], "simulator (rooms, exact), warp (moves the pixels of photographs), svc (Stable Virtual Camera), sana-wm "
+                                 "(SANA-WM); all but the simulator start from a photograph or a room's frame 0. A trajectory goes to the first one named "
+                                 "that can take it")
     keep: str = setting("keyframes", "frames kept of a trajectory: keyframes (frame 0 and the one after each action), ends (first and last) or all")
     depth_dir: str = setting("", "folder of <photo stem>.depth.npy files, float metres along the viewing axis, for warp; empty: beside each photograph")
     device: str = setting("auto", "where a teacher's networks run: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1; bfloat16 on cuda, "
                           "float32 on a CPU")
-    steps: int = setting(0, "network evaluations of a generative teacher; 0: its own (svc 50, with --fast 20)")
-    guidance: float = setting(0.0, "how strongly a generative teacher follows its picture; 0: its own (svc 4, as published)")
+    steps: int = setting(0, "denoising steps of a generative teacher; 0: its own number (svc 50, with --fast 20; sana-wm 60)")
+    guidance: float = setting(0.0, "classifier-free guidance of a generative teacher, a factor; 0: its own (svc 4, as published; sana-wm 5)")
     fast: bool = setting(False, "svc: a second-order solver, and the kept frames only; prints the PSNR to the full run of the first trajectory")
     compile: bool = setting(False, "svc: torch.compile the network; pays after a few trajectories")
-    offload: bool = setting(False, "keep a teacher's networks in main memory while they do not work: less GPU memory, slower")
-    vae_tiling: bool = setting(False, "decode pictures in tiles: less GPU memory")
+    offload: bool = setting(False, "networks wait in main memory, one at a time is on the GPU: less memory there, slower; a CPU ignores it")
+    vae_tiling: bool = setting(False, "the VAE works on overlapping tiles: less memory at its peak. SANA-WM's training did so")
     svc: str = setting("stabilityai/stable-virtual-camera", "Stable Virtual Camera: hub id, folder or file of safetensors")
     svc_vae: str = setting("stabilityai/stable-diffusion-2-1-base", "its picture autoencoder: hub id or folder of an AutoencoderKL, at its top or in vae/")
     svc_clip: str = setting("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "its picture encoder: hub id or folder of a CLIPVisionModelWithProjection")
@@ -199,6 +204,13 @@ class Config:
     svc_passes: int = setting(1, "1: one call a trajectory. 2: as published, for comparison: a second pass imagines every frame again beside the first "
                               "one's, without the picture, at a scale that changes from call to call")
     seed: int = setting(0, "seed of teachers that draw random numbers; simulator and warp draw none, it only goes on record")
+    sana: str = setting("Efficient-Large-Model/SANA-WM_bidirectional-diffusers", "sana-wm: hub id or folder of a SanaWMPipeline")
+    sana_refiner: str = setting("", "sana-wm: hub id or folder of a SanaWMLTX2Refiner, three more steps that sharpen (the published one, "
+                                "Efficient-Large-Model/SANA-WM_bidirectional-diffusers-refiner, takes 35 GB more memory); empty: none")
+    sana_size: list[int] = setting([704, 1280], "sana-wm: height and width of its frames, pixels, multiples of 32 from 64 up; it was "
+                                   "trained at 704 1280")
+    sana_prompt: str = setting("A quiet indoor place in even light, seen by a slowly moving camera. Nothing and nobody in it moves.",
+                               "sana-wm: what its text encoder reads, the same for all trajectories")
     max_turn_error_deg: float = setting(5.0, "quality check, degrees: half of the smallest turn, so that a passed turn is nearest to its own label")
     min_match: float = setting(0.4, "quality check, correlation 0..1: at its best yaw the anchor must resemble the turned frame at least so much")
     min_sharpness: float = setting(0.04, "quality check, ratio: variance of the Laplacian over the anchor's; a 5x5 box blur leaves about 0.02")
@@ -1150,33 +1162,57 @@ class Warp:
         return np.stack([view for view, _ in views])
 
 
-def stable_seed(*key) -> int:
-    """The same number on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+# --- teachers that are networks ---
+# networks: read from their files when first asked for.
+
+def random_numbers(*key) -> torch.Generator:
+    """A generator on the CPU that depends on the key alone: the same on every machine, in every process and order."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
 
-def load_part(what: str, name: str, load):
-    """A network from a hub id or folder; whatever is wrong with its files is one line that names them. `load` returns (network, loading info)."""
+def fetched(source: str, wanted: list[str]) -> Path:
+    """The folder of a hub id, its files that match `wanted` downloaded; a folder as it is."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        stop(f"{source} is neither a folder nor a hub id (owner/name)")
     try:
-        network, info = load()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        stop(f"{what} {name}: {' '.join(str(error).split())[:300]}")
-    if info["missing_keys"] or info["mismatched_keys"]:
-        stop(f"{what} {name}: its weights do not fit its config (missing or of another shape: "
-             f"{', '.join(map(str, [*info['missing_keys'], *info['mismatched_keys']][:3]))})")
-    return network.eval().requires_grad_(False)
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        stop(f"{source} is no folder here, and the hub does not give it: {str(error).strip().splitlines()[0]}")
+
+
+def load_part(place: Path, kind: type, dtype: torch.dtype = torch.float32):
+    """An object of class `kind` from a folder of diffusers' or transformers' layout, a network ready to use.
+
+    The caller names the class, weights come from safetensors, and a tokenizer's own code is refused: nothing in the folder is ever run. A part
+    that does not load whole ends the run with one line that names its file.
+    """
+    try:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(str(place), **({"trust_remote_code": False} if "Tokenizer" in kind.__name__ else {}))
+        folder, weights = place, sorted(place.glob("*.safetensors"))
+        if not weights:
+            raise OSError("no *.safetensors in it")
+        for place in weights:
+            with safe_open(place, "pt"):  # compares the file's length with what its head says
+                pass
+        place = weights[0] if len(weights) == 1 else folder
+        network, report = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if lacking := sorted(report["missing_keys"]):  # they would be random numbers
+            raise ValueError(f"it lacks {', '.join(lacking[:3])}")
+        return network.eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # Key, Type: a wrong config.json
+        stop(f"{place} does not load as {kind.__name__}: {str(error).strip().splitlines()[0]}")
 
 
 def svc_network(name: str) -> Seva:
     """The U-Net from a hub id, a folder or a file of safetensors. The file's metadata may hold another SevaConfig than the released one ("config")."""
     path = Path(name)
-    if path.is_dir():
-        path = next((path / file for file in ("modelv1.1.safetensors", "model.safetensors") if (path / file).is_file()), path / "model.safetensors")
-    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        try:
-            path = Path(hf_hub_download(name, "modelv1.1.safetensors"))
-        except (OSError, ValueError) as error:
-            stop(f"--svc {name}: neither a folder here nor to be had from the hub ({' '.join(str(error).split())[:200]})")
+    if not path.is_file():
+        files = ("modelv1.1.safetensors", "model.safetensors")
+        folder = fetched(name, files[:1])
+        path = next((folder / file for file in files if (folder / file).is_file()), folder / files[1])
     try:
         with safe_open(path, "pt") as file:
             cfg = SevaConfig(**json.loads((file.metadata() or {}).get("config", "{}")))
@@ -1198,7 +1234,7 @@ class SvcAnchor(NamedTuple):
     fitted: torch.Tensor  # [3,H,W] in -1..1
     encoded: tuple[torch.Tensor, torch.Tensor]  # its latents [4,h,w] and CLIP vector [D]
     actions: list
-    seed: int
+    name: tuple[str, str]  # scene_id, traj_id
 
 
 class Svc:
@@ -1222,11 +1258,10 @@ class Svc:
         from transformers import CLIPVisionModelWithProjection
         cfg, (device, dtype) = self.cfg, network_place(self.cfg)
         unet = svc_network(cfg.svc).to(dtype=dtype, memory_format=torch.channels_last if cfg.compile else torch.contiguous_format)
-        inside = "" if (Path(cfg.svc_vae) / "config.json").is_file() else "vae"
-        vae = load_part("--svc_vae", cfg.svc_vae, lambda: AutoencoderKL.from_pretrained(
-            cfg.svc_vae, subfolder=inside, use_safetensors=True, output_loading_info=True))
-        clip = load_part("--svc_clip", cfg.svc_clip, lambda: CLIPVisionModelWithProjection.from_pretrained(
-            cfg.svc_clip, use_safetensors=True, output_loading_info=True))
+        wanted = ["config.json", "model.safetensors"]
+        vae, clip = fetched(cfg.svc_vae, ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]), fetched(cfg.svc_clip, wanted)
+        vae = load_part(vae / "vae" if (vae / "vae").is_dir() else vae, AutoencoderKL)
+        clip = load_part(clip, CLIPVisionModelWithProjection)
         if cfg.vae_tiling:
             vae.enable_tiling()
         for part in () if cfg.offload else (unet, vae, clip):
@@ -1261,8 +1296,7 @@ class Svc:
         if self.encoded[0] is not picture:  # the trajectories of a photograph follow one another
             fitted = fit_picture(picture, self.cfg.svc_px)
             self.encoded = picture, fitted, self.encode(fitted)
-        return SvcAnchor(picture.shape[1::-1], *self.encoded[1:], trajectory["actions"],
-                         stable_seed(self.cfg.seed, trajectory["scene_id"], trajectory["traj_id"], "svc"))
+        return SvcAnchor(picture.shape[1::-1], *self.encoded[1:], trajectory["actions"], (trajectory["scene_id"], trajectory["traj_id"]))
 
     def published_passes(self, targets: int) -> tuple[list, list[int]]:
         """World2VLM's way: (calls of both passes, frames that the first imagines for the second, here all of them)."""
@@ -1289,8 +1323,8 @@ class Svc:
 
         def sample_call(number, picked, latents, mask, plucker, clip_mean, poses, K):
             call = next(calls)  # a frame's noise depends on the trajectory, the call and the frame, not on which others are in the call
-            normal = torch.stack([torch.randn(steps + 1, *latents.shape[1:], generator=torch.Generator().manual_seed(
-                stable_seed(anchor.seed, call, frames[i]))) for i in picked], 1)
+            normal = torch.stack([torch.randn(steps + 1, *latents.shape[1:], generator=random_numbers(
+                self.cfg.seed, *anchor.name, "svc", call, frames[i])) for i in picked], 1)
             scale = guidance_scale(guiders[number], poses, K, mask, self.guidance)
             with self.at_work(unet):
                 return svc_sample(network, normal[0].to(device), latents, mask, plucker, clip_mean, scale, steps, normal[1:], fast,
@@ -1326,8 +1360,157 @@ class Svc:
                    "frames, first trajectory")
 
 
-TEACHERS = {"simulator": Simulator, "warp": Warp, "svc": Svc}
-NETWORKS = {"svc"}  # those of them that run a network
+# --- sana-wm ---
+
+def resample(c2w: np.ndarray, max_step_m: float = 0.05, max_step_deg: float = 1.2, group: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """The path c2w [N,4,4] of a level camera in smaller steps -> (poses float32 [F,4,4], at [N]: poses[at[i]] is c2w[i]).
+
+    SANA-WM expects 0.025 to 0.05 m and 0.6 to 1.2 degrees from frame to frame, and its VAE packs all frames after the first in groups, so
+    F = group * k + 1, k >= 1. Each step of the path (01 takes up to 0.2 m or 5 degrees) is cut into the fewest equal parts within the upper
+    limits; none then falls short of the lower ones, though a step that was smaller stays so. Between two poses of the path the camera moves
+    in a straight line and turns evenly. The last pose is repeated until the groups are full. Raises Unusable where it pitches or rolls.
+    """
+    if np.abs(c2w[:, 1, :3] - [0, 1, 0]).max() > 1e-3:
+        raise Unusable("sana-wm's camera is level, these poses pitch or roll")
+    poses, at = [c2w[0]], [0]
+    for start, end in zip(c2w, c2w[1:]):
+        move_m, turn_deg = end[:3, 3] - start[:3, 3], yaw_deg_of(start[:3, :3].T @ end[:3, :3])
+        parts = max(1, math.ceil(np.linalg.norm(move_m) / max_step_m - 1e-4), math.ceil(abs(turn_deg) / max_step_deg - 1e-4))
+        for part in range(1, parts):
+            pose = start.copy()
+            pose[:3, :3] = start[:3, :3] @ yaw_matrix(turn_deg * part / parts)
+            pose[:3, 3] += move_m * part / parts
+            poses.append(pose)
+        poses.append(end)
+        at.append(len(poses) - 1)
+    poses += [c2w[-1]] * (group * max(1, math.ceil((len(poses) - 1) / group)) + 1 - len(poses))
+    return np.stack(poses).astype(np.float32), np.array(at)
+
+
+def middle(picture: np.ndarray, K: np.ndarray, width: int, height: int) -> tuple[Image.Image, np.ndarray]:
+    """The largest middle part of a picture uint8 [h,w,3] that has the shape asked for, resized to it -> (picture, its K).
+
+    K is that of the whole picture, in pixels of any size. SanaWMPipeline resizes and cuts likewise, but rounds to whole pixels in between.
+    Done here, nothing is left to cut: pixels stay square, the principal point stays central, and the picture is at hand as frame 0.
+    """
+    image = ImageOps.fit(Image.fromarray(picture), (width, height), Image.LANCZOS)
+    focal_px = K[0, 0] / (2 * K[0, 2]) * picture.shape[1] * max(width / picture.shape[1], height / picture.shape[0])
+    return image, np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]], np.float32)
+
+
+def check_pipeline(source: str, kind: str):
+    """A source of weights that cannot be right ends the run before anything is made."""
+    index = Path(source) / "model_index.json"
+    if not Path(source).is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            stop(f"{source} is neither a folder nor a hub id (owner/name): name a {kind}")
+        return
+    try:
+        found = json.loads(index.read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"{index} does not describe a pipeline ({error!r}): name the folder of a {kind}")
+    if found != kind:
+        stop(f"{index} describes a {found}: name the folder of a {kind}")
+
+
+def load_parts(source: str, kinds: dict[str, type], dtype: torch.dtype) -> dict:
+    """The parts of a diffusers pipeline from its folder or the hub, {name: class} -> {name: object}; a VAE in float32, as advised there."""
+    folder = fetched(source, [f"{name}/*.{ending}" for name in kinds for ending in ("json", "safetensors", "model")])
+    return {name: load_part(folder / name, kind, torch.float32 if name == "vae" else dtype) for name, kind in kinds.items()}
+
+
+class SanaWM:
+    """A video model that follows camera poses, run by diffusers. An anchor is (picture uint8 [h,w,3], (scene_id, traj_id)).
+
+    Frame 0 is the middle of the picture itself, not what the VAE makes of it.
+    """
+    MOST_FRAMES = 961  # a minute at 16 frames a second: the longest that the model was made for
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.rooms = cfg, Simulator(cfg)
+        if len(cfg.sana_size) != 2 or any(side < 64 or side % 32 for side in cfg.sana_size):
+            stop(f"--sana_size {' '.join(map(str, cfg.sana_size))}: want height and width, multiples of 32 from 64 up")
+        check_pipeline(cfg.sana, "SanaWMPipeline")
+        if cfg.sana_refiner:
+            check_pipeline(cfg.sana_refiner, "SanaWMLTX2Refiner")
+
+    def refuses(self, trajectory: dict) -> str:
+        return ""
+
+    def anchor(self, trajectory: dict) -> tuple[np.ndarray, tuple[str, str]]:
+        return first_picture(trajectory, self.rooms, max(self.cfg.sana_size)), (trajectory["scene_id"], trajectory["traj_id"])
+
+    @cached_property
+    def networks(self) -> tuple:
+        """(pipeline, refiner or None, the encoded prompt by argument of the pipeline)."""
+        import diffusers  # here, because it takes seconds that runs without networks need not wait
+        from diffusers.pipelines.sana_wm.pipeline_sana_wm import DEFAULT_CHI_PROMPT  # trained with these words before each prompt
+        from transformers import AutoTokenizer, Gemma2ForCausalLM
+        diffusers.utils.logging.set_verbosity_error()  # what it would warn of is looked into by load_parts
+        cfg, (device, dtype) = self.cfg, network_place(self.cfg)
+        pipe = diffusers.SanaWMPipeline(**load_parts(cfg.sana, {
+            "scheduler": diffusers.FlowMatchEulerDiscreteScheduler, "tokenizer": AutoTokenizer, "text_encoder": Gemma2ForCausalLM,
+            "vae": diffusers.AutoencoderKLLTX2Video, "transformer": diffusers.SanaWMTransformer3DModel}, dtype))
+        pipe.text_encoder.to(device)
+        with torch.no_grad():
+            embeddings = pipe.encode_prompt(cfg.sana_prompt, device=device, chi_prompt=DEFAULT_CHI_PROMPT)
+        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+        prompt, refiner = dict(zip(names, embeddings)), None
+        pipe.register_modules(text_encoder=None, tokenizer=None)  # all trajectories share the prompt, so 5 GB of weights can go
+        if cfg.vae_tiling:  # tiles of 512 pixels, and of 96 frames in time: those of the model's training
+            pipe.vae.enable_tiling(tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64)
+            pipe.vae.use_framewise_encoding = pipe.vae.use_framewise_decoding = True
+        if cfg.sana_refiner:
+            from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+            from transformers import Gemma3ForConditionalGeneration
+            refiner = diffusers.SanaWMLTX2Refiner(vae=pipe.vae, **load_parts(cfg.sana_refiner, {
+                "scheduler": diffusers.FlowMatchEulerDiscreteScheduler, "tokenizer": AutoTokenizer,
+                "text_encoder": Gemma3ForConditionalGeneration, "connectors": LTX2TextConnectors,
+                "transformer": diffusers.SanaWMLTX2RefinerTransformer3DModel}, dtype))
+        for stage in filter(None, (pipe, refiner)):
+            stage.set_progress_bar_config(desc="sana-wm", leave=False)
+            if cfg.offload and device.type == "cuda":
+                try:
+                    stage.enable_model_cpu_offload(device=device)
+                except ImportError as error:
+                    stop(f"--offload: {str(error).splitlines()[0]}")
+            else:
+                stage.to(device)
+        return pipe, refiner, prompt
+
+    def video(self, image: Image.Image, poses: np.ndarray, name: tuple[str, str], steps: int, guidance: float) -> torch.Tensor:
+        """The frames [F,3,H,W] in 0..1 at poses [F,4,4]."""
+        (pipe, refiner, prompt), noise = self.networks, random_numbers(self.cfg.seed, *name, "sana-wm")
+        made = pipe(image=image, prompt=self.cfg.sana_prompt, c2w=poses, intrinsics=self.K, num_frames=len(poses), height=image.height,
+                         width=image.width, num_inference_steps=steps, guidance_scale=guidance, generator=noise,
+                         output_type="latent" if refiner else "pt", **prompt).frames
+        if refiner:
+            noise = random_numbers(self.cfg.seed, *name, "refiner")
+            made = refiner(made, self.cfg.sana_prompt, fps=16, generator=noise, output_type="pt")
+            made = torch.cat([made[:1], made])  # it leaves frame 0 out
+        return made
+
+    def imagine(self, anchor: tuple[np.ndarray, tuple[str, str]], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
+        (picture, name), cfg, (height, width) = anchor, self.cfg, self.cfg.sana_size
+        poses, at = resample(c2w)
+        if len(poses) > self.MOST_FRAMES:
+            raise Unusable(f"in sana-wm's steps the path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
+        image, self.K = middle(picture, K, width, height)
+        steps, guidance = cfg.steps or 60, cfg.guidance or 5.0
+        try:
+            made = self.video(image, poses, name, steps, guidance)
+        except torch.OutOfMemoryError as error:
+            stop(f"{str(error).splitlines()[0]} Try --vae_tiling, --offload or a smaller --sana_size.")
+        frames = (255 * made[at[kept]]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        frames[at[kept] == 0] = np.asarray(image)
+        self.objects, self.holes = None, None
+        self.settings = {"model": cfg.sana, "refiner": cfg.sana_refiner or None, "steps": steps, "guidance": guidance,
+                         "prompt": cfg.sana_prompt, "height": height, "width": width, "frames": len(poses), "vae_tiling": cfg.vae_tiling}
+        return frames
+
+
+TEACHERS = {"simulator": Simulator, "warp": Warp, "svc": Svc, "sana-wm": SanaWM}
+NETWORKS = {"svc", "sana-wm"}  # those of them that run a network
 
 
 # --- quality check ---
