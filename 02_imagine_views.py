@@ -21,12 +21,19 @@ the path in smaller steps, of which the frames asked for are kept, and sees the 
 
 Where we depart from the paper: its teachers are trusted, ours are measured. Every trajectory gets a `qc` record, and what fails stays on disk,
 marked, for stage 3 to leave out:
-    turn_error_deg  of the worst turn between key frames: yaw at which the earlier frame matches the later one, minus the yaw asked for; null where
-                    none can be measured (moves only, or less than a quarter of the view in common)
-    match           correlation at that yaw, -1..1 (null likewise)
-    sharpness       least variance of the Laplacian of a frame, over that of frame 0
-    motion          mean absolute difference between the first and the last frame, grey levels
-    holes           largest share of a frame that the picture does not show
+    turn_error_deg     of the worst turn between key frames: yaw at which the earlier frame matches the later one, minus the yaw asked for,
+                       + to the right; null where none can be measured (moves only, less than a quarter of the view in common, holes)
+    over_turn_deg      the same error counted along the turn: + turned too far, - not far enough, whichever way
+    match              correlation at that yaw, -1..1 (null likewise)
+    heading_drift_deg  of the worst straight move, forward or backward: yaw by which it turned the camera; null where it cannot be told
+    sharpness          least steepness of the edges of a frame, over that of frame 0
+    flicker            grey levels by which most of a frame stands off the frames before and after it; null unless three in a row are kept
+    motion             least mean absolute difference between one key frame and the next, grey levels
+    holes              largest share of a frame that the picture does not show
+What the meter says of exact views (21,000 trajectories of rooms, 84 px, 90 degrees): a turn is read to one column of a cylinder, fov / 96 =
+0.94 degrees, refined by a parabola: off by 0.1 in the mean and never by more than 0.8. A heading is read off by 0.1 in the median and by
+less than 1.2 in 99 of 100 moves; every fifth move gives none. A sideways move shifts the picture like a turn (of 20 degrees in the median)
+and cannot be told from one without depth: its heading is not measured.
 
 Reads   RUN/1_trajectories/trajectories.jsonl and rooms/*.json (see 01), the photographs, and for moves of `warp` <photo stem>.depth.npy
 Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.json (nerfstudio: OpenGL camera axes), view.json (the record below,
@@ -34,8 +41,10 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
         RUN/2_views/views.jsonl, all records in the order of the trajectories: the trajectory's own keys (see 01) and
             {..., "teacher": "simulator", "teacher_settings": {}, "seed": 0, "kept": [0, 8], "frames": ["2_views/room_00000/t000/000.png", ...],
              "objects": [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41}], []],
-             "qc": {"turn_error_deg": 0.1, "match": 0.98, "sharpness": 0.9, "motion": 31.2, "holes": 0.0, "passed": true, "why": ""}}
+             "qc": {"turn_error_deg": 0.1, "over_turn_deg": -0.1, "match": 0.98, "heading_drift_deg": null, "sharpness": 0.97,
+                    "flicker": null, "motion": 31.2, "holes": 0.0, "passed": true, "why": ""}}
         (objects: per kept frame, the visible ones, boxes in thousandths of the picture; null for `warp`)
+        RUN/2_views/qc.json: per teacher, mean and percentiles of each measure, how many it rejects; qc.png: the same drawn, with the limits
         RUN/2_views/contact_sheet.png, meta.json
 
     python 02_imagine_views.py --run runs/demo
@@ -76,6 +85,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import snapshot_download
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -186,6 +196,12 @@ class Config:
                                  "that can take it")
     keep: str = setting("keyframes", "frames kept of a trajectory: keyframes (frame 0 and the one after each action), ends (first and last) or all")
     depth_dir: str = setting("", "folder of <photo stem>.depth.npy files, float metres along the viewing axis, for warp; empty: beside each photograph")
+    depth: str = setting("", "depth-estimation checkpoint (folder or hub id) with which warp moves photographs that have no depth file; "
+                             "empty: they only turn")
+    depth_kind: str = setting("auto", "what that checkpoint returns: metric (depth in metres), relative (inverse depth up to scale and "
+                                      "shift) or auto: as its configuration says")
+    camera_height_m: float = setting(1.5, "height above the floor from which photographs were taken, metres, camera level: it gives a "
+                                          "relative depth its scale")
     device: str = setting("auto", "where a teacher's networks run: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1; bfloat16 on cuda, "
                           "float32 on a CPU")
     steps: int = setting(0, "denoising steps of a generative teacher; 0: its own number (svc 50, with --fast 20; sana-wm 60)")
@@ -211,11 +227,18 @@ class Config:
                                    "trained at 704 1280")
     sana_prompt: str = setting("A quiet indoor place in even light, seen by a slowly moving camera. Nothing and nobody in it moves.",
                                "sana-wm: what its text encoder reads, the same for all trajectories")
-    max_turn_error_deg: float = setting(5.0, "quality check, degrees: half of the smallest turn, so that a passed turn is nearest to its own label")
+    max_turn_error_deg: float = setting(4.0, "quality check, degrees: half of the smallest turn less one column of the measure, so that a "
+                                             "passed turn is nearest to its own label")
     min_match: float = setting(0.4, "quality check, correlation 0..1: at its best yaw the anchor must resemble the turned frame at least so much")
-    min_sharpness: float = setting(0.04, "quality check, ratio: variance of the Laplacian over the anchor's; a 5x5 box blur leaves about 0.02")
-    min_motion: float = setting(1.0, "quality check, grey levels 0..255: mean difference between first and last frame; below it the view is frozen")
+    max_heading_drift_deg: float = setting(3.0, "quality check, degrees: turn of a straight move; 99 of 100 exact ones measure below 1.2")
+    min_sharpness: float = setting(0.25, "quality check, ratio: steepness of the edges over frame 0's; a 5x5 box blur leaves 0.05 to 0.22, "
+                                         "exact views of rooms 0.28 or more")
+    max_flicker: float = setting(3.0, "quality check, grey levels 0..255: how far most of a frame stands off its neighbours; exact 1.3")
+    min_motion: float = setting(1.0, "quality check, grey levels 0..255: mean change by an action; below it the view is frozen")
     max_holes: float = setting(0.6, "quality check, share 0..1 of a frame that no picture shows; at 54 degrees a turn by 30 leaves about 0.57")
+    calibrate: bool = setting(False, "only measure how far the teacher really moves for a distance asked, in rooms: RUN/2_calibration")
+    calibration_moves: int = setting(60, "single moves of rooms that --calibrate tries, spread over the run")
+    calibration: str = setting("", "calibration.json that --calibrate wrote: the teacher is asked in its own metres; empty: in ours")
     shard: str = setting("0/1", "i/n: this process makes trajectories i, i+n, i+2n, ...; whichever shard ends last completes the folder")
     workers: int = setting(os.cpu_count() or 1, "processes; results do not depend on it")
     sheet_rows: int = setting(12, "trajectories on contact_sheet.png, spread over the kinds of action")
@@ -1127,20 +1150,113 @@ def network_place(cfg: Config) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+# --- warp: the depth of a photograph, estimated ---
+
+FAR_M = 100.0  # the sky, and all that is further, stands there
+METRIC = {"depth_pro", "zoedepth", "glpn", "tipsv2_dpt"}  # model types whose depth is metres; DepthAnything says which kind it is
+
+
+@lru_cache(maxsize=1)
+def load_depth_network(name: str, device: torch.device):
+    """(picture processor, model) of a depth-estimation checkpoint, by folder or hub id. Safetensors only; remote code is never run."""
+    from transformers import AutoImageProcessor, AutoModelForDepthEstimation  # here, not above: they take a second that no other run needs
+    from transformers.utils import is_torchvision_available, logging
+    logging.set_verbosity_error()  # what is wrong with the weights is said below, in one line
+    logging.disable_progress_bar()
+    for path in sorted(Path(name).glob("*.safetensors")):  # the library's own message does not name the file
+        try:
+            safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            stop(f"{path}: {str(error).splitlines()[0]}; fetch the checkpoint again")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model, report = AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True, dtype=torch.float32, trust_remote_code=False,
+                                                                    ignore_mismatched_sizes=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        stop(f"--depth {name} does not load as a depth-estimation checkpoint: {str(error).strip().splitlines()[0]}")
+    wrong = [f"{key} is {list(has)} where the configuration says {list(wants)}" for key, has, wants in sorted(report["mismatched_keys"])]
+    wrong += [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    if wrong:
+        stop(f"--depth {name}: {len(wrong)} weights do not fit, for one {wrong[0]}; fetch the checkpoint again")
+    if model.config.model_type in ("zoedepth", "depth_pro") and not is_torchvision_available():
+        stop(f"--depth {name}: transformers needs torchvision for {model.config.model_type}: pip install torchvision")
+    return processor, model.to(device).eval()  # float32 on a GPU too: it runs once a photograph, and bfloat16 knows 3 m to 2 cm only
+
+
+def is_metric(config, kind: str) -> bool:
+    if kind == "auto":
+        return config.model_type in METRIC or getattr(config, "depth_estimation_type", "relative") == "metric"
+    return kind == "metric"
+
+
+def anchor_to_floor(inverse: np.ndarray, K: np.ndarray, camera_height_m: float) -> np.ndarray:
+    """Relative inverse depth q [H,W] = a / z + b, with a > 0 and b unknown -> depth z [H,W] in metres.
+
+    The floor under a level camera at height h is at depth z = h / y where the tangent below the horizon is y; there q = (a / h) y + b is a
+    straight line over the rows. It is fitted to the lowest quarter of the picture, middle half of the columns. What stands on the floor is
+    nearer, so each row gives its lower quartile; of the lines through two rows, the one with the least median distance from all rows is
+    taken, so that fewer than half of the rows may miss the floor.
+    Right only where the camera was level (the horizon is the middle row) and floor shows there: a table, a slope or a picture taken from a
+    tower gives all depths a wrong scale. Raises Unusable where no line rises downwards.
+    """
+    height, width = inverse.shape
+    rows = np.unique(np.linspace(0.75 * height, height - 1, 48).astype(int))
+    y = rays_of(K)[1][rows, 0].astype(np.float64)  # [r]
+    q = np.percentile(inverse[rows, width // 4: width - width // 4], 25, axis=1)  # [r]
+    i, j = np.triu_indices(len(rows), max(1, len(rows) // 4))  # rows far enough apart to give a slope
+    slope = (q[j] - q[i]) / (y[j] - y[i])  # [pairs]
+    shift = q[i] - slope * y[i]
+    slope, shift = slope[slope > 0], shift[slope > 0]
+    if not slope.size:
+        raise Unusable("--depth finds no floor in its lower middle: save metres as <photo stem>.depth.npy, or name a metric checkpoint")
+    best = np.median(np.abs(slope[:, None] * y + shift[:, None] - q), axis=1).argmin()
+    scale = slope[best] * camera_height_m  # a
+    return (1 / np.maximum((inverse - shift[best]) / scale, 1 / FAR_M)).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def estimate_depth(photo: Path, width: int, height: int, fov_x_deg: float, name: str, device: torch.device, kind: str,
+                   camera_height_m: float) -> np.ndarray:
+    """Depth [H,W] in metres of a photograph in its stored size. A photograph's trajectories follow each other, so few are remembered."""
+    processor, model = load_depth_network(name, device)
+    inputs = processor(images=Image.fromarray(load_photo(photo, width, height)), return_tensors="pt").to(device)
+    padded = {"source_sizes": [(height, width)]} if model.config.model_type == "zoedepth" else {}  # its processor pads: by how much?
+    with torch.inference_mode():
+        depth = processor.post_process_depth_estimation(model(**inputs), target_sizes=[(height, width)], **padded)[0]["predicted_depth"]
+    depth = depth.float().cpu().numpy().reshape(height, width)
+    if not np.isfinite(depth).all():
+        raise Unusable(f"{photo}: --depth {name} returns depths that are no numbers")
+    if is_metric(model.config, kind):
+        return np.clip(depth, 0.01, FAR_M)
+    try:
+        return anchor_to_floor(depth, intrinsics(width, height, fov_x_deg), camera_height_m)
+    except Unusable as error:
+        raise Unusable(f"{photo}: {error}") from None
+
+
+def only_turns(trajectory: dict) -> bool:
+    return all(name in ("turn_left", "turn_right") for name, _ in trajectory["actions"])
+
+
 class Warp:
     """Moves the pixels of one picture. An anchor is (picture uint8 [H,W,3], depth float [H,W] or None). In a room both are the simulator's frame 0."""
 
     def __init__(self, cfg: Config):
-        self.run, self.depth_dir, self.rooms = Path(cfg.run), cfg.depth_dir, Simulator(cfg)
+        self.depth_dir, self.rooms, self.network = cfg.depth_dir, Simulator(cfg), None
+        if cfg.depth:
+            device, _ = network_place(cfg)
+            load_depth_network(cfg.depth, device)  # so that a fault of the checkpoint stops the run at its beginning
+            self.network = (cfg.depth, device, cfg.depth_kind, cfg.camera_height_m)
 
     def depth_path(self, trajectory: dict) -> Path:
         photo = Path(trajectory["anchor"])
         return (Path(self.depth_dir) if self.depth_dir else photo.parent) / f"{photo.stem}.depth.npy"
 
     def refuses(self, trajectory: dict) -> str:
-        if trajectory["room"] or all(name in ("turn_left", "turn_right") for name, _ in trajectory["actions"]) or self.depth_path(trajectory).is_file():
+        if trajectory["room"] or self.network or only_turns(trajectory) or self.depth_path(trajectory).is_file():
             return ""
-        return "warp needs a depth map to move (save metres [H,W] as <photo stem>.depth.npy beside the photograph or in --depth_dir)"
+        return ("warp needs a depth map to move (name a depth-estimation checkpoint with --depth, or save metres [H,W] as "
+                "<photo stem>.depth.npy beside the photograph or in --depth_dir)")
 
     def anchor(self, trajectory: dict) -> tuple[np.ndarray, np.ndarray | None]:
         width, height = trajectory["width"], trajectory["height"]
@@ -1149,9 +1265,13 @@ class Warp:
             picture, _, depth = render(room, start_pose(room, start), intrinsics(width, height, trajectory["fov_x_deg"]))
             self.settings = {"depth": "exact"}
             return picture, depth
-        path = self.depth_path(trajectory)
-        self.settings = {"depth": path.name if path.is_file() else None}
-        return load_photo(Path(trajectory["anchor"]), width, height), load_depth(path, width, height) if path.is_file() else None
+        path, photo, depth, self.settings = self.depth_path(trajectory), Path(trajectory["anchor"]), None, {"depth": None}
+        if path.is_file():
+            depth, self.settings = load_depth(path, width, height), {"depth": path.name}
+        elif self.network and not only_turns(trajectory):
+            depth = estimate_depth(photo, width, height, trajectory["fov_x_deg"], *self.network)
+            self.settings = {"depth": self.network[0], "depth_kind": self.network[2], "camera_height_m": self.network[3]}
+        return load_photo(photo, width, height), depth
 
     def imagine(self, anchor: tuple[np.ndarray, np.ndarray | None], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
         (picture, depth), views = anchor, []
@@ -1515,89 +1635,323 @@ NETWORKS = {"svc", "sana-wm"}  # those of them that run a network
 
 # --- quality check ---
 
-def cylinder(image: np.ndarray, K: np.ndarray, columns: int) -> np.ndarray:
-    """Picture [H,W,3] -> float [3*24, columns], a column an equal step of viewing angle, so that a turn is a shift along the columns."""
+COLUMNS = 96  # of a cylinder: the resolution of a turn is the field of view / 96, 0.94 degrees at 90; a parabola refines it
+MOVE_MATCH = 0.9  # a heading is believed from this correlation on: of exact moves straight ahead or back it leaves out a fifth
+
+
+def cylinder(image: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Picture [H,W,3] -> float32 [3,24,COLUMNS], a column an equal step of viewing angle, so that a turn is a shift along the columns."""
     half_x, half_y = K[0, 2] / K[0, 0], K[1, 2] / K[0, 0]  # tangents of half the fields of view
-    angle = ((np.arange(columns) + 0.5) / columns - 0.5) * 2 * math.atan(half_x)
+    angle = ((np.arange(COLUMNS) + 0.5) / COLUMNS - 0.5) * 2 * math.atan(half_x)
     up = (np.arange(24) + 0.5) / 12 - 1
     y = up[:, None] * half_y * math.cos(angle[-1]) / np.cos(angle)  # the rows that every column has
-    shrink = max(1, round(image.shape[1] / 96))
+    shrink = max(1, round(image.shape[1] / COLUMNS))
     small = np.asarray(Image.fromarray(image).reduce(shrink), np.float32)
     width_px, height_px = small.shape[1] / (2 * half_x), small.shape[0] / (2 * half_y)  # focal lengths of the small picture
-    rows = sample(small, np.broadcast_to((np.tan(angle) + half_x) * width_px, y.shape), (y + half_y) * height_px)  # [24, columns, 3]
-    return (rows - rows.mean((0, 1))).transpose(2, 0, 1).reshape(72, columns)
+    rows = sample(small, np.broadcast_to((np.tan(angle) + half_x) * width_px, y.shape), (y + half_y) * height_px)  # [24,columns,3]
+    return rows.transpose(2, 0, 1)
 
 
-def measure_turn(before: np.ndarray, after: np.ndarray, K: np.ndarray, columns: int = 96) -> tuple[float, float]:
+def measure_turn(before: np.ndarray, after: np.ndarray, K: np.ndarray) -> tuple[float, float]:
     """(yaw in degrees at which `before`, turned, matches `after` best, their correlation there), pictures uint8 [H,W,3].
 
     On cylinders a turn by k columns means after[:, j] = before[:, j + k]; the correlation of the common columns is computed for every k that
-    leaves a quarter of them at once (products by FFT, sums and squares by cumulative sums), and a parabola refines the best.
+    leaves a quarter of them at once (products by FFT, sums and squares by cumulative sums), and a parabola refines the best. Each colour
+    has its own mean over the common columns: with one for all, two views of a plain wall differ by the colours of what they do not share.
     """
-    a, b = cylinder(before, K, columns), cylinder(after, K, columns)
-    k = np.arange(-(3 * columns // 4), 3 * columns // 4 + 1)
-    size = 2 * columns
-    products = np.fft.irfft((np.fft.rfft(a, size) * np.fft.rfft(b, size).conj()).sum(0), size)[k % size]
+    a, b = cylinder(before, K), cylinder(after, K)  # [3,24,columns]
+    a, b = a - a.mean((1, 2), keepdims=True), b - b.mean((1, 2), keepdims=True)
+    k = np.arange(-(3 * COLUMNS // 4), 3 * COLUMNS // 4 + 1)
+    products = np.fft.irfft((np.fft.rfft(a, 2 * COLUMNS) * np.fft.rfft(b, 2 * COLUMNS).conj()).sum((0, 1)), 2 * COLUMNS)[k % (2 * COLUMNS)]
 
-    def common(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        total = np.append(0, values.sum(0).cumsum())
-        return total[last] - total[first]
+    def common(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:  # [3,24,columns] -> sums over first:last, [3,k]
+        total = np.pad(values.sum(1).cumsum(1), ((0, 0), (1, 0)))
+        return total[:, last] - total[:, first]
 
-    part_a, part_b = (np.maximum(k, 0), columns + np.minimum(k, 0)), (np.maximum(-k, 0), columns + np.minimum(-k, 0))
-    n = len(a) * (columns - np.abs(k))
+    part_a, part_b = (np.maximum(k, 0), COLUMNS + np.minimum(k, 0)), (np.maximum(-k, 0), COLUMNS + np.minimum(-k, 0))
+    n = 24 * (COLUMNS - np.abs(k))
     sum_a, sum_b = common(a, *part_a), common(b, *part_b)
-    spread = (common(a * a, *part_a) - sum_a ** 2 / n).clip(1) * (common(b * b, *part_b) - sum_b ** 2 / n).clip(1)
-    match = (products - sum_a * sum_b / n) / np.sqrt(spread)
+    spread = (common(a * a, *part_a) - sum_a ** 2 / n).sum(0).clip(1) * (common(b * b, *part_b) - sum_b ** 2 / n).sum(0).clip(1)
+    match = (products - (sum_a * sum_b / n).sum(0)) / np.sqrt(spread)
     best = int(match.argmax())
-    offset = 0.0
-    if 0 < best < len(k) - 1:
-        low, high = match[best - 1], match[best + 1]
-        offset = 0.5 * (low - high) / min(low - 2 * match[best] + high, -1e-9)
-    step_deg = 2 * math.degrees(math.atan(K[0, 2] / K[0, 0])) / columns
-    return (k[best] + offset) * step_deg, float(match[best])
+    step_deg = 2 * math.degrees(math.atan(K[0, 2] / K[0, 0])) / COLUMNS
+    return float((k[best] + peak_offset(match, best)) * step_deg), float(match[best])
 
 
-def laplacian_variance(picture: np.ndarray, holes: np.ndarray | None) -> float:
-    """Of the grey picture, away from holes; 0 where nothing is left."""
-    grey = picture.astype(np.float32).mean(-1)
-    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
-    if holes is not None:
-        laplacian = laplacian[~(holes[1:-1, 1:-1] | holes[:-2, 1:-1] | holes[2:, 1:-1] | holes[1:-1, :-2] | holes[1:-1, 2:])]
-    return float(laplacian.var()) if laplacian.size else 0.0
+def peak_offset(values: np.ndarray, best: int) -> float:
+    """Where between the samples around its largest one, values[best], a parabola through the three has its top: -0.5..0.5."""
+    if not 0 < best < len(values) - 1:
+        return 0.0
+    low, high = values[best - 1], values[best + 1]
+    return float(0.5 * (low - high) / min(low - 2 * values[best] + high, -1e-9))
+
+
+def grey(picture: np.ndarray, width: int) -> np.ndarray:
+    """float32 [h, width] of a picture uint8 [H,W,3]."""
+    image = Image.fromarray(picture).convert("L")
+    return np.asarray(image.resize((width, max(2, round(width * image.height / image.width))), Image.BOX), np.float32)
+
+
+def look_from_nearer(x: np.ndarray, y: np.ndarray, yaw: float, near: np.ndarray | float, forward: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Where the frame taken further away shows what the nearer one shows at tangents x, y; `near`: length of the move over the depth there.
+
+    The frame after the move is the one that may be turned by `yaw` radians: the nearer one where the move went forward.
+    """
+    c, s = math.cos(yaw), math.sin(yaw)
+    if forward:  # R(yaw) (x, y, 1) + (0, 0, near)
+        u, v, depth = c * x + s, y, c - s * x + near
+    else:  # R(-yaw) ((x, y, 1) + (0, 0, near))
+        u, v, depth = c * x - s * (1 + near), y, c * (1 + near) + s * x
+    depth = np.maximum(depth, 0.1)  # a step of the fit may go behind the camera
+    return u / depth, v / depth
+
+
+def grid(half_x: float, half_y: float, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tangents x, y [side*side] of a grid over the field of view that reaches to half_x, half_y."""
+    steps = (np.arange(side) + 0.5) / side * 2 - 1
+    x, y = np.meshgrid(half_x * steps, half_y * steps)
+    return x.ravel(), y.ravel()
+
+
+@lru_cache(maxsize=8)
+def drift_starts(half_x: float, half_y: float, share: float, side: int, forward: bool) -> tuple[np.ndarray, np.ndarray]:
+    """130 first guesses (yaw, near) [g,2]; for each, which pixels of the further frame (48 wide) come under the grid, [g,side*side]."""
+    guesses = [(math.radians(yaw_deg), near) for yaw_deg in range(-12, 13, 2) for near in (0, 0.08, 0.16, 0.25, 0.35, 0.5, 0.7, 1, 1.4, 2)]
+    (x, y), width, pixels = grid(share * half_x, share * half_y, side), 48, []
+    height = max(2, round(width * half_y / half_x))
+    for yaw, near in guesses:
+        u, v = look_from_nearer(x, y, yaw, near, forward)
+        column, row = (u / half_x + 1) / 2 * width, (v / half_y + 1) / 2 * height
+        pixels.append(row.astype(int).clip(0, height - 1) * width + column.astype(int).clip(0, width - 1))
+    return np.array(guesses), np.array(pixels)
+
+
+def normal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values [...,m] moved and scaled to mean 0 and spread 1; the spread [...,1] that they had."""
+    spread = values.std(-1, keepdims=True) + 1e-3
+    return (values - values.mean(-1, keepdims=True)) / spread, spread
+
+
+def measure_drift(before: np.ndarray, after: np.ndarray, K: np.ndarray, forward: bool, share: float = 0.5,
+                  side: int = 24) -> tuple[float, float]:
+    """(yaw in degrees by which a move straight ahead or back turned the camera, correlation of the frames there), pictures uint8 [H,W,3].
+
+    A move makes what is ahead grow, the more the nearer it is, and a turn shifts it. So that the two are not confused, what the middle
+    `share` of the nearer frame shows is taken for one plane of unknown slant, near = p0 + p1 x + p2 y: the yaw and the plane are fitted
+    together by Gauss-Newton steps, with small weights for what does not belong to the plane (an object before a wall). They start from that
+    of 130 guesses which resembles best, and from the best one that hardly turns; the former is believed only where it ends clearly better.
+    """
+    half_x, half_y, width = float(K[0, 2] / K[0, 0]), float(K[1, 2] / K[0, 0]), min(96, before.shape[1])
+    x, y = grid(share * half_x, share * half_y, side)  # [m]
+    nearer, further = (after, before) if forward else (before, after)
+    guesses, pixels = drift_starts(half_x, half_y, share, side, forward)
+    small, nearer, further = grey(further, 48), grey(nearer, width), grey(further, width)
+    height = len(further)
+    down, along = np.gradient(further)
+    further = np.stack([further, along * (width / 2 / half_x), down * (height / 2 / half_y)], -1)  # grey, and its change per tangent
+
+    def shown_at(image: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return sample(image, (u / half_x + 1) * (width / 2), (v / half_y + 1) * (height / 2)).T  # [m] or [3,m]
+
+    def look(p: np.ndarray, yaw_step: float = 0.0, near_step: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        return look_from_nearer(x, y, p[0] + yaw_step, p[1] + p[2] * x + p[3] * y + near_step, forward)
+
+    def fit(start: np.ndarray) -> tuple[float, float]:
+        p = np.append(start, (0.0, 0.0))  # yaw in radians, p0, p1, p2
+        for _ in range(5):
+            u, v = look(p)
+            shown, along_x, along_y = shown_at(further, u, v)
+            shown, spread = normal(shown)
+            by_yaw, by_near = ((along_x * (u_step - u) + along_y * (v_step - v)) / (1e-3 * spread)
+                               for u_step, v_step in (look(p, yaw_step=1e-3), look(p, near_step=1e-3)))
+            slope = np.stack([by_yaw, by_near, by_near * x, by_near * y])  # [4,m]: change of what is shown by each parameter
+            slope -= slope.mean(1, keepdims=True)
+            residual = want - shown
+            weighted = slope / (1 + (residual / (1.5 * np.median(np.abs(residual)) + 1e-3)) ** 2)
+            square = weighted @ slope.T
+            p = p + np.linalg.solve(square + np.diag(1e-3 * square.diagonal() + 1e-6), weighted @ residual).clip(-0.15, 0.15)
+        return float((want * normal(shown_at(further[..., 0], *look(p)))[0]).mean()), math.degrees(p[0])
+
+    want, _ = normal(shown_at(nearer, x, y))
+    alike = (normal(small.ravel()[pixels])[0] * want).mean(1)
+    straight, any_yaw = np.where(np.abs(guesses[:, 0]) < 0.04, alike, -np.inf).argmax(), alike.argmax()
+    match, yaw_deg = fit(guesses[straight])
+    if any_yaw != straight:
+        other, other_deg = fit(guesses[any_yaw])
+        if other > match + 0.02:
+            match, yaw_deg = other, other_deg
+    return yaw_deg, match
+
+
+def heading_drift(before: np.ndarray, after: np.ndarray, K: np.ndarray, forward: bool) -> float | None:
+    """measure_drift in degrees where it can be trusted: None where the frames resemble too little, or where a drift is not found again in a
+    smaller part of them (what is ahead is no plane then: a corner, a large object)."""
+    drift_deg, match = measure_drift(before, after, K, forward)
+    if match < MOVE_MATCH or abs(drift_deg) > 1.5 and abs(drift_deg - measure_drift(before, after, K, forward, share=0.35)[0]) > 1.5:
+        return None
+    return drift_deg
+
+
+def measure_flicker(frames: np.ndarray, kept: list[int], c2w: np.ndarray, K: np.ndarray) -> float | None:
+    """By how many grey levels three quarters of a frame, or more, stand off the frames before and after it; the worst frame.
+
+    frames uint8 [n,H,W,3]. So that camera motion does not count, two frames are compared over the columns that both show after the turn
+    asked for, cell by cell (4 x 8 cells, each colour by itself); a steady change (a wall that comes nearer) is the same before and after a
+    frame and cancels; what comes into view changes a part of the cells only. None without three frames in a row (--keep all).
+    """
+    if not any(kept[i + 2] - kept[i] == 2 for i in range(len(kept) - 2)):
+        return None
+    step_deg, strips = 2 * math.degrees(math.atan(K[0, 2] / K[0, 0])) / COLUMNS, [cylinder(frame, K) for frame in frames]
+    changes, worst = {}, 0.0  # changes: frame index -> [3,32] from it to the next frame, per colour and cell
+    for i, (frame, following) in enumerate(zip(kept, kept[1:])):
+        k = round(yaw_deg_of(c2w[frame][:3, :3].T @ c2w[following][:3, :3]) / step_deg)
+        if following == frame + 1 and abs(k) <= 3 * COLUMNS // 4:
+            change = strips[i + 1][..., max(-k, 0):COLUMNS + min(-k, 0)] - strips[i][..., max(k, 0):COLUMNS + min(k, 0)]
+            across = change.shape[-1] // 8
+            changes[frame] = change[..., :8 * across].reshape(3, 4, 6, 8, across).mean((2, 4)).reshape(3, 32)
+            if frame - 1 in changes:
+                low, high = np.percentile((changes[frame] - changes[frame - 1]) / 2, (25, 75), axis=1)
+                worst = max(worst, float(low.max()), float(-high.min()))
+    return worst
+
+
+def sharpness(picture: np.ndarray, holes: np.ndarray | None) -> float | None:
+    """Energy of the Laplacian of the grey picture over that of its gradient, away from holes; 0 where it is flat, None where all is hole.
+
+    Both grow with the square of the contrast, so their ratio is the same for a gay wall and a plain one: it says how steep the edges are.
+    """
+    grey_sum = picture[..., 0].astype(np.int16) + picture[..., 1] + picture[..., 2]
+    inner, up, down, left, right = (grey_sum[1:-1, 1:-1], grey_sum[:-2, 1:-1], grey_sum[2:, 1:-1], grey_sum[1:-1, :-2], grey_sum[1:-1, 2:])
+    laplacian, along, down_ = 4 * inner - up - down - left - right, right - left, down - up
+    if holes is not None and holes.any():
+        whole = ~(holes[1:-1, 1:-1] | holes[:-2, 1:-1] | holes[2:, 1:-1] | holes[1:-1, :-2] | holes[1:-1, 2:])
+        laplacian, along, down_ = laplacian[whole], along[whole], down_[whole]
+    if not laplacian.size:
+        return None
+    gradient = np.square(along, dtype=np.float32).sum() + np.square(down_, dtype=np.float32).sum()
+    return float(4 * np.square(laplacian, dtype=np.float32).sum() / max(gradient, 1.0))
 
 
 def quality(frames: np.ndarray, holes: np.ndarray | None, kept: list[int], c2w: np.ndarray, keyframes: list[int], K: np.ndarray, cfg: Config) -> dict:
     """The `qc` record of frames uint8 [n,H,W,3], which are the frames `kept` of c2w [N,4,4]. The keys are explained at the top."""
     fov_deg = 2 * math.degrees(math.atan(K[0, 2] / K[0, 0]))
-    turn_error_deg = match = None
-    at_keys = [i for i, frame in enumerate(kept) if frame in keyframes]
+    qc = {"turn_error_deg": None, "over_turn_deg": None, "match": None, "heading_drift_deg": None}
+    at_keys, motions = [i for i, frame in enumerate(kept) if frame in keyframes], []
     for i, j in zip(at_keys, at_keys[1:]):
-        relative = c2w[kept[i]].T[:3, :3] @ c2w[kept[j]][:3, :3]  # .T: the inverse of a rotation, whose place in a 4x4 is the same
-        asked_deg = yaw_deg_of(relative)
-        if np.abs(c2w[kept[j]][:3, 3] - c2w[kept[i]][:3, 3]).max() > 1e-4 or not 1e-3 < abs(asked_deg) <= 0.74 * fov_deg:
-            continue
-        found_deg, likeness = measure_turn(frames[i], frames[j], K)
-        error_deg = round(found_deg - asked_deg, 2)
-        if match is None or likeness < cfg.min_match <= match or abs(error_deg) > abs(turn_error_deg):
-            turn_error_deg, match = error_deg, round(likeness, 3)
-    shown = ~(holes[0] | holes[-1]) if holes is not None else np.ones(frames.shape[1:3], bool)
-    change = np.abs(frames[-1].astype(np.int16) - frames[0])[shown]
-    first = laplacian_variance(frames[0], None)
-    sharpness = min(laplacian_variance(frame, None if holes is None else holes[i]) for i, frame in enumerate(frames)) / max(first, 1e-6)
-    qc = {"turn_error_deg": turn_error_deg, "match": match, "sharpness": round(sharpness, 3), "motion": round(float(change.mean()), 2) if change.size else 0.0,
-          "holes": round(float(holes.mean((1, 2)).max()), 3) if holes is not None else 0.0}
-    why = []
-    if match is not None and match < cfg.min_match:
-        why.append(f"the turned frame resembles the one before it at no yaw ({match:.2f} < {cfg.min_match:g})")
-    elif turn_error_deg is not None and abs(turn_error_deg) > cfg.max_turn_error_deg:
-        why.append(f"turn off by {turn_error_deg:+.1f} degrees")
-    if qc["sharpness"] < cfg.min_sharpness:
-        why.append(f"blurred ({qc['sharpness']:g} of the sharpness of frame 0)")
-    if qc["motion"] < cfg.min_motion:
-        why.append(f"frozen (changes by {qc['motion']:g} grey levels)")
-    if qc["holes"] > cfg.max_holes:
-        why.append(f"{qc['holes']:.0%} holes")
-    return {**qc, "passed": not why, "why": "; ".join(why)}
+        step = c2w[kept[i]].T[:3, :3] @ (c2w[kept[j]] - c2w[kept[i]])[:3, 3]  # .T: the inverse of a rotation
+        asked_deg = yaw_deg_of(c2w[kept[i]].T[:3, :3] @ c2w[kept[j]][:3, :3])
+        moved_m, whole = np.abs(step).max(), holes is None or holes[i].mean() < 0.02  # holes move with the camera, not with the picture
+        if whole and moved_m < 1e-4 and 1e-3 < abs(asked_deg) <= 0.74 * fov_deg:
+            found_deg, match = measure_turn(frames[i], frames[j], K)
+            error_deg, match, worst = round(found_deg - asked_deg, 2), round(match, 3), qc["match"]
+            if worst is None or match < cfg.min_match <= worst or abs(error_deg) > abs(qc["turn_error_deg"]):
+                qc |= {"turn_error_deg": error_deg, "over_turn_deg": round(math.copysign(1, asked_deg) * error_deg, 2), "match": match}
+        elif whole and moved_m >= 1e-4 and abs(asked_deg) <= 1e-3 and np.abs(step[:2]).max() < 1e-3 * moved_m:
+            drift_deg = heading_drift(frames[i], frames[j], K, bool(step[2] > 0))
+            if drift_deg is not None and abs(drift_deg) >= abs(qc["heading_drift_deg"] or 0.0):
+                qc["heading_drift_deg"] = round(drift_deg, 2)
+        change = np.abs(frames[j].astype(np.int16) - frames[i])
+        if holes is not None:
+            change = change[~(holes[i] | holes[j])]
+        if change.size:
+            motions.append(float(change.mean()))
+    edges = [sharpness(frame, None if holes is None else holes[i]) for i, frame in enumerate(frames)]
+    edges_left = [edge for edge in edges[1:] if edge is not None]
+    flicker = measure_flicker(frames, kept, c2w, K) if holes is None else None
+    qc |= {"sharpness": round(min(edges_left) / edges[0], 3) if edges[0] and edges_left else None,
+           "flicker": flicker if flicker is None else round(flicker, 2), "motion": round(min(motions, default=0.0), 2),
+           "holes": round(float(holes.mean((1, 2)).max()), 3) if holes is not None else 0.0}
+    why = faults(qc, cfg)
+    return {**qc, "passed": not why, "why": "; ".join(why.values())}
+
+
+# --- quality check: limits and the report ---
+
+MEASURES = {  # key of `qc`: axis title, what a value beyond its limit means ({0} the value, {1} the limit)
+    "turn_error_deg": ("turn error, degrees (+: further right)", "turn off by {0:+.1f} degrees"),
+    "match": ("correlation at the best yaw", "the turned frame resembles the one before it at no yaw ({0:.2f} < {1:g})"),
+    "heading_drift_deg": ("heading drift of a move, degrees", "a straight move turns by {0:+.1f} degrees"),
+    "sharpness": ("sharpness over frame 0's", "blurred ({0:g} of the sharpness of frame 0)"),
+    "flicker": ("flicker, grey levels", "flickers (most of a frame stands {0:.1f} grey levels off its neighbours)"),
+    "motion": ("motion, grey levels", "frozen (an action changes {0:g} grey levels)"),
+    "holes": ("share of holes", "{0:.0%} holes")}
+
+
+def limits(cfg: Config) -> dict[str, tuple[float, float]]:
+    """Least and largest value of each measure that passes."""
+    return {"turn_error_deg": (-cfg.max_turn_error_deg, cfg.max_turn_error_deg), "match": (cfg.min_match, math.inf),
+            "heading_drift_deg": (-cfg.max_heading_drift_deg, cfg.max_heading_drift_deg), "sharpness": (cfg.min_sharpness, math.inf),
+            "flicker": (-math.inf, cfg.max_flicker), "motion": (cfg.min_motion, math.inf), "holes": (-math.inf, cfg.max_holes)}
+
+
+def faults(qc: dict, cfg: Config) -> dict[str, str]:
+    """What a qc record fails: measure -> what is wrong."""
+    found = {}
+    for key, (least, most) in limits(cfg).items():
+        if qc[key] is not None and not least <= qc[key] <= most:
+            found[key] = MEASURES[key][1].format(qc[key], least)
+    if "match" in found:
+        found.pop("turn_error_deg", None)  # the yaw of no match is no yaw
+    if "turn_error_deg" in found:
+        found["turn_error_deg"] += ", turned too far" if qc["over_turn_deg"] > 0 else ", not turned far enough"
+    return found
+
+
+def qc_report(records: list[dict], cfg: Config) -> dict:
+    """qc.json: per teacher, how its trajectories are spread over each measure, and how many each measure rejects."""
+    teachers = {}
+    for name in cfg.teacher:
+        checks = [record["qc"] for record in records if record["teacher"] == name]
+        rejected, measures = Counter(key for qc in checks for key in faults(qc, cfg)), {}
+        for key in [*MEASURES, "over_turn_deg"]:
+            values = np.array([qc[key] for qc in checks if qc[key] is not None])
+            measures[key] = {"n": len(values)}
+            if len(values):
+                measures[key] |= {"mean": round(float(values.mean()), 4), "median": round(float(np.median(values)), 4)}
+                measures[key] |= {f"p{share}": round(float(np.percentile(values, share)), 4) for share in (0, 1, 5, 25, 75, 95, 99, 100)}
+        teachers[name] = {"trajectories": len(checks), "passed": sum(qc["passed"] for qc in checks), "rejected": dict(rejected),
+                          "measures": measures}
+    bounds = {key: [bound if math.isfinite(bound) else None for bound in pair] for key, pair in limits(cfg).items()}
+    return {"limits": bounds, "teachers": teachers}
+
+
+def qc_picture(records: list[dict], report: dict, cfg: Config) -> bytes:
+    """qc.png: a histogram of every measure, teachers over each other, limits dashed; last, how many each measure rejects."""
+    figure = Figure(figsize=(17, 8), layout="constrained")
+    axes = figure.subplots(2, 4)
+    for axis, (key, (title, _)) in zip(axes.flat, MEASURES.items()):
+        values = {name: [record["qc"][key] for record in records if record["teacher"] == name and record["qc"][key] is not None]
+                  for name in cfg.teacher}
+        bounds, everything = [bound for bound in limits(cfg)[key] if math.isfinite(bound)], sum(values.values(), [])
+        if everything:  # the middle 98 % and the limits; what lies beyond is counted in the outermost bars
+            low, high = min(*np.percentile(everything, [1, 99]), *bounds), max(*np.percentile(everything, [1, 99]), *bounds)
+            edges = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 41)
+            for number, (name, of_teacher) in enumerate(values.items()):
+                if of_teacher:
+                    percent = np.full(len(of_teacher), 100 / len(of_teacher))
+                    axis.hist(np.clip(of_teacher, edges[0], edges[-1]), edges, weights=percent, alpha=0.5, color=f"C{number}",
+                              label=f"{name} ({len(of_teacher):,})")
+            axis.legend(fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.5")
+        for bound in bounds:
+            axis.axvline(bound, color="tab:red", ls="--", lw=1)
+        axis.set(xlabel=title, ylabel="% of the trajectories measured")
+        axis.set_title(", ".join(f"{name} rejects {of['rejected'].get(key, 0):,}" for name, of in report["teachers"].items()), fontsize=9)
+    axis, high = axes.flat[-1], 0.8 / len(cfg.teacher)
+    for number, name in enumerate(cfg.teacher):
+        of_teacher = report["teachers"][name]
+        counts = [of_teacher["rejected"].get(key, 0) for key in MEASURES]
+        bars = axis.barh(np.arange(len(MEASURES)) + number * high, counts, high, color=f"C{number}",
+                         label=f"{name}: {of_teacher['passed']:,} of {of_teacher['trajectories']:,} passed")
+        axis.bar_label(bars, [f"{count:,}" for count in counts], padding=2, fontsize=8)
+    axis.set_yticks(np.arange(len(MEASURES)) + 0.4 - high / 2, list(MEASURES))
+    axis.invert_yaxis()
+    axis.set(xlabel="trajectories rejected")
+    axis.legend(fontsize=8)
+    packed = io.BytesIO()
+    figure.savefig(packed, format="png", dpi=90)
+    return packed.getvalue()
 
 
 # --- one trajectory: check, imagine, measure, write ---
@@ -1644,11 +1998,15 @@ def nerfstudio(trajectory: dict, c2w: np.ndarray, K: np.ndarray, kept: list[int]
             "w": trajectory["width"], "h": trajectory["height"], "frames": frames}
 
 
-def make_views(trajectory: dict, teacher_name: str, teacher, cfg: Config):
-    """Imagine one trajectory and write its folder, view.json last."""
+def make_views(trajectory: dict, teacher_name: str, teacher, gain: float | None, cfg: Config):
+    """Imagine one trajectory and write its folder, view.json last. Of a teacher that moves `gain` times too far, 1 / gain is asked."""
     c2w = check(trajectory)
     kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
-    frames = teacher.imagine(teacher.anchor(trajectory), c2w, intrinsics(trajectory["width"], trajectory["height"], trajectory["fov_x_deg"]), kept)
+    asked = c2w.copy()
+    asked[:, :3, 3] /= gain or 1.0
+    K = intrinsics(trajectory["width"], trajectory["height"], trajectory["fov_x_deg"])
+    frames = teacher.imagine(teacher.anchor(trajectory), asked, K, kept)
+    settings = teacher.settings | ({"gain": gain} if gain else {})
     K, (height, width) = teacher.K, frames.shape[1:3]
     trajectory = trajectory | {"width": width, "height": height, "fov_x_deg": round(2 * math.degrees(math.atan(width / 2 / K[0, 0])), 4)}
     folder = folder_of(trajectory)
@@ -1656,7 +2014,7 @@ def make_views(trajectory: dict, teacher_name: str, teacher, cfg: Config):
         save(Path(cfg.run) / folder / f"{frame:03d}.png", png(Image.fromarray(picture)))
     save(Path(cfg.run) / folder / "transforms.json", json.dumps(nerfstudio(trajectory, c2w, K, kept)))
     qc = quality(frames, teacher.holes, kept, c2w, trajectory["keyframes"], K, cfg)
-    record = trajectory | {"teacher": teacher_name, "teacher_settings": teacher.settings, "seed": cfg.seed, "kept": kept,
+    record = trajectory | {"teacher": teacher_name, "teacher_settings": settings, "seed": cfg.seed, "kept": kept,
                            "frames": [str(folder / f"{frame:03d}.png") for frame in kept], "objects": teacher.objects, "qc": qc}
     save(Path(cfg.run) / folder / "view.json", json.dumps(record) + "\n")
 
@@ -1668,7 +2026,7 @@ def start_worker(cfg: Config):
     """Make this process ready. A worker ends with the process that started it: else a killed run's would write beside its rerun's."""
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    WORKER.update(cfg=cfg, teachers={name: TEACHERS[name](cfg) for name in cfg.teacher})
+    WORKER.update(cfg=cfg, teachers={name: TEACHERS[name](cfg) for name in cfg.teacher}, gains=read_gains(cfg))
 
 
 def work(job: tuple[dict, str]) -> str:
@@ -1676,12 +2034,151 @@ def work(job: tuple[dict, str]) -> str:
     (trajectory, teacher_name), cfg = job, WORKER["cfg"]
     folder = Path(cfg.run) / folder_of(trajectory)
     try:
-        make_views(trajectory, teacher_name, WORKER["teachers"][teacher_name], cfg)
+        make_views(trajectory, teacher_name, WORKER["teachers"][teacher_name], WORKER["gains"].get(teacher_name), cfg)
     except Unusable as error:
         save(folder / "skipped.json", json.dumps({"why": str(error)}) + "\n")
         return f"{trajectory['scene_id']}/{trajectory['traj_id']}: skipped, {error}"
     (folder / "skipped.json").unlink(missing_ok=True)  # an earlier run skipped it, since then somebody mended its picture
     return ""
+
+
+# --- calibration: how far does a teacher really move? ---
+
+def measure_move(picture: np.ndarray, depth: np.ndarray, imagined: np.ndarray, step: np.ndarray, K: np.ndarray) -> tuple[float, float]:
+    """(share of `step` [3] by which `picture` [H,W,3], moved through its exact depth [H,W], resembles `imagined` best; correlation there).
+
+    Shares from 0 to 3 are tried, then the neighbourhood of the best one; a parabola refines it. A view of which the picture shows less than
+    a quarter counts as unlike.
+    """
+    def likeness(share: float) -> float:
+        pose = np.eye(4)
+        pose[:3, 3] = share * step
+        view, holes = look_back(picture, pose, K, splat_depth(depth, pose, K))
+        if holes.mean() > 0.75:
+            return -1.0
+        a, b = (image[~holes].astype(np.float64) for image in (view, imagined))
+        a, b = a - a.mean(0), b - b.mean(0)
+        return float((a * b).sum() / math.sqrt(max((a * a).sum() * (b * b).sum(), 1.0)))
+
+    coarse = np.arange(0, 3.01, 0.1)
+    near = coarse[np.argmax([likeness(share) for share in coarse])]
+    fine = near + np.arange(-5, 6) * 0.02
+    match = np.array([likeness(share) for share in fine])
+    best = int(match.argmax())
+    return float(fine[best] + 0.02 * peak_offset(match, best)), float(match[best])
+
+
+def calibrate_one(trajectory: dict, teacher, rooms: Simulator, min_match: float, long_side_px: int = 112) -> dict:
+    """Let the teacher imagine one single move of a room, and measure the move."""
+    c2w = check(trajectory)
+    last = teacher.imagine(teacher.anchor(trajectory), c2w, intrinsics(trajectory["width"], trajectory["height"], trajectory["fov_x_deg"]),
+                           [0, len(c2w) - 1])[-1]
+    height, width = last.shape[:2]
+    shrink = min(1, long_side_px / max(height, width))
+    width, height = round(shrink * width), round(shrink * height)
+    K = intrinsics(width, height, 2 * math.degrees(math.atan(teacher.K[0, 2] / teacher.K[0, 0])))  # the teacher may have cut the picture
+    room, start = rooms.anchor(trajectory)
+    picture, _, depth = render(room, start_pose(room, start), K)
+    step = c2w[-1][:3, 3]
+    share, match = measure_move(picture, depth, np.asarray(Image.fromarray(last).resize((width, height), Image.BOX)), step, K)
+    asked_m = float(np.linalg.norm(step))
+    return {"scene_id": trajectory["scene_id"], "traj_id": trajectory["traj_id"], "action": trajectory["actions"][0][0],
+            "asked_m": round(asked_m, 3), "moved_m": round(share * asked_m, 3), "match": round(match, 3),
+            "measured": match >= min_match and share < 2.99}
+
+
+def fit_gain(moves: list[dict]) -> dict:
+    """moved = gain * asked: the median of moved / asked, which a few failures do not move; `spread`: their median distance from it."""
+    ratios = np.array([move["moved_m"] / move["asked_m"] for move in moves if move["measured"]])
+    if not ratios.size:
+        return {"gain": None, "spread": None, "n": 0}
+    gain = float(np.median(ratios))
+    return {"gain": round(gain, 4), "spread": round(float(np.median(np.abs(ratios - gain))), 4), "n": len(ratios)}
+
+
+def calibration_picture(all_moves: dict[str, list[dict]], path: Path):
+    """Asked against real distance, one panel a teacher."""
+    figure = Figure(figsize=(5 * len(all_moves), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(all_moves), squeeze=False)
+    for axis, (name, moves) in zip(axes[0], all_moves.items()):
+        fit = fit_gain(moves)
+        most = 1.05 * max(max(move["asked_m"], move["moved_m"]) for move in moves)
+        for action, mark in (("forward", "^"), ("backward", "v"), ("shift_left", "<"), ("shift_right", ">")):
+            for good, color in ((True, "tab:blue"), (False, "0.7")):
+                points = [(move["asked_m"], move["moved_m"]) for move in moves if move["action"] == action and move["measured"] == good]
+                if points:
+                    axis.scatter(*zip(*points), marker=mark, s=22, color=color, label=action if good else f"{action}, unlike")
+        axis.plot([0, most], [0, most], color="0.5", lw=1, ls=":", label="as asked")
+        if fit["gain"] is not None:
+            axis.plot([0, most], [0, fit["gain"] * most], color="tab:red", lw=1, label=f"gain {fit['gain']:.3f} ± {fit['spread']:.3f}")
+        axis.set(title=f"{name}: {fit['n']} of {len(moves)} moves measured", xlabel="asked, metres", ylabel="really moved, metres",
+                 xlim=(0, most), ylim=(0, most))
+        axis.legend(fontsize=8)
+    packed = io.BytesIO()
+    figure.savefig(packed, format="png", dpi=110)
+    save(path, packed.getvalue())
+
+
+def calibrate(cfg: Config):
+    """--calibrate: RUN/2_calibration/<teacher>/ holds the measured moves; calibration.json and .png sum up all teachers measured so far."""
+    started, run, name = time.time(), Path(cfg.run), cfg.teacher[0]
+    folder, top = run / "2_calibration" / name, run / "2_calibration"
+    moves = [trajectory for trajectory, _ in plan(cfg)[0]
+             if trajectory["room"] and len(trajectory["actions"]) == 1 and not only_turns(trajectory)]
+    if not moves:
+        stop(f"{run}/1_trajectories holds no single move in a room: make rooms with 01 --rooms 40")
+    moves = [moves[i] for i in np.unique(np.linspace(0, len(moves) - 1, cfg.calibration_moves).astype(int))]
+    meta = begin(folder, settings_of(cfg), run / "1_trajectories")
+    teacher, rooms, measured = TEACHERS[name](cfg), Simulator(cfg), []
+    for trajectory in tqdm(moves, desc="calibration", unit="move"):
+        mark = folder / trajectory["scene_id"] / f"{trajectory['traj_id']}.json"
+        if not mark.is_file():
+            try:
+                save(mark, json.dumps(calibrate_one(trajectory, teacher, rooms, cfg.min_match)) + "\n")
+            except Unusable as error:
+                tqdm.write(f"{trajectory['scene_id']}/{trajectory['traj_id']}: skipped, {error}", file=sys.stderr)
+                continue
+        measured.append(json.loads(mark.read_text()))
+    fit = fit_gain(measured)
+    if not fit["n"]:
+        stop(f"none of {len(moves)} moves of {name} can be measured: no distance up to 3 times the asked one resembles what it imagined "
+             f"(correlation at least {cfg.min_match:g})")
+    save(folder / "moves.jsonl", "".join(json.dumps(move) + "\n" for move in measured))
+    with alone(top):  # another teacher may end at the same time
+        all_moves = {path.parent.name: read_jsonl(path) for path in sorted(top.glob("*/moves.jsonl"))}
+        fits = {teacher: fit_gain(of_teacher) for teacher, of_teacher in all_moves.items()}
+        save(top / "calibration.json", json.dumps(fits, indent=1) + "\n")
+        calibration_picture(all_moves, top / "calibration.png")
+    finish(folder, meta, {"moves": len(moves), "measured": fit["n"]}, started)
+
+    print(f"{'asked m':>9}{'moved m':>9}{'gain':>8}{'spread':>8}{'n':>5}")
+    for asked_m in sorted({move["asked_m"] for move in measured}):
+        of_distance = [move for move in measured if move["asked_m"] == asked_m]
+        if (row := fit_gain(of_distance))["n"]:
+            moved_m = np.median([move["moved_m"] for move in of_distance if move["measured"]])
+            print(f"{asked_m:9.2f}{moved_m:9.2f}{row['gain']:8.3f}{row['spread']:8.3f}{row['n']:5}")
+    print(f"{'all':>9}{'':9}{fit['gain']:8.3f}{fit['spread']:8.3f}{fit['n']:5}   of {len(moves)} moves")
+    print(f"look at {top / 'calibration.png'}\n"
+          f"next: python {Path(__file__).name} --run {cfg.run} --teacher {name} --calibration {top / 'calibration.json'}")
+
+
+def read_gains(cfg: Config) -> dict[str, float]:
+    """The gain of each teacher from --calibration; empty without."""
+    if not cfg.calibration:
+        return {}
+    try:
+        found = json.loads(Path(cfg.calibration).read_text())
+    except (OSError, ValueError) as error:
+        stop(f"--calibration {cfg.calibration}: {error}; --calibrate writes one")
+    gains = {}
+    for name in cfg.teacher:
+        entry = found.get(name) if isinstance(found, dict) else None
+        gain = entry.get("gain") if isinstance(entry, dict) else None
+        if not isinstance(gain, (int, float)) or not 0.02 < gain < 50:  # also refuses nan
+            stop(f"--calibration {cfg.calibration} has no gain between 0.02 and 50 for {name}: run {Path(__file__).name} --run {cfg.run} "
+                 f"--teacher {name} --calibrate")
+        gains[name] = float(gain)
+    return gains
 
 
 # --- all trajectories ---
@@ -1788,23 +2285,30 @@ def complete(folder: Path, meta: dict, jobs: list[tuple[dict, str]], left_out: C
     for record in records:
         del record["c2w"]  # most of the memory, and not needed any more
     save(folder / "contact_sheet.png", png(contact_sheet(records, Path(cfg.run), cfg.sheet_rows), 6))
+    report = qc_report(records, cfg)
+    save(folder / "qc.json", json.dumps(report, indent=1) + "\n")
+    save(folder / "qc.png", qc_picture(records, report, cfg))
     save(folder / "views.jsonl", b"".join(lines))
     failed = sum(not record["qc"]["passed"] for record in records)
     counts = {"trajectories": len(records), "frames": sum(len(record["kept"]) for record in records), "failed the quality check": failed,
               "skipped": len(jobs) - len(records) + unusable, "left out": sum(left_out.values())}
     finish(folder, meta, counts, started)
 
-    print(f"{'teacher':12}{'trajectories':>13}{'frames':>9}{'passed':>9}{'turns measured':>16}{'mean |off| deg':>16}{'worst':>8}")
-    for name in cfg.teacher:
-        of_teacher = [record for record in records if record["teacher"] == name]
-        off = [abs(record["qc"]["turn_error_deg"]) for record in of_teacher if record["qc"]["turn_error_deg"] is not None]
-        print(f"{name:12}{len(of_teacher):13,}{sum(len(record['kept']) for record in of_teacher):9,}"
-              f"{sum(record['qc']['passed'] for record in of_teacher):9,}{len(off):16,}"
-              + (f"{np.mean(off):16.2f}{max(off):8.2f}" if off else f"{'-':>16}{'-':>8}"))
-    reasons = Counter(re.sub(r"[-+]?[\d.]+%?", "#", reason) for record in records for reason in record["qc"]["why"].split("; ") if reason)
-    for text, number in [*reasons.items(), *((key, counts[key]) for key in ("skipped", "left out") if counts[key])]:
-        print(f"  {number:9,}  {text}")
-    print(f"{time.time() - started:.0f} s; look at {folder / 'contact_sheet.png'}\nnext: python 03_build_qa.py --run {cfg.run}")
+    print(f"{'teacher':12}{'trajectories':>13}{'frames':>9}{'passed':>9}"
+          f"{'turns measured':>16}{'mean |off| deg':>16}{'too far by':>12}{'worst':>8}")
+    for name, of_teacher in report["teachers"].items():
+        n_frames = sum(len(record["kept"]) for record in records if record["teacher"] == name)
+        measured = of_teacher["measures"]["over_turn_deg"]
+        off = [abs(record["qc"]["turn_error_deg"]) for record in records if record["teacher"] == name and record["qc"]["match"] is not None]
+        print(f"{name:12}{of_teacher['trajectories']:13,}{n_frames:9,}{of_teacher['passed']:9,}{measured['n']:16,}"
+              + (f"{np.mean(off):16.2f}{measured['mean']:+12.2f}{max(off):8.2f}" if off else f"{'-':>16}{'-':>12}{'-':>8}"))
+    for name, of_teacher in report["teachers"].items():
+        for key, number in of_teacher["rejected"].items():
+            print(f"  {number:9,}  of {name} rejected for {key}: {MEASURES[key][0]}")
+    for key in ("skipped", "left out"):
+        if counts[key]:
+            print(f"  {counts[key]:9,}  {key}")
+    print(f"{time.time() - started:.0f} s; look at {folder / 'contact_sheet.png'} and qc.png\nnext: python 03_build_qa.py --run {cfg.run}")
 
 
 # --- benchmark ---
@@ -1859,21 +2363,36 @@ def check_settings(cfg: Config) -> tuple[int, int]:
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
+    if cfg.depth and "warp" not in cfg.teacher:
+        stop(f"--depth {cfg.depth}: only warp uses it (add --teacher warp)")
+    if cfg.depth_kind not in ("auto", "metric", "relative"):
+        stop(f"--depth_kind {cfg.depth_kind}: choose auto, metric or relative")
+    if not 0.1 <= cfg.camera_height_m <= 100:
+        stop(f"--camera_height_m {cfg.camera_height_m}: want 0.1 to 100 metres")
+    if cfg.calibrate and (len(cfg.teacher) > 1 or cfg.calibration or cfg.calibration_moves < 1):
+        stop("--calibrate measures one --teacher as it is, without --calibration, in at least 1 of --calibration_moves")
     if cfg.workers < 1 or cfg.sheet_rows < 1:
         stop(f"--workers {cfg.workers}, --sheet_rows {cfg.sheet_rows}: want at least 1")
     return int(numbers[1]), int(numbers[2])
+
+
+def settings_of(cfg: Config) -> dict:
+    """What decides the result, for meta.json: of a calibration its gains, wherever its file lies."""
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ("run", "shard", "workers", "benchmark")}
+    return settings | {"calibration": read_gains(cfg)}
 
 
 def main(cfg: Config):
     started, (shard, shards) = time.time(), check_settings(cfg)
     if cfg.benchmark:
         return benchmark(cfg)
-    run = Path(cfg.run)
+    if cfg.calibrate:
+        return calibrate(cfg)
+    run, settings = Path(cfg.run), settings_of(cfg)
     folder = run / "2_views"
     jobs, left_out, unusable = plan(cfg)
     with alone(folder):
-        meta = begin(folder, {key: value for key, value in asdict(cfg).items() if key not in ("run", "shard", "workers", "benchmark")},
-                     run / "1_trajectories")
+        meta = begin(folder, settings, run / "1_trajectories")
 
     share = jobs[shard::shards]
     todo = [job for job in share if not (run / folder_of(job[0]) / "view.json").is_file()]
@@ -1881,7 +2400,7 @@ def main(cfg: Config):
         print(f"{len(share) - len(todo)} of {len(share)} trajectories are there already")
     if "simulator" in cfg.teacher:
         pattern_bank()  # once, before the processes part
-    workers = 1 if NETWORKS & {*cfg.teacher} else cfg.workers  # one copy of the weights; the device is busy as it is
+    workers = 1 if NETWORKS & {*cfg.teacher} or cfg.depth else cfg.workers  # one copy of the weights; the device is busy as it is
     pool = multiprocessing.Pool(workers, start_worker, (cfg,)) if workers > 1 else None
     start_worker(cfg)
     for name in NETWORKS & {*cfg.teacher} if todo else ():
