@@ -2130,6 +2130,8 @@ def calibrate(cfg: Config):
     moves = [moves[i] for i in np.unique(np.linspace(0, len(moves) - 1, cfg.calibration_moves).astype(int))]
     meta = begin(folder, settings_of(cfg), run / "1_trajectories")
     teacher, rooms, measured = TEACHERS[name](cfg), Simulator(cfg), []
+    if name in NETWORKS:
+        teacher.networks  # as in main
     for trajectory in tqdm(moves, desc="calibration", unit="move"):
         mark = folder / trajectory["scene_id"] / f"{trajectory['traj_id']}.json"
         if not mark.is_file():
