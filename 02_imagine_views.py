@@ -35,7 +35,8 @@ What the meter says of exact views (21,000 trajectories of rooms, 84 px, 90 degr
 less than 1.2 in 99 of 100 moves; every fifth move gives none. A sideways move shifts the picture like a turn (of 20 degrees in the median)
 and cannot be told from one without depth: its heading is not measured.
 
-Reads   RUN/1_trajectories/trajectories.jsonl and rooms/*.json (see 01), the photographs, and for moves of `warp` <photo stem>.depth.npy
+Reads   RUN/1_trajectories/trajectories.jsonl and rooms/*.json (see 01), the photographs, and for moves of `warp` <photo stem>.depth.npy or,
+        with --depth, a depth-estimation checkpoint (metres, or inverse depth, which the floor under a level camera brings to scale)
 Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.json (nerfstudio: OpenGL camera axes), view.json (the record below,
         written last: the mark of a whole trajectory; skipped.json instead where the picture or room cannot be read)
         RUN/2_views/views.jsonl, all records in the order of the trajectories: the trajectory's own keys (see 01) and
@@ -46,11 +47,18 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
         (objects: per kept frame, the visible ones, boxes in thousandths of the picture; null for `warp`)
         RUN/2_views/qc.json: per teacher, mean and percentiles of each measure, how many it rejects; qc.png: the same drawn, with the limits
         RUN/2_views/contact_sheet.png, meta.json
+        with --calibrate only RUN/2_calibration/calibration.json {"<teacher>": {"gain": 0.83, "spread": 0.02, "n": 58}} (really moved =
+        gain * asked; spread: median distance of a move's own gain from it), calibration.png, <teacher>/moves.jsonl and a file per move
 
     python 02_imagine_views.py --run runs/demo
-    python 02_imagine_views.py --run runs/mine --teacher warp
+    python 02_imagine_views.py --run runs/mine --teacher warp                # turns; moves too where there are depth maps or
+    python 02_imagine_views.py --run runs/mine --teacher warp --depth depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf
+    python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
+    python 02_imagine_views.py --run runs/mine --teacher warp                # turns; moves too where there are depth maps or
+    python 02_imagine_views.py --run runs/mine --teacher warp --depth depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf
     python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
     python 02_imagine_views.py --run runs/mine --teacher svc                 # Stable Virtual Camera, weights by hub id or --svc FOLDER
+    python 02_imagine_views.py --run runs/demo --teacher warp --calibrate    # its calibration.json then serves any run: --calibration FILE
     python 02_imagine_views.py --run runs/big --shard 0/4                    # and 1/4, 2/4, 3/4 elsewhere on the same disk
     python 02_imagine_views.py --run runs/mine --teacher sana-wm --vae_tiling     # a GPU and 12 GB of weights
     python 02_imagine_views.py --benchmark
@@ -577,8 +585,11 @@ def splat_depth(depth: np.ndarray, c2w: np.ndarray, K: np.ndarray) -> np.ndarray
     column = np.floor(K[0, 0] * points[:, 0] / points[:, 2] + K[0, 2])
     row = np.floor(K[1, 1] * points[:, 1] / points[:, 2] + K[1, 2])
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    z = np.full(height * width, np.inf)
-    np.minimum.at(z, (row[inside] * width + column[inside]).astype(np.int64), points[inside, 2])
+    pixel, near, z = (row[inside] * width + column[inside]).astype(np.int64), points[inside, 2], np.full(height * width, np.inf)
+    np.minimum.at(z, pixel, near)
+    front = near < 1.05 * z[pixel]  # the points of the nearest surface: their mean is its depth at the pixel's centre, the least is not
+    pixel, near = pixel[front], near[front]
+    z[pixel] = (np.bincount(pixel, near, height * width) / np.bincount(pixel, minlength=height * width).clip(1))[pixel]
     return z.reshape(height, width)
 
 
@@ -1170,8 +1181,8 @@ def load_depth_network(name: str, device: torch.device):
             stop(f"{path}: {str(error).splitlines()[0]}; fetch the checkpoint again")
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model, report = AutoModelForDepthEstimation.from_pretrained(name, use_safetensors=True, dtype=torch.float32, trust_remote_code=False,
-                                                                    ignore_mismatched_sizes=True, output_loading_info=True)
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        model, report = AutoModelForDepthEstimation.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         stop(f"--depth {name} does not load as a depth-estimation checkpoint: {str(error).strip().splitlines()[0]}")
     wrong = [f"{key} is {list(has)} where the configuration says {list(wants)}" for key, has, wants in sorted(report["mismatched_keys"])]

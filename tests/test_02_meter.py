@@ -31,10 +31,10 @@ def rooms(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(rooms, tmp_path_factory) -> Path:
+def done(stage, rooms, tmp_path_factory) -> Path:
     """The same with every frame, by the simulator."""
     run = copy_of(rooms, tmp_path_factory.mktemp("done"))
-    script("02", "--run", run, "--keep", "all", "--workers", 1)
+    stage.main(stage.Config(run=str(run), keep="all", workers=1))
     return run
 
 
@@ -219,9 +219,9 @@ def test_report(stage, rooms, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs the folder of photographs beside the repository")
-def test_warped_photographs_turn_exactly(tmp_path):
+def test_warped_photographs_turn_exactly(stage, tmp_path):
     script("01", "--run", tmp_path, "--images", PHOTOS, "--actions", "turns", "--photo_trajectories", 3)
-    script("02", "--run", tmp_path, "--teacher", "warp", "--workers", 1)
+    stage.main(stage.Config(run=str(tmp_path), teacher=["warp"], workers=1))
     checks = [record["qc"] for record in lines(tmp_path / "2_views/views.jsonl")]
     assert len(checks) >= 6 and all(qc["passed"] and abs(qc["turn_error_deg"]) <= 0.5 for qc in checks)
 
