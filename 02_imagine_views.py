@@ -54,13 +54,10 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/mine --teacher warp                # turns; moves too where there are depth maps or
     python 02_imagine_views.py --run runs/mine --teacher warp --depth depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf
     python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
-    python 02_imagine_views.py --run runs/mine --teacher warp                # turns; moves too where there are depth maps or
-    python 02_imagine_views.py --run runs/mine --teacher warp --depth depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf
-    python 02_imagine_views.py --run runs/both --teacher simulator warp      # rooms by the first, photographs by the second
     python 02_imagine_views.py --run runs/mine --teacher svc                 # Stable Virtual Camera, weights by hub id or --svc FOLDER
+    python 02_imagine_views.py --run runs/mine --teacher sana-wm --vae_tiling     # 12 GB of weights
     python 02_imagine_views.py --run runs/demo --teacher warp --calibrate    # its calibration.json then serves any run: --calibration FILE
     python 02_imagine_views.py --run runs/big --shard 0/4                    # and 1/4, 2/4, 3/4 elsewhere on the same disk
-    python 02_imagine_views.py --run runs/mine --teacher sana-wm --vae_tiling     # a GPU and 12 GB of weights
     python 02_imagine_views.py --benchmark
 
 Measured on two CPU cores by --benchmark: 1793 frames/s at 112x112 and 185 at 576x576, with exact boxes, without files.
