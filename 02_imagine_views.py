@@ -590,7 +590,7 @@ def splat_depth(depth: np.ndarray, c2w: np.ndarray, K: np.ndarray) -> np.ndarray
     return z.reshape(height, width)
 
 
-# --- svc: Stable Virtual Camera's network (arXiv 2503.14489; module names are those of the published weights) ---
+# --- svc: the network of Stable Virtual Camera (arXiv 2503.14489; module names are those of the published weights) ---
 # B scenes of T frames each, b t -> one batch axis; C channels, D context width, h w latent size, s = h * w.
 
 @dataclass
@@ -1148,6 +1148,8 @@ def first_picture(trajectory: dict, rooms: Simulator, long_side_px: int = 576) -
     return render(room, start_pose(room, start), intrinsics(width, height, trajectory["fov_x_deg"]))[0]
 
 
+# --- networks from files ---
+
 def network_place(cfg: Config) -> tuple[torch.device, torch.dtype]:
     """Where a teacher's networks run, and in what precision."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
@@ -1156,6 +1158,50 @@ def network_place(cfg: Config) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:  # a name torch does not know; a build without CUDA
         stop(f"--device {name}: {str(error).splitlines()[0]}")
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def random_numbers(*key) -> torch.Generator:
+    """A generator on the CPU that depends on the key alone: the same on every machine, in every process and order."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
+
+def fetched(source: str, wanted: list[str]) -> Path:
+    """The folder of a hub id, its files that match `wanted` downloaded; a folder as it is."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        stop(f"{source} is neither a folder nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        stop(f"{source} is no folder here, and the hub does not give it: {str(error).strip().splitlines()[0]}")
+
+
+def load_part(place: Path, kind: type, dtype: torch.dtype | None = torch.float32):
+    """An object of class `kind` from a folder of diffusers' or transformers' layout; a network, unless dtype is None, is ready to use.
+
+    The caller names the class, weights come from safetensors, and code in the folder is never run. A part that does not load whole ends the
+    run with one line that names its file.
+    """
+    options = {"trust_remote_code": False} if kind.__module__.startswith("transformers.models.auto") else {}
+    try:
+        if dtype is None:
+            return kind.from_pretrained(str(place), **options)
+        folder, weights = place, sorted(place.glob("*.safetensors"))
+        if not weights:
+            raise OSError("no *.safetensors in it")
+        for place in weights:
+            with safe_open(place, "pt"):  # compares the file's length with what its head says
+                pass
+        place = weights[0] if len(weights) == 1 else folder
+        if kind.__module__.startswith("transformers"):
+            options["ignore_mismatched_sizes"] = True  # they are in the report
+        network, report = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        if lacking := [*sorted(report["missing_keys"]), *(key for key, *_ in sorted(report["mismatched_keys"]))]:  # they would be random numbers
+            raise ValueError(f"it lacks, or has in another shape, {', '.join(lacking[:3])}")
+        return network.eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:  # Key, Type: a wrong config.json
+        stop(f"{place} does not load as {kind.__name__}: {str(error).strip().splitlines()[0]}")
 
 
 # --- warp: the depth of a photograph, estimated ---
@@ -1171,24 +1217,11 @@ def load_depth_network(name: str, device: torch.device):
     from transformers.utils import is_torchvision_available, logging
     logging.set_verbosity_error()  # what is wrong with the weights is said below, in one line
     logging.disable_progress_bar()
-    for path in sorted(Path(name).glob("*.safetensors")):  # the library's own message does not name the file
-        try:
-            safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            stop(f"{path}: {str(error).splitlines()[0]}; fetch the checkpoint again")
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        model, report = AutoModelForDepthEstimation.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        stop(f"--depth {name} does not load as a depth-estimation checkpoint: {str(error).strip().splitlines()[0]}")
-    wrong = [f"{key} is {list(has)} where the configuration says {list(wants)}" for key, has, wants in sorted(report["mismatched_keys"])]
-    wrong += [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    if wrong:
-        stop(f"--depth {name}: {len(wrong)} weights do not fit, for one {wrong[0]}; fetch the checkpoint again")
+    folder = fetched(name, ["*.json", "*.safetensors"])
+    processor, model = load_part(folder, AutoImageProcessor, dtype=None), load_part(folder, AutoModelForDepthEstimation)
     if model.config.model_type in ("zoedepth", "depth_pro") and not is_torchvision_available():
         stop(f"--depth {name}: transformers needs torchvision for {model.config.model_type}: pip install torchvision")
-    return processor, model.to(device).eval()  # float32 on a GPU too: it runs once a photograph, and bfloat16 knows 3 m to 2 cm only
+    return processor, model.to(device)  # float32 on a GPU too: it runs once a photograph, and bfloat16 knows 3 m to 2 cm only
 
 
 def is_metric(config, kind: str) -> bool:
@@ -1290,49 +1323,7 @@ class Warp:
         return np.stack([view for view, _ in views])
 
 
-# --- teachers that are networks ---
-# networks: read from their files when first asked for.
-
-def random_numbers(*key) -> torch.Generator:
-    """A generator on the CPU that depends on the key alone: the same on every machine, in every process and order."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
-
-
-def fetched(source: str, wanted: list[str]) -> Path:
-    """The folder of a hub id, its files that match `wanted` downloaded; a folder as it is."""
-    if Path(source).is_dir():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        stop(f"{source} is neither a folder nor a hub id (owner/name)")
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        stop(f"{source} is no folder here, and the hub does not give it: {str(error).strip().splitlines()[0]}")
-
-
-def load_part(place: Path, kind: type, dtype: torch.dtype = torch.float32):
-    """An object of class `kind` from a folder of diffusers' or transformers' layout, a network ready to use.
-
-    The caller names the class, weights come from safetensors, and a tokenizer's own code is refused: nothing in the folder is ever run. A part
-    that does not load whole ends the run with one line that names its file.
-    """
-    try:
-        if not issubclass(kind, nn.Module):
-            return kind.from_pretrained(str(place), **({"trust_remote_code": False} if "Tokenizer" in kind.__name__ else {}))
-        folder, weights = place, sorted(place.glob("*.safetensors"))
-        if not weights:
-            raise OSError("no *.safetensors in it")
-        for place in weights:
-            with safe_open(place, "pt"):  # compares the file's length with what its head says
-                pass
-        place = weights[0] if len(weights) == 1 else folder
-        network, report = kind.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
-        if lacking := sorted(report["missing_keys"]):  # they would be random numbers
-            raise ValueError(f"it lacks {', '.join(lacking[:3])}")
-        return network.eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:  # Key, Type: a wrong config.json
-        stop(f"{place} does not load as {kind.__name__}: {str(error).strip().splitlines()[0]}")
-
+# --- svc: the teacher ---
 
 def svc_network(name: str) -> Seva:
     """The U-Net from a hub id, a folder or a file of safetensors. The file's metadata may hold another SevaConfig than the released one ("config")."""
@@ -1544,7 +1535,8 @@ def check_pipeline(source: str, kind: str):
 def load_parts(source: str, kinds: dict[str, type], dtype: torch.dtype) -> dict:
     """The parts of a diffusers pipeline from its folder or the hub, {name: class} -> {name: object}; a VAE in float32, as advised there."""
     folder = fetched(source, [f"{name}/*.{ending}" for name in kinds for ending in ("json", "safetensors", "model")])
-    return {name: load_part(folder / name, kind, torch.float32 if name == "vae" else dtype) for name, kind in kinds.items()}
+    dtypes = {"scheduler": None, "tokenizer": None, "vae": torch.float32}
+    return {name: load_part(folder / name, kind, dtypes.get(name, dtype)) for name, kind in kinds.items()}
 
 
 class SanaWM:

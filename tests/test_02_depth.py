@@ -172,7 +172,7 @@ def remote(folder: Path):
 
 
 @pytest.mark.parametrize("damage, named", [(cut, "model.safetensors"), (reshape, "head.conv1.weight"), (drop, "head.conv1.weight"),
-                                           (pickled, "safetensors"), (remote, "does not load"), (shutil.rmtree, "does not load")],
+                                           (pickled, "safetensors"), (remote, "does not load"), (shutil.rmtree, "neither a folder nor a hub id")],
                          ids=lambda value: getattr(value, "__name__", None))
 def test_a_damaged_checkpoint_is_one_line(stage, metric, photos, tmp_path, capsys, damage, named):
     broken = Path(shutil.copytree(metric, tmp_path / "broken"))
