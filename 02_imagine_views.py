@@ -1237,22 +1237,22 @@ def anchor_to_floor(inverse: np.ndarray, K: np.ndarray, camera_height_m: float) 
     straight line over the rows. It is fitted to the lowest quarter of the picture, middle half of the columns. What stands on the floor is
     nearer, so each row gives its lower quartile; of the lines through two rows, the one with the least median distance from all rows is
     taken, so that fewer than half of the rows may miss the floor.
-    Right only where the camera was level (the horizon is the middle row) and floor shows there: a table, a slope or a picture taken from a
-    tower gives all depths a wrong scale. Raises Unusable where no line rises downwards.
+    Raises Unusable where that is no floor: no line rises downwards, half of the rows lie off it by a twentieth of its rise, or a twentieth
+    of the picture would lie beyond infinity (q < b). Right only where the camera was level (the horizon is the middle row): a table, a slope
+    or a picture taken from a tower gives all depths a wrong scale.
     """
     height, width = inverse.shape
     rows = np.unique(np.linspace(0.75 * height, height - 1, 48).astype(int))
     y = rays_of(K)[1][rows, 0].astype(np.float64)  # [r]
     q = np.percentile(inverse[rows, width // 4: width - width // 4], 25, axis=1)  # [r]
     i, j = np.triu_indices(len(rows), max(1, len(rows) // 4))  # rows far enough apart to give a slope
-    slope = (q[j] - q[i]) / (y[j] - y[i])  # [pairs]
-    shift = q[i] - slope * y[i]
-    slope, shift = slope[slope > 0], shift[slope > 0]
-    if not slope.size:
+    slope = np.maximum((q[j] - q[i]) / (y[j] - y[i]), 1e-9)  # [pairs]
+    b = q[i] - slope * y[i]
+    off = np.median(np.abs(slope[:, None] * y + b[:, None] - q), axis=1)
+    slope, b, off = (float(values[off.argmin()]) for values in (slope, b, off))
+    if off > 0.05 * slope * (y[-1] - y[0]) or (inverse < b - 0.1 * slope * y[-1]).mean() > 0.05:
         raise Unusable("--depth finds no floor in its lower middle: save metres as <photo stem>.depth.npy, or name a metric checkpoint")
-    best = np.median(np.abs(slope[:, None] * y + shift[:, None] - q), axis=1).argmin()
-    scale = slope[best] * camera_height_m  # a
-    return (1 / np.maximum((inverse - shift[best]) / scale, 1 / FAR_M)).astype(np.float32)
+    return (1 / np.maximum((inverse - b) / (slope * camera_height_m), 1 / FAR_M)).astype(np.float32)
 
 
 @lru_cache(maxsize=4)

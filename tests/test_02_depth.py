@@ -48,9 +48,23 @@ def test_noise_and_the_height_of_the_camera(stage):
 def test_no_floor_is_no_guess(stage):
     K = stage.intrinsics(60, 40, 54.0)
     rising = np.repeat(np.linspace(1, 0, 40)[:, None], 60, 1)  # nearer at the top
-    for q in (np.ones((40, 60)), rising):
+    step = np.where(np.arange(40)[:, None] < 35, 1.0, 2.0) * np.ones(60)  # a wall and something before it
+    for q in (np.ones((40, 60)), rising, step):
         with pytest.raises(stage.Unusable, match="floor"):
             stage.anchor_to_floor(q, K, 1.5)
+
+
+def test_a_wall_is_hardly_ever_taken_for_the_floor(stage):
+    """At 54 degrees a level camera sees floor only beyond 3 m, where a room often has a wall or an object: then it must say so."""
+    draw, K, errors = np.random.default_rng(0), stage.intrinsics(120, 100, 54.0), []
+    for seed in range(60):
+        room = stage.bench_room(seed)
+        z = stage.render(room, stage.start_pose(room, [*draw.uniform(-2, 2, 2), draw.uniform(0, 360)]), K)[2]
+        try:
+            errors.append(np.median(np.abs(stage.anchor_to_floor(7 / z + 2, K, room.camera_height_m) / z - 1)))
+        except stage.Unusable:
+            pass
+    assert 10 <= len(errors) <= 50 and np.mean(np.array(errors) < 0.1) >= 0.8, errors
 
 
 # ---------------------------------------------------------------------------- a checkpoint
