@@ -33,7 +33,7 @@ bench: $(VENV)/ready
 	$(PY) 04_train_sft.py --run $(RUN) --out bench_alone --student 4_base --steps 30 --val_share 0 $(TINY) --no_share
 
 test: $(VENV)/ready
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -296,7 +296,7 @@ def training_step(function: Callable, tensors) -> Callable:
     """Forward and backward together, as a function without arguments that returns the gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     with torch.no_grad():
-        gradient = torch.randn_like(function(*leaves))
+        gradient = torch.randn_like(function(*leaves), memory_format=torch.contiguous_format)  # the same numbers whatever its strides
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
