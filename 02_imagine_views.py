@@ -2269,8 +2269,8 @@ def contact_sheet(records: list[dict], run: Path, rows: int, tile_px: int = 200)
                 sheet.paste(frame.resize((width, tile_px), Image.NEAREST if frame.height < tile_px else Image.LANCZOS), (left, top + band_px))
             for thing in record["objects"][i] if record["objects"] else []:
                 x1, y1, x2, y2 = (edge / BOX for edge in thing["box"])
-                draw.rectangle((left + x1 * width, top + band_px + y1 * tile_px, left + x2 * width - 1, top + band_px + y2 * tile_px - 1),
-                               outline=(255, 255, 255))
+                x1, y1, x2, y2 = left + x1 * width, top + band_px + y1 * tile_px, left + x2 * width - 1, top + band_px + y2 * tile_px - 1
+                draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=(255, 255, 255))  # at least a pixel
             if not qc["passed"]:
                 draw.rectangle((left, top + band_px, left + width - 1, top + band_px + tile_px - 1), outline=(255, 60, 60), width=3)
             left += width + 4

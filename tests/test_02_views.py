@@ -368,6 +368,15 @@ def test_contact_sheet_fills_its_rows(stage):
     assert len(stage.choose_rows(records[:3], 12)) == 3
 
 
+def test_contact_sheet_draws_boxes_smaller_than_its_pixels(stage, tmp_path):
+    """A far object of a large frame is less than a pixel of the sheet's tile."""
+    Image.new("RGB", (576, 576)).save(tmp_path / "0.png")
+    record = {"scene_id": "s", "traj_id": "t", "actions": [["forward", 0.5]], "width": 576, "height": 576, "kept": [0], "frames": ["0.png"],
+              "objects": [[{"box": [500, 500, 502, 502]}]], "qc": {"passed": True, "why": "", "turn_error_deg": None}}
+    sheet = np.asarray(stage.contact_sheet([record], tmp_path, 1))
+    assert 1 <= (sheet[22:, :200] == 255).all(-1).sum() <= 4
+
+
 def test_quality_check_counts_holes(stage, scenes):
     K, teacher, c2w = stage.intrinsics(84, 84, 54.0), stage.Warp(stage.Config()), np.stack([np.eye(4), turned(40)])
     room, pose = scenes[0]
