@@ -1238,8 +1238,8 @@ def anchor_to_floor(inverse: np.ndarray, K: np.ndarray, camera_height_m: float) 
     nearer, so each row gives its lower quartile; of the lines through two rows, the one with the least median distance from all rows is
     taken, so that fewer than half of the rows may miss the floor.
     Raises Unusable where that is no floor: no line rises downwards, half of the rows lie off it by a twentieth of its rise, or a twentieth
-    of the picture would lie beyond infinity (q < b). Right only where the camera was level (the horizon is the middle row): a table, a slope
-    or a picture taken from a tower gives all depths a wrong scale.
+    of the picture would lie beyond infinity (q < b). Right only where the camera was level (the horizon is the middle row): a table, a
+    slope or a picture taken from a tower gives all depths a wrong scale.
     """
     height, width = inverse.shape
     rows = np.unique(np.linspace(0.75 * height, height - 1, 48).astype(int))
