@@ -1617,10 +1617,7 @@ class SanaWM:
             raise Unusable(f"in sana-wm's steps the path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
         image, self.K = middle(picture, K, width, height)
         steps, guidance = cfg.steps or 60, cfg.guidance or 5.0
-        try:
-            made = self.video(image, poses, name, steps, guidance)
-        except torch.OutOfMemoryError as error:
-            stop(f"{str(error).splitlines()[0]} Try --vae_tiling, --offload or a smaller --sana_size.")
+        made = self.video(image, poses, name, steps, guidance)
         frames = (255 * made[at[kept]]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         frames[at[kept] == 0] = np.asarray(image)
         self.objects, self.holes = None, None
@@ -2038,6 +2035,8 @@ def work(job: tuple[dict, str]) -> str:
     except Unusable as error:
         save(folder / "skipped.json", json.dumps({"why": str(error)}) + "\n")
         return f"{trajectory['scene_id']}/{trajectory['traj_id']}: skipped, {error}"
+    except torch.OutOfMemoryError as error:
+        stop(f"{str(error).splitlines()[0]} Try --offload, --vae_tiling or smaller frames (--svc_px, --sana_size); what is made stays")
     (folder / "skipped.json").unlink(missing_ok=True)  # an earlier run skipped it, since then somebody mended its picture
     return ""
 

@@ -473,6 +473,16 @@ def test_a_bad_weight_file_is_one_line_that_names_it(stage, weights, tmp_path, c
     assert "key" not in fault or key in said[0]
 
 
+def test_a_full_gpu_is_one_line(stage, weights, photographs, tmp_path, capsys, monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    monkeypatch.setattr(stage, "svc_sample", full)
+    svc, vae, clip = (str(weights / name) for name in ("svc", "sd", "clip"))
+    with pytest.raises(SystemExit) as left:
+        stage.main(stage.Config(run=str(copy_of(photographs, tmp_path)), teacher=["svc"], svc=svc, svc_vae=vae, svc_clip=clip, svc_px=[64, 64], steps=2))
+    assert left.value.code == 2 and "out of memory" in capsys.readouterr().err
+
+
 def test_nothing_is_begun_with_bad_weights(weights, photographs, tmp_path):
     run = copy_of(photographs, tmp_path)
     result = subprocess.run([sys.executable, str(ROOT / "02_imagine_views.py"), "--run", str(run), "--teacher", "svc", "--svc", str(tmp_path / "no")],
