@@ -2026,6 +2026,11 @@ def start_worker(cfg: Config):
     WORKER.update(cfg=cfg, teachers={name: TEACHERS[name](cfg) for name in cfg.teacher}, gains=read_gains(cfg))
 
 
+def read_networks(cfg: Config):
+    for name in NETWORKS & {*cfg.teacher}:
+        WORKER["teachers"][name].networks
+
+
 def work(job: tuple[dict, str]) -> str:
     """Make one trajectory's views -> why it was skipped; empty: it was not."""
     (trajectory, teacher_name), cfg = job, WORKER["cfg"]
@@ -2036,7 +2041,7 @@ def work(job: tuple[dict, str]) -> str:
         save(folder / "skipped.json", json.dumps({"why": str(error)}) + "\n")
         return f"{trajectory['scene_id']}/{trajectory['traj_id']}: skipped, {error}"
     except torch.OutOfMemoryError as error:
-        stop(f"{str(error).splitlines()[0]} Try --offload, --vae_tiling or smaller frames (--svc_px, --sana_size); what is made stays")
+        stop(f"{str(error).splitlines()[0]} Try --offload, --vae_tiling or, in another run, smaller frames (--svc_px, --sana_size)")
     (folder / "skipped.json").unlink(missing_ok=True)  # an earlier run skipped it, since then somebody mended its picture
     return ""
 
@@ -2127,10 +2132,11 @@ def calibrate(cfg: Config):
     if not moves:
         stop(f"{run}/1_trajectories holds no single move in a room: make rooms with 01 --rooms 40")
     moves = [moves[i] for i in np.unique(np.linspace(0, len(moves) - 1, cfg.calibration_moves).astype(int))]
+    start_worker(cfg)
+    if not (folder / "meta.json").is_file():
+        read_networks(cfg)  # as in main
     meta = begin(folder, settings_of(cfg), run / "1_trajectories")
-    teacher, rooms, measured = TEACHERS[name](cfg), Simulator(cfg), []
-    if name in NETWORKS:
-        teacher.networks  # as in main
+    teacher, rooms, measured = WORKER["teachers"][name], Simulator(cfg), []
     for trajectory in tqdm(moves, desc="calibration", unit="move"):
         mark = folder / trajectory["scene_id"] / f"{trajectory['traj_id']}.json"
         if not mark.is_file():
@@ -2378,8 +2384,9 @@ def check_settings(cfg: Config) -> tuple[int, int]:
 
 
 def settings_of(cfg: Config) -> dict:
-    """What decides the result, for meta.json: of a calibration its gains, wherever its file lies."""
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("run", "shard", "workers", "benchmark")}
+    """What decides the result, for meta.json: of a calibration its gains, wherever its file lies. Memory and speed may change on the way."""
+    by_the_way = ("run", "shard", "workers", "benchmark", "offload", "vae_tiling", "compile")
+    settings = {key: value for key, value in asdict(cfg).items() if key not in by_the_way}
     return settings | {"calibration": read_gains(cfg)}
 
 
@@ -2392,6 +2399,9 @@ def main(cfg: Config):
     run, settings = Path(cfg.run), settings_of(cfg)
     folder = run / "2_views"
     jobs, left_out, unusable = plan(cfg)
+    start_worker(cfg)
+    if not (folder / "meta.json").is_file():
+        read_networks(cfg)  # what is wrong with their files is said before anything is begun
     with alone(folder):
         meta = begin(folder, settings, run / "1_trajectories")
 
@@ -2403,9 +2413,8 @@ def main(cfg: Config):
         pattern_bank()  # once, before the processes part
     workers = 1 if NETWORKS & {*cfg.teacher} or cfg.depth else cfg.workers  # one copy of the weights; the device is busy as it is
     pool = multiprocessing.Pool(workers, start_worker, (cfg,)) if workers > 1 else None
-    start_worker(cfg)
-    for name in NETWORKS & {*cfg.teacher} if todo else ():
-        WORKER["teachers"][name].networks  # read now: what is wrong with their files is said before the bar
+    if todo:
+        read_networks(cfg)
     for why in tqdm(pool.imap_unordered(work, todo, chunksize=8) if pool else map(work, todo), total=len(todo), desc="views", unit="trajectory"):
         if why:
             tqdm.write(why, file=sys.stderr)

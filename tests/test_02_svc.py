@@ -476,11 +476,14 @@ def test_a_bad_weight_file_is_one_line_that_names_it(stage, weights, tmp_path, c
 def test_a_full_gpu_is_one_line(stage, weights, photographs, tmp_path, capsys, monkeypatch):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-    monkeypatch.setattr(stage, "svc_sample", full)
     svc, vae, clip = (str(weights / name) for name in ("svc", "sd", "clip"))
-    with pytest.raises(SystemExit) as left:
-        stage.main(stage.Config(run=str(copy_of(photographs, tmp_path)), teacher=["svc"], svc=svc, svc_vae=vae, svc_clip=clip, svc_px=[64, 64], steps=2))
+    settings = dict(run=str(copy_of(photographs, tmp_path)), teacher=["svc"], svc=svc, svc_vae=vae, svc_clip=clip, svc_px=[64, 64], steps=2)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(stage, "svc_sample", full)
+        stage.main(stage.Config(**settings))
     assert left.value.code == 2 and "out of memory" in capsys.readouterr().err
+    stage.main(stage.Config(**settings, offload=True, vae_tiling=True))  # the remedy that it names goes on in the same folder
+    assert len(records(tmp_path)) == 6
 
 
 def test_nothing_is_begun_with_bad_weights(weights, photographs, tmp_path):
@@ -489,3 +492,4 @@ def test_nothing_is_begun_with_bad_weights(weights, photographs, tmp_path):
                             capture_output=True, text=True)
     said = result.stderr.strip().splitlines()
     assert result.returncode == 2 and said[-1].startswith("02_imagine_views.py:") and str(tmp_path / "no") in said[-1] and "Traceback" not in result.stderr
+    assert not (run / "2_views").exists()  # so that another --svc is not another setting of a begun folder
