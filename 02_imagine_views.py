@@ -1602,8 +1602,8 @@ class SanaWM:
         """The frames [F,3,H,W] in 0..1 at poses [F,4,4]."""
         (pipe, refiner, prompt), noise = self.networks, random_numbers(self.cfg.seed, *name, "sana-wm")
         made = pipe(image=image, prompt=self.cfg.sana_prompt, c2w=poses, intrinsics=self.K, num_frames=len(poses), height=image.height,
-                         width=image.width, num_inference_steps=steps, guidance_scale=guidance, generator=noise,
-                         output_type="latent" if refiner else "pt", **prompt).frames
+                    width=image.width, num_inference_steps=steps, guidance_scale=guidance, generator=noise,
+                    output_type="latent" if refiner else "pt", **prompt).frames
         if refiner:
             noise = random_numbers(self.cfg.seed, *name, "refiner")
             made = refiner(made, self.cfg.sana_prompt, fps=16, generator=noise, output_type="pt")
