@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def script(name: str, *arguments, processes: int = 1, check: bool = True, **opti
     done = subprocess.run([*runner, str(path), *map(str, arguments)], capture_output=True, text=True, **options)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def copy_of(run: Path, target: Path) -> Path:
+    """A run that is as far as `run` was after stage 1."""
+    shutil.copytree(run / "1_trajectories", target / "1_trajectories")
+    return target
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_questions(path: Path, root: Path, scenes: int, seed: int = 0, pictures: int = 2, per_scene: int = 3):

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load, script
+from conftest import lines, load, script
 from PIL import Image, ImageFilter
 
 
 @pytest.fixture(scope="module")
 def stage():
     return load("02")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------- the floor

@@ -1,7 +1,6 @@
 """Stage 2 measures its teachers: exact views pass, planted faults are named; how far a teacher really moves is found and made up for."""
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load, script
+from conftest import ROOT, copy_of, lines, load, script
 from PIL import Image, ImageFilter
 
 SCRIPT, PHOTOS = ROOT / "02_imagine_views.py", ROOT.parent / "shared/photos"
@@ -36,15 +35,6 @@ def done(stage, rooms, tmp_path_factory) -> Path:
     run = copy_of(rooms, tmp_path_factory.mktemp("done"))
     stage.main(stage.Config(run=str(run), keep="all", workers=1))
     return run
-
-
-def copy_of(run: Path, target: Path) -> Path:
-    shutil.copytree(run / "1_trajectories", target / "1_trajectories")
-    return target
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def pose(yaw_deg: float = 0.0, x_m: float = 0.0, z_m: float = 0.0) -> np.ndarray:

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, script
+from conftest import ROOT, copy_of, load, script
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -86,11 +86,6 @@ def paths(tmp_path_factory) -> Path:
 def settings(stage, weights: Path, **others):
     """What SETTINGS says, as a Config."""
     return stage.Config(**dict(teacher=["sana-wm"], sana=str(weights / "sana"), sana_size=list(SIZE), steps=2, device="cpu") | others)
-
-
-def copy_of(paths: Path, target: Path) -> Path:
-    shutil.copytree(paths / "1_trajectories", target / "1_trajectories")
-    return target
 
 
 @pytest.fixture(scope="module")

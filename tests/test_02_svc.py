@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, script
+from conftest import ROOT, copy_of, load, script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -333,11 +333,6 @@ def photographs(tmp_path_factory) -> Path:
         coarse.resize((160, 120), Image.BICUBIC).save(run / f"photos/{i}.png")
     script("01", "--run", run, "--images", run / "photos", "--photo_trajectories", 3)
     return run
-
-
-def copy_of(run: Path, target: Path) -> Path:
-    shutil.copytree(run / "1_trajectories", target / "1_trajectories")
-    return target
 
 
 def contents(run: Path) -> dict[str, bytes]:

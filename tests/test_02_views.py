@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load, script
+from conftest import ROOT, copy_of, lines, load, script
 from PIL import Image, ImageFilter
 
 SCRIPT = ROOT / "02_imagine_views.py"
@@ -40,15 +39,6 @@ def done(rooms, tmp_path_factory) -> Path:
     run = copy_of(rooms, tmp_path_factory.mktemp("done"))
     script("02", "--run", run, "--keep", "all", "--workers", 1)
     return run
-
-
-def copy_of(run: Path, target: Path) -> Path:
-    shutil.copytree(run / "1_trajectories", target / "1_trajectories")
-    return target
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def contents(run: Path) -> dict[str, bytes]:
