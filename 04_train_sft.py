@@ -36,17 +36,26 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, HfArgumentParser,
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, HfArgumentParser,
                           PaddleOCRVLProcessor, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil, Qwen3VLConfig,
                           Qwen3VLForConditionalGeneration)
 from transformers.utils import cached_file, logging
@@ -54,7 +63,7 @@ from transformers.utils import cached_file, logging
 from kernels import register, windows_in_one_launch
 
 logging.disable_progress_bar()
-BY_THE_WAY = ("run", "micro_tokens", "save_every", "log_every")  # settings that do not change the result
+BY_THE_WAY = ("run", "recipe", "tokens", "checkpointing", "offload", "explode", "estimate", "save_every", "log_every")  # settings that do not change the result
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
 def setting(default, help: str):
@@ -145,6 +154,7 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 @dataclass
 class Config:
+    recipe: str = setting("paper", "paper (the defaults below) or tiny (RECIPES below): flags that your own override")
     run: str = setting("runs/demo", "run folder; reads 3_qa/ in it")
     out: str = setting("4_sft", "folder written inside the run: another name for another stage of training, e.g. 4_base")
     student: str = setting("tiny", "checkpoint folder, hub id, or tiny: a Qwen3-VL of 3 million parameters built here from random weights")
@@ -157,9 +167,9 @@ class Config:
     lora_alpha: int = setting(512, "LoRA alpha: the update is scaled by alpha / rank; the paper's")
     freeze_vision: bool = setting(True, "keep the vision tower as it is, as in the paper's first stage")
     share: bool = setting(True, "encode the pictures once for all questions about them; --no_share gives every question its own row (same loss)")
-    share_at_most: int = setting(16, "questions in one row; bounds the length of a row")
+    share_at_most: int = setting(16, "questions about one picture list in one step; the rest of them come in other steps")
     batch: int = setting(128, "questions in an optimiser step, over all processes; the paper's global batch")
-    micro_tokens: int = setting(16384, "tokens in one forward pass, padding included; bounds memory, does not change the result")
+    tokens: int = setting(16384, "tokens in one forward pass, rows packed behind one another; bounds memory, does not change the result")
     epochs: float = setting(1.0, "passes over --data")
     steps: int = setting(0, "optimiser steps; 0: as --epochs says")
     optimizer: str = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest; learns a student from random weights several times faster")
@@ -174,12 +184,25 @@ class Config:
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, about a third more time")
+    checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, about a third more time")
+    offload: bool = setting(False, "keep weights, gradients and optimiser state in host memory (FSDP2); each layer is copied when it is needed")
+    explode: float = setting(100.0, "stop when the gradient's norm passes this many times the median of the last 100 steps")
+    estimate: bool = setting(False, "print the memory estimate and stop; the student's config.json is enough")
     val_share: float = setting(0.01, "share of the scenes kept out of training for the validation loss")
     val_every: int = setting(200, "steps between validation losses; 0: never")
     save_every: int = setting(200, "steps between states to resume from")
     log_every: int = setting(10, "steps between printed lines; metrics.jsonl has every step")
     seed: int = setting(0, "seed of the order of questions and of new weights")
+
+
+RECIPES = {"paper": "", "tiny": "--train full --freeze_vision False --optimizer muon --lr 2e-3 --muon_lr 8e-3 --tokens 6000 --log_every 20 --no_checkpointing"}
+
+
+def recipe() -> list[str]:
+    """The flags of the --recipe on the command line, which go before the others, so that the others win."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=RECIPES, default="paper")
+    return RECIPES[parser.parse_known_args()[0].recipe].split()
 
 
 # --- same in 04, 05, 06: a student and what it reads ---
@@ -277,19 +300,22 @@ def encode(student: Student, record: dict, grids: torch.Tensor) -> dict:
 
 
 # --- same in 04, 05: shared prefixes ---
-def share(questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, pad: int) -> list[dict]:
-    """Encoded questions about the same pictures -> rows of  prefix | rest of question 1 | rest of question 2 | ...
+def share(questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, pad: int, most: int) -> list[dict]:
+    """Encoded questions about the same pictures -> rows of  prefix | rest of question 1 | rest of question 2 | ...,  of `most` tokens at most.
 
     The prefix is the longest run of tokens that all prompts begin with. Every token keeps the position id that it has when its question
     stands alone, and sees the prefix and its own question only (`segment`), so each answer token gets the log-probability that it
-    would have had alone. Questions whose pictures do not all lie in the common prefix get a row each.
+    would have had alone. Questions whose pictures do not all lie in the common prefix get a row each; so does a question over `most`.
     """
     prefix = min(question["prompt"] for question in questions)
     for question in questions[1:]:
         differs = (question["ids"][:prefix] != questions[0]["ids"][:prefix]).nonzero()
         prefix = int(differs[0]) if len(differs) else prefix
     if (questions[0]["ids"][prefix:] == pad).any():
-        return [row for question in questions for row in share([question], pixels, grids, pad)]
+        return [row for question in questions for row in share([question], pixels, grids, pad, most)]
+    fit = max(1, sum(length <= most for length in itertools.accumulate((len(q["ids"]) - prefix for q in questions), initial=prefix)) - 1)
+    if fit < len(questions):
+        return [row for part in (questions[:fit], questions[fit:]) for row in share(part, pixels, grids, pad, most)]
     ids, positions, segment = [questions[0]["ids"][:prefix]], [questions[0]["positions"][:, :prefix]], [torch.zeros(prefix, dtype=torch.long)]
     source, target, owner, start = [], [], [], prefix
     for k, question in enumerate(questions):
@@ -303,45 +329,72 @@ def share(questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, pad:
             owner.append(k)
         start += rest
     return [{"ids": torch.cat(ids), "positions": torch.cat(positions, 1), "segment": torch.cat(segment), "source": torch.tensor(source),
-             "target": torch.tensor(target), "owner": torch.tensor(owner), "pixels": pixels, "grids": grids, "questions": len(questions)}]
+             "target": torch.tensor(target), "owner": torch.tensor(owner), "pixels": pixels, "grids": grids, "questions": len(questions),
+             "names": [question.get("name", "?") for question in questions]}]
 
 
-def collate(rows: list[dict], pad: int) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows -> the model's inputs (right-padded, B x T), and for each of N answer tokens: its row, the position that predicts it, its id."""
+def pack(rows: list[dict]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Rows -> one row [1, T] of all their tokens, without padding; `documents` [rows + 1] says where each begins, and attention stays inside.
+
+    Also where the predictor of each of N answer tokens stands, as (row, position) [2, N], and the token's id [N].
+    """
+    starts = [0, *itertools.accumulate(len(row["ids"]) for row in rows)]
+    inputs = {"input_ids": torch.cat([row["ids"] for row in rows])[None], "position_ids": torch.cat([row["positions"] for row in rows], 1)[:, None],
+              "prefix": torch.cat([row["segment"] for row in rows])[None], "documents": torch.tensor(starts, dtype=torch.int32), "longest": max(len(row["ids"]) for row in rows)}
+    source = torch.cat([row["source"] + start for row, start in zip(rows, starts)])
+    return inputs, torch.stack([torch.zeros_like(source), source]), torch.cat([row["ids"][row["target"]] for row in rows])
+
+
+def pad_rows(rows: list[dict], pad: int, dtype: torch.dtype) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """The same for attentions that know no documents: rows padded on the right [B, T], with the matrix of visible pairs [B, 1, T, T]."""
     B, T = len(rows), max(len(row["ids"]) for row in rows)
     ids, positions, segment = torch.full((B, T), pad), torch.zeros(3, B, T, dtype=torch.long), torch.full((B, T), -1)
     for b, row in enumerate(rows):
         n = len(row["ids"])
         ids[b, :n], positions[:, b, :n], segment[b, :n] = row["ids"], row["positions"], row["segment"]
-    inputs = {"input_ids": ids, "position_ids": positions, "prefix": segment,
-              "pixel_values": torch.cat([row["pixels"] for row in rows]), "image_grid_thw": torch.cat([row["grids"] for row in rows])}
+    visible = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril()  # j is in the prefix or in i's question, j <= i
+    inputs = {"input_ids": ids, "position_ids": positions,
+              "attention_mask": torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]}
     where = torch.cat([torch.full_like(row["source"], b) for b, row in enumerate(rows)])
     source = torch.cat([row["source"] for row in rows])
-    return inputs, where, source, torch.cat([row["ids"][row["target"]] for row in rows])
+    return inputs, torch.stack([where, source]), torch.cat([row["ids"][row["target"]] for row in rows])
+
+
+def answer_logprobs(model: torch.nn.Module, inputs: dict, where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log p [N] of `tokens` at `where` [2, N]. Logits exist at answer positions only, and for LOGITS numbers at a time: the backward pass
+    computes a chunk of them again rather than keep all (a vocabulary of 152,000 takes 0.6 MB a token)."""
+    def of_chunk(hidden, tokens):
+        return model.lm_head(hidden).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[where[0], where[1]]              # [N, width]
+    size = max(1, LOGITS // model.config.text_config.vocab_size)
+    if len(tokens) <= size:
+        return of_chunk(hidden, tokens)
+    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(hidden.split(size), tokens.split(size))])
 
 
 def token_logprobs(student: Student, rows: list[dict]) -> torch.Tensor:
-    """log p of every answer token of the rows, in their order: float32 [N]. Logits exist at answer positions only."""
-    inputs, where, source, tokens = collate(rows, student.tokenizer.pad_token_id)
-    device, dtype = student.model.device, student.model.dtype
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    if student.model.config._attn_implementation != "world2vlm":  # others take a matrix: j is in the prefix or in i's question, j <= i
-        segment = inputs.pop("prefix")
-        visible = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril()
-        inputs["attention_mask"] = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-    hidden = student.model.model(**inputs, use_cache=False).last_hidden_state                        # [B, T, width]
-    logits = student.model.lm_head(hidden[where.to(device), source.to(device)]).float()              # [N, V]
-    return logits.log_softmax(-1).gather(-1, tokens.to(device)[:, None])[:, 0]
+    """log p of every answer token of the rows, in their order: float32 [N]."""
+    model = student.model
+    packed = model.config._attn_implementation == "world2vlm"
+    inputs, where, tokens = pack(rows) if packed else pad_rows(rows, student.tokenizer.pad_token_id, model.dtype)
+    inputs |= {"pixel_values": torch.cat([row["pixels"] for row in rows]), "image_grid_thw": torch.cat([row["grids"] for row in rows])}
+    inputs = {name: x.to(model.device) if torch.is_tensor(x) else x for name, x in inputs.items()}
+    score = model.answer_logprobs if isinstance(model, FSDPModule) else partial(answer_logprobs, model)  # FSDP gathers weights around methods it knows
+    return score(inputs, where.to(model.device), tokens.to(model.device))
 
 
-def micro_batches(rows: list[dict], tokens: int) -> list[list[dict]]:
-    """Rows of one step, longest first, cut so that rows x longest stays within `tokens` and no row is padded beyond twice its length."""
-    parts = []
+def micro_batches(rows: list[dict], most: int, padded: bool) -> list[list[dict]]:
+    """Rows of one step, longest first, cut into forward passes of at most `most` tokens (a longer row goes alone); padding counts where there is any."""
+    parts, held = [], 0
     for row in sorted(rows, key=lambda row: -len(row["ids"])):
-        if parts and (len(parts[-1]) + 1) * len(parts[-1][0]["ids"]) <= tokens and 2 * len(row["ids"]) >= len(parts[-1][0]["ids"]):
+        cost = len(parts[-1][0]["ids"]) if parts and padded else len(row["ids"])  # padded, every row is as long as its part's first
+        if parts and held + cost <= most:
             parts[-1].append(row)
+            held += cost
         else:
             parts.append([row])
+            held = len(row["ids"])
     return parts
 # --- end: shared prefixes ---
 
@@ -361,29 +414,57 @@ class LoRA(torch.nn.Module):
         return self.base(x) + (x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * self.scale).to(x.dtype)
 
 
-def add_lora(student: Student, rank: int, alpha: float):
-    """Put a LoRA beside every linear layer of the language model, in place; nothing else trains."""
-    student.model.requires_grad_(False)
-    language = student.model.model.language_model
-    for name, layer in list(language.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(language.get_submodule(parent), leaf, LoRA(layer, rank, alpha))
+def choose_trained(model: torch.nn.Module, cfg):
+    """In place: with lora a LoRA beside every linear layer of the language model, and nothing else of it trains; --freeze_vision for the tower."""
+    language = model.model.language_model
+    if cfg.train == "lora":
+        model.requires_grad_(False)
+        for name, layer in list(language.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(language.get_submodule(parent), leaf, LoRA(layer, cfg.lora_rank, cfg.lora_alpha))
+    model.model.visual.requires_grad_(not cfg.freeze_vision)
+    if cfg.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
 
 
-def split_lora(student: Student) -> tuple[dict, dict]:
-    """The plain state dict with every LoRA merged into its weight, and the adapter's tensors under the names of the peft package."""
-    merged, adapter, modules = {}, {}, dict(student.model.named_modules())
-    for name, tensor in student.model.state_dict().items():
+def shard(model: torch.nn.Module, device: str, dtype: str, offload: bool):
+    """Spread weights, gradients and optimiser state over the processes, in place (FSDP2): each layer is gathered when it is needed.
+
+    With `offload` they wait in host memory. Weights travel in the arithmetic's dtype, gradients are summed in float32.
+    """
+    how = {"mesh": init_device_mesh(device.split(":")[0], (dist.get_world_size(),))}
+    if dtype == "bfloat16":
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload and device != "cpu":
+        how["offload_policy"] = CPUOffloadPolicy()
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    model.answer_logprobs = MethodType(answer_logprobs, model)
+    register_fsdp_forward_method(model, "answer_logprobs")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process holds a part, put together; others as they are."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def merged(model: torch.nn.Module):
+    """(name, tensor) of the plain model, one after another: every LoRA merged into its weight, every shard gathered."""
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
-            adapter[f"base_model.model.{owner}.{leaf}.weight"] = tensor.cpu().contiguous()
-        elif isinstance(lora := modules.get(owner.removesuffix(".base")), LoRA):
-            update = (lora.lora_B.float() @ lora.lora_A.float() * lora.scale) if leaf == "weight" else 0
-            merged[name.replace(".base.", ".")] = (tensor.float() + update).to(tensor.dtype)
-        else:
-            merged[name] = tensor
-    return merged, adapter
+            continue
+        tensor = whole(tensor)
+        if isinstance(lora := modules.get(owner.removesuffix(".base")), LoRA):
+            if leaf == "weight":
+                tensor = (tensor.float() + whole(lora.lora_B).float() @ whole(lora.lora_A).float() * lora.scale).to(tensor.dtype)
+            name = name.replace(".base.", ".")
+        yield name, tensor
 
 
 PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -391,56 +472,93 @@ PROCESSOR_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
                    "video_preprocessor_config.json", "generation_config.json"]
 
 
-def save_student(student: Student, folder: Path, rank: int, alpha: float):
+def save_student(student: Student, folder: Path, cfg, rank: int):
     """An ordinary checkpoint folder: merged weights, the processor's files as they came, and adapter/ where there is a LoRA."""
-    part = folder / "checkpoint.part"
-    shutil.rmtree(part, ignore_errors=True)
-    merged, adapter = split_lora(student)
-    student.model.save_pretrained(part, state_dict=merged)
+    weights = {}
+    for name, tensor in merged(student.model):  # every process gathers, the first one keeps
+        if rank == 0 and not (name == "lm_head.weight" and student.model.config.tie_word_embeddings):
+            weights[name] = tensor.cpu()
+    adapter = {f"base_model.model.{name}.weight": whole(p.detach()).cpu() for name, p in student.model.named_parameters()
+               if name.endswith((".lora_A", ".lora_B"))}  # the names of the peft package
+    if rank:
+        return
+    student.model.save_pretrained(folder, state_dict=weights)
     for name in PROCESSOR_FILES:
         if source := cached_file(student.source, name, _raise_exceptions_for_missing_entries=False):
-            shutil.copyfile(source, part / name)
+            shutil.copyfile(source, folder / name)
     if adapter:
-        (part / "adapter").mkdir()
-        save_file(adapter, part / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
-        (part / "adapter/adapter_config.json").write_text(json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": rank, "lora_alpha": alpha,
-            "lora_dropout": 0.0, "bias": "none", "target_modules": r".*language_model.*\.(" + "|".join(
+        (folder / "adapter").mkdir()
+        save_file(adapter, folder / "adapter/adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter/adapter_config.json").write_text(json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": cfg.lora_rank,
+            "lora_alpha": cfg.lora_alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": r".*language_model.*\.(" + "|".join(
                 sorted({key.split(".")[-3] for key in adapter})) + ")"}, indent=1))
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for path in sorted(part.iterdir()):
-        os.replace(path, folder / path.name)
-    part.rmdir()
 
 
-def save_state(path: Path, step: int, model: torch.nn.Module, optimizers: list):
-    """Everything that the next step depends on, as one safetensors file: trained weights, optimiser slots, the number of steps done."""
-    tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+def state_of(model: torch.nn.Module, optimizers: list) -> dict:
+    """Everything that the next step depends on: trained weights and the optimisers' slots, each by a name that no sharding changes."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for k, optimizer in enumerate(optimizers):
         for i, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{k}.{i}.{name}": torch.as_tensor(slot).cpu() for name, slot in slots.items()}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, str(path) + ".part", metadata={"step": str(step)})
-    os.replace(str(path) + ".part", path)
+            tensors |= {f"optimizer.{k}.{i}.{name}": slot for name, slot in slots.items()}
+    return tensors
 
 
-def load_state(path: Path, model: torch.nn.Module, optimizers: list) -> int:
-    """Undo `save_state`; returns the number of steps done (0 where nothing was saved)."""
-    if not path.is_file():
+def save_step(folder: Path, step: int, student: Student, optimizers: list, cfg, rank: int):
+    """Write folder/step_N: a checkpoint like the final one, and in state/ what resuming needs (each process its shard). Older ones go."""
+    done = folder / f"step_{step:06}"
+    part = done.with_suffix(".part")
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "state").mkdir(parents=True)
+    save_student(student, part, cfg, rank)
+    dcp.save(state_of(student.model, optimizers), storage_writer=HuggingFaceStorageWriter(str(part / "state"), save_distributed=True),
+             no_dist=not dist.is_initialized())
+    if rank == 0:
+        os.replace(part, done)
+        drop_steps(folder, but=done)
+
+
+def drop_steps(folder: Path, but: Path | None = None):
+    """Delete the checkpoints of steps on the way."""
+    for old in folder.glob("step_*"):
+        if old != but:
+            shutil.rmtree(old)
+
+
+def save_end(folder: Path, student: Student, cfg, rank: int):
+    """The checkpoint of the last step, in the stage's folder itself; meta.json says afterwards that it is whole."""
+    part = folder / "checkpoint.part"
+    shutil.rmtree(part, ignore_errors=True)
+    save_student(student, part, cfg, rank)
+    if rank == 0:
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        for path in sorted(part.iterdir()):
+            os.replace(path, folder / path.name)
+        part.rmdir()
+
+
+def load_step(folder: Path, model: torch.nn.Module, optimizers: list) -> int:
+    """Go on from the last whole `save_step`, by however many processes it was written; returns its step (0 where there is none)."""
+    saved = sorted(path for path in folder.glob("step_*") if path.suffix != ".part")
+    if not saved:
         return 0
-    with safe_open(path, "pt") as state:
-        step, tensors = int(state.metadata()["step"]), {name: state.get_tensor(name) for name in state.keys()}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.copy_(tensors[f"model.{name}"])
+    reader = HuggingFaceStorageReader(str(saved[-1] / "state"))
+    tensors = state_of(model, [])
+    for name, kept in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith("optimizer."):
+            _, k, i, slot = name.split(".")
+            p = [p for group in optimizers[int(k)].param_groups for p in group["params"]][int(i)]
+            tensors[name] = torch.zeros_like(p, requires_grad=False) if kept.size == p.shape else torch.zeros(kept.size)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     for k, optimizer in enumerate(optimizers):
         slots = {}
         for name in tensors:
             if name.startswith(f"optimizer.{k}."):
-                _, _, i, slot = name.split(".", 3)
+                _, _, i, slot = name.split(".")
                 slots.setdefault(int(i), {})[slot] = tensors[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    return step
+    return int(saved[-1].name.removeprefix("step_"))
 
 
 class Muon(torch.optim.Optimizer):
@@ -463,7 +581,7 @@ class Muon(torch.optim.Optimizer):
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     shapes.setdefault(p.shape, []).append((p, p.grad.lerp(buffer, group["momentum"])))
             for (rows, columns), pairs in shapes.items():
-                x = torch.stack([update for _, update in pairs])
+                x = torch.stack([whole(update) for _, update in pairs])
                 x = x.mT if rows > columns else x
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):
@@ -471,6 +589,8 @@ class Muon(torch.optim.Optimizer):
                     x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)  # 3.44 x + (2.03 a a - 4.78 a) x
                 x = x.mT if rows > columns else x
                 for (p, _), update in zip(pairs, x):
+                    if isinstance(p, DTensor):
+                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)  # this process's part of it
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
@@ -498,29 +618,43 @@ def all_sum(*tensors: torch.Tensor):
             dist.all_reduce(tensor)
 
 
-def update(model: torch.nn.Module, optimizers: list, clip: float, factor: float) -> float:
-    """Sum the gradients over the processes, clip, step at `factor` times the peak learning rates; returns the norm before clipping."""
+def as_many(parts: list, spare: list[dict], device: str) -> list:
+    """Micro-batches of this process, filled up with `spare` ones to the number that the busiest process has: FSDP's processes step together."""
+    number = torch.tensor(len(parts), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return parts + [spare] * (int(number) - len(parts))
+
+
+def clip_gradients(model: torch.nn.Module, most: float) -> float:
+    """Scale the gradients (FSDP has summed them over the processes) to a norm of at most `most`; returns the norm before."""
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    all_sum(*[p.grad for p in params])
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    return float(whole(torch.nn.utils.clip_grad_norm_(params, most)))
+
+
+def take_step(optimizers: list, factor: float):
+    """One step at `factor` times the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
         optimizer.zero_grad()
-    return float(norm)
 
 
-def start_processes(folder: Path) -> tuple[int, int, str]:
+def start_processes(folder: Path, offload: bool) -> tuple[int, int, str]:
     """(rank, world size, device) of this process; one process unless torchrun started it. Rank 0 alone says that `folder` is finished."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank and (folder / "meta.json").is_file() and json.loads((folder / "meta.json").read_text())["finished"]:
         raise SystemExit(0)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+    elif offload:  # FSDP of one process
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     return rank, world, device
 
 
@@ -535,6 +669,165 @@ def keep_lines(path: Path, steps: int):
     lines = path.read_text().splitlines() if path.is_file() else []
     save(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= steps))
 # --- end: what is trained ---
+
+
+# --- same in 04, 05: what a step costs, and how it went ---
+LOGITS = 2**27  # logits in memory at a time: half a gigabyte of float32
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s, the makers' figures
+
+
+def weights_in(module: torch.nn.Module, kind=torch.nn.Linear) -> int:
+    """Elements of the weights that every token is multiplied with."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, kind))
+
+
+def flops(model: torch.nn.Module, rows: list[dict], train: str, freeze_vision: bool) -> float:
+    """Floating-point operations of one training pass over `rows`, counted; what checkpointing computes twice counts once, as in MFU.
+
+    A weight costs 2 a token forward, 2 more for the gradient of its input, 2 more for its own (frozen: none); attention 4 x width a visible
+    pair forward and twice that backward.
+    """
+    text, vision, visual = model.config.text_config, model.config.vision_config, model.model.visual
+    tokens, answers = sum(len(row["ids"]) for row in rows), sum(len(row["target"]) for row in rows)
+    pairs = 0
+    for row in rows:
+        prefix, *rest = torch.bincount(row["segment"]).tolist()
+        pairs += prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in rest)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    attention = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
+    language = 2 * weights_in(model.model.language_model) * tokens + 2 * text.hidden_size * text.vocab_size * answers
+    total = 3 * attention + (2 if train == "lora" else 3) * language + 3 * 2 * lora * tokens
+
+    patches = torch.cat([row["grids"] for row in rows]).prod(1).double()  # of each picture
+    window = (getattr(vision, "window_size", 0) / vision.patch_size) ** 2
+    everywhere = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    pairs = (everywhere * patches**2 + (vision.depth - everywhere) * patches * window).sum()
+    each = weights_in(visual.blocks) + weights_in(visual.patch_embed, (torch.nn.Linear, torch.nn.Conv3d))
+    merged = (weights_in(visual) - weights_in(visual.blocks)) / vision.spatial_merge_size**2
+    seen = 2 * (each + merged) * patches.sum() + 4 * vision.hidden_size * pairs
+    return float(total + (1 if freeze_vision else 3) * seen)
+
+
+def memory(model: torch.nn.Module, cfg, tokens: int, processes: int, extra: dict | None = None) -> dict[str, float]:
+    """Bytes that training needs on one device, estimated; `model` may be on the meta device. `tokens`: of one forward pass.
+
+    A decoder layer keeps 32 width + 8 mlp width bytes a token in bfloat16 (42 and 16 in float32), as autograd's saved tensors were counted;
+    with checkpointing only its input, and one layer at a time the rest. A patch of a trained vision tower costs the same in its sizes.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    half = cfg.dtype == "bfloat16"
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(n for n, _, wanted in sizes if wanted)
+
+    def kept(width, mlp, layers, rows, lora):
+        layer = rows * ((32 if half else 42) * width + (8 if half else 16) * mlp + 42 * lora)
+        return layers * rows * width * (2 if half else 4) + layer if cfg.checkpointing else layers * layer
+
+    patches = 0 if cfg.freeze_vision else tokens * vision.spatial_merge_size**2
+    found = {"weights": sum(n * size for n, size, _ in sizes) / processes, "gradients": 4 * trained / processes,
+             "optimiser": 8 * trained / processes,
+             "activations": kept(text.hidden_size, text.intermediate_size, text.num_hidden_layers, tokens, cfg.lora_rank * (cfg.train == "lora"))
+             + kept(vision.hidden_size, vision.intermediate_size, vision.depth, patches, 0),
+             "logits": 3 * 4 * min(LOGITS, tokens * text.vocab_size)}
+    if processes > 1 or cfg.offload:
+        layers = [*model.model.language_model.layers, *model.model.visual.blocks]
+        largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        outside = sum(n for n, _, _ in sizes) - sum(p.numel() for layer in layers for p in layer.parameters())
+        found["gathered"] = (outside + 2 * largest) * (2 if half else 4)
+    if cfg.offload:
+        for name in ("weights", "gradients", "optimiser"):
+            found[f"{name} (host)"] = found.pop(name)
+    return found | (extra or {})
+
+
+def say_memory(model: torch.nn.Module, found: dict[str, float], source: str):
+    """The estimate as one line, before anything large is loaded."""
+    total = sum(size for name, size in found.items() if "(host)" not in name)
+    every, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
+    print(f"{source}: {every:,} parameters, {trained:,} trained\nmemory of one process, estimated: "
+          + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.items()) + f": {total / 1e9:.1f} GB", flush=True)
+
+
+def on_meta(source: str, cfg) -> torch.nn.Module:
+    """The student as it will be trained, without its weights: shapes only."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=weights_dtype(cfg))
+        choose_trained(model, cfg)
+    return model
+
+
+def weights_dtype(cfg) -> torch.dtype:
+    """Full training keeps float32 weights; a frozen model under a LoRA is kept in the arithmetic's dtype."""
+    return torch.bfloat16 if cfg.train == "lora" and cfg.dtype == "bfloat16" else torch.float32
+
+
+def speed(operations: float, tokens: int, seconds: float, device: str, processes: int) -> dict:
+    """tokens/s, TFLOP/s and, on a card whose peak is known, the share of it (MFU); all processes together."""
+    rate = operations / seconds
+    card = torch.cuda.get_device_name() if device != "cpu" else ""
+    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
+    return {"tokens_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 3)} | ({"mfu": round(rate / peak / processes, 4)} if peak else {})
+
+
+def diverged(loss: float, norms: list[float], explode: float) -> str | None:
+    """What is wrong with a step, before it is taken: its loss or gradient is no number, or the gradient passes `explode` times the median of
+    the last 100. `norms` ends with this step's."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norms[-1]):
+        return f"the gradient's norm is {norms[-1]}"
+    usual = float(np.median(norms[-101:-1])) if len(norms) > 10 else math.inf
+    return f"the gradient's norm is {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > explode * usual else None
+
+
+def give_up(folder: Path, step: int, why: str, questions: list[str]):
+    """Name the step, its questions and the last good checkpoint, on every process; exit status 2."""
+    if dist.is_initialized():
+        lists = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, questions)
+        questions = sum(lists, [])
+    saved = sorted(path.name for path in folder.glob("step_*") if path.suffix != ".part")
+    save(folder / "diverged.json", json.dumps({"step": step, "why": why, "questions": questions}, indent=1))
+    stop(f"step {step}: {why}, by {len(questions)} questions ({'; '.join(questions[:3])}{'; ...' if len(questions) > 3 else ''}: all in {folder}/diverged.json). "
+         + (f"Last good checkpoint: {folder}/{saved[-1]}: the same command goes on from it; for another --lr name it as --student of another --out"
+            if saved else "No checkpoint was written yet: lower --lr or --save_every"))
+
+
+def name_of(question: dict) -> str:
+    """Task, scene and words of a question: enough to find its line again."""
+    where = "/".join(str(question[key]) for key in ("scene_id", "traj_id") if key in question) or question["images"][0]
+    return f"{question['task_type']} {where} {question['messages'][0]['content'].replace('<image>', '').strip()[:100]!r}"
+
+
+def draw_curves(folder: Path, panels: dict[str, list[str]]):
+    """metrics.jsonl -> curves.png: one panel a title, one line a metric; a dict metric (rewards by task) gives a line a key."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    columns = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(4.2 * columns, 6), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        series = {}
+        for line in lines:
+            for name in names:
+                found = line.get(name)
+                for key, value in (found.items() if isinstance(found, dict) else [(name, found)] if found is not None else []):
+                    series.setdefault(key, []).append((line["step"], value))
+        for key, points in series.items():
+            axis.plot(*zip(*points), label=key, linewidth=1, marker="." if len(points) < 30 else None)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        if len(series) > 1:
+            axis.legend(fontsize=7, frameon=False, ncols=2)
+    for axis in list(axes.flat)[len(panels):]:
+        axis.axis("off")
+    figure.savefig(folder / "curves.png", dpi=110)
+# --- end: what a step costs ---
 
 
 # The tiny student --------------------------------------------------------------------------------------------------------------------
@@ -628,19 +921,27 @@ def batches(groups: list[list[dict]], size: int, seed: int):
                 batch, count = [], 0
 
 
-def rows_of(student: Student, groups: list[list[dict]], shared: bool) -> list[dict]:
+def rows_of(student: Student, groups: list[list[dict]], shared: bool, most: int) -> list[dict]:
     """Look at each group's pictures once, encode its questions, share their prefix. A picture that does not open costs its group, by name."""
     rows = []
     for group in groups:
         try:
             pixels, grids = look(student, group[0]["images"])
-            encoded = [encode(student, question, grids) for question in group]
+            encoded = [encode(student, question, grids) | {"name": name_of(question)} for question in group]
         except (OSError, ValueError) as error:
             print(f"{group[0]['images'][0]}: {len(group)} questions skipped: {error}", file=sys.stderr)
             continue
-        pad = student.model.config.image_token_id
-        rows += share(encoded, pixels, grids, pad) if shared else [row for one in encoded for row in share([one], pixels, grids, pad)]
+        for part in [encoded] if shared else [[one] for one in encoded]:
+            rows += share(part, pixels, grids, student.model.config.image_token_id, most)
     return rows
+
+
+def spare_row(student: Student) -> dict:
+    """A row of no weight, about a grey picture: what a process computes while others still have rows."""
+    seen = student.image_processor(images=[Image.new("RGB", (56, 56), (127, 127, 127))], return_tensors="pt")
+    record = {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "no"}]}
+    row, = share([encode(student, record, seen["image_grid_thw"])], seen["pixel_values"], seen["image_grid_thw"], student.model.config.image_token_id, 0)
+    return row | {"weight": 0.0}
 
 
 def ahead(items):
@@ -666,24 +967,29 @@ def rate(cfg: Config, step: int, steps: int) -> float:
     return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def loss_of(student: Student, rows: list[dict], cfg: Config, count: int, backward: bool) -> float:
-    """Sum over the rows' answer tokens of -log p, divided by `count`, the number of answer tokens in the whole batch."""
-    total = 0.0
-    for part in micro_batches(rows, cfg.micro_tokens):
+def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: int, backward: bool) -> tuple[float, list[str]]:
+    """Sum over the answer tokens of -log p, divided by `count`, the number of answer tokens in the whole batch; and the questions whose own
+    loss is no number."""
+    total, broken = 0.0, []
+    for part in parts:
         with torch.autocast(student.model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            loss = -token_logprobs(student, part).sum() / count
+            logprobs = token_logprobs(student, part)
+            loss = -(logprobs * part[0].get("weight", 1.0)).sum() / count
         if backward:
-            loss.backward()
+            (loss * (dist.get_world_size() if dist.is_initialized() else 1)).backward()  # FSDP takes the mean over processes, the loss is a sum
         total += float(loss.detach())
-    return total
+        if not math.isfinite(total):
+            for row, values in zip(part, logprobs.detach().split([len(row["target"]) for row in part])):
+                broken += [row["names"][k] for k in row["owner"][~values.isfinite().cpu()].unique()]
+    return total, broken
 
 
 @torch.no_grad()
-def validate(student: Student, rows: list[dict], cfg: Config, device: str) -> float:
+def validate(student: Student, parts: list[list[dict]], cfg: Config, device: str) -> float:
     """The training loss on the validation questions of all processes."""
     student.model.eval()
-    count = torch.tensor(sum(len(row["target"]) for row in rows), device=device)
-    total = torch.tensor(loss_of(student, rows, cfg, 1, backward=False), device=device)
+    count = torch.tensor(sum(len(row["target"]) * row.get("weight", 1) for part in parts for row in part), device=device)
+    total = torch.tensor(loss_of(student, parts, cfg, 1, backward=False)[0], device=device)
     all_sum(count, total)
     return float(total / count)
 
@@ -691,10 +997,13 @@ def validate(student: Student, rows: list[dict], cfg: Config, device: str) -> fl
 def main(cfg: Config):
     started, run = time.time(), Path(cfg.run)
     folder, data = run / cfg.out, run / cfg.data
-    rank, world, device = start_processes(folder)
+    rank, world, device = start_processes(folder, cfg.offload)
     root = Path(cfg.data_root) if cfg.data_root else run if data.resolve().is_relative_to(run.resolve()) else data.parent
     if cfg.dtype == "auto":
         cfg = replace(cfg, dtype="bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32")
+    source = str(folder / "tiny") if cfg.student == "tiny" else str(run / cfg.student) if (run / cfg.student).is_dir() else cfg.student
+    if cfg.estimate:
+        return say_memory(model := on_meta(source, cfg), memory(model, cfg, cfg.tokens, world), source)
     meta = None
     if rank == 0:
         config = {name: value for name, value in asdict(cfg).items() if name not in BY_THE_WAY}
@@ -710,17 +1019,16 @@ def main(cfg: Config):
         dist.barrier()
 
     # the student
-    source = str(folder / "tiny") if cfg.student == "tiny" else str(run / cfg.student) if (run / cfg.student).is_dir() else cfg.student
-    weights = torch.bfloat16 if cfg.train == "lora" and cfg.dtype == "bfloat16" else torch.float32  # full training keeps float32 weights
-    student = load_student(source, weights, device, cfg.attention, cfg.max_pixels)
+    if rank == 0:
+        say_memory(model := on_meta(source, cfg), memory(model, cfg, cfg.tokens, world), source)
+    sharded = dist.is_initialized()
+    student = load_student(source, weights_dtype(cfg), "cpu" if sharded else device, cfg.attention, cfg.max_pixels)
     torch.manual_seed(cfg.seed)
-    if cfg.train == "lora":
-        add_lora(student, cfg.lora_rank, cfg.lora_alpha)
-    student.model.model.visual.requires_grad_(not cfg.freeze_vision)
-    if cfg.checkpointing:
-        student.model.gradient_checkpointing_enable()
-        student.model.enable_input_require_grads()
+    choose_trained(student.model, cfg)
+    if sharded:
+        shard(student.model, device, cfg.dtype, cfg.offload)
     optimizers = make_optimizers(student.model, cfg)
+    spare, padded = [spare_row(student)], cfg.attention != "world2vlm"
 
     # the questions
     questions = read_questions(data, root)
@@ -735,53 +1043,61 @@ def main(cfg: Config):
         plan = (new + known for new, known in zip(batches(groups, cfg.batch * (1 - cfg.rehearse_share), cfg.seed), rehearsal))
     in_an_epoch = sum(map(len, groups)) / (cfg.batch * (1 - cfg.rehearse_share * bool(cfg.rehearse)))
     steps = cfg.steps or math.ceil(cfg.epochs * in_an_epoch)
-    validation_rows = rows_of(student, group_by_pictures(validation, cfg.share_at_most)[rank::world], cfg.share)
+    kept_aside = rows_of(student, group_by_pictures(validation, cfg.share_at_most)[rank::world], cfg.share, cfg.tokens)
+    kept_aside = as_many(micro_batches(kept_aside, cfg.tokens, padded), spare, device)
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
-    first = load_state(folder / "state.safetensors", student.model, optimizers)
+    first = load_step(folder, student.model, optimizers)
     if rank == 0:
         keep_lines(folder / "metrics.jsonl", first)
-        print(f"student {source}: {sum(p.numel() for p in student.model.parameters()):,} parameters, {trained:,} trained; {device} x {world}, "
-              f"{cfg.dtype}\n{len(questions):,} questions about {len(groups):,} picture lists, {len(validation):,} for validation; "
+        print(f"{device} x {world}, {cfg.dtype}; {len(questions):,} questions about {len(groups):,} picture lists, {len(validation):,} for validation; "
               f"{steps:,} steps" + (f", resumed after step {first:,}" if first else ""), flush=True)
 
-    clock, answered = time.time(), 0
-    rows_of_steps = (rows_of(student, batch[rank::world], cfg.share) for batch in itertools.islice(plan, first, steps))
+    clock, answered, norms = time.time(), 0, []
+    rows_of_steps = (rows_of(student, batch[rank::world], cfg.share, cfg.tokens) for batch in itertools.islice(plan, first, steps))
     for step, rows in enumerate(ahead(rows_of_steps), first):
         tick = time.time()
-        count = torch.tensor([sum(len(row["target"]) for row in rows), sum(row["questions"] for row in rows)], device=device)
+        count = torch.tensor([sum(len(row["target"]) for row in rows), sum(row["questions"] for row in rows), sum(len(row["ids"]) for row in rows),
+                              flops(student.model, rows, cfg.train, cfg.freeze_vision)], dtype=torch.float64, device=device)
         all_sum(count)
-        tokens, asked = count.tolist()
+        answers, asked, tokens, operations = count.tolist()
         student.model.train()
-        loss = torch.tensor(loss_of(student, rows, cfg, max(1, tokens), backward=True), device=device)
+        parts = as_many(micro_batches(rows, cfg.tokens, padded), spare, device)
+        loss, broken = loss_of(student, parts, cfg, max(1, int(answers)), backward=True)
+        loss = torch.tensor(loss, device=device)
         all_sum(loss)
-        if not math.isfinite(loss):
-            stop(f"the loss is {float(loss)} at step {step + 1}: lower the learning rate; {folder}/state.safetensors holds the last good state")
+        norms.append(clip_gradients(student.model, cfg.clip))
+        if why := diverged(float(loss), norms, cfg.explode):
+            give_up(folder, step + 1, why, broken or [name for row in rows for name in row["names"]])
         factor = rate(cfg, step, steps)
-        norm = update(student.model, optimizers, cfg.clip, factor)
-        line = {"step": step + 1, "loss": float(loss), "lr": cfg.lr * factor, "grad_norm": norm, "questions": asked, "tokens": tokens,
-                "seconds": round(time.time() - tick, 3)}
+        take_step(optimizers, factor)
+        seconds = time.time() - tick
+        line = {"step": step + 1, "loss": float(loss), "lr": cfg.lr * factor, "grad_norm": norms[-1], "questions": int(asked), "answers": int(answers),
+                "tokens": int(tokens), "seconds": round(seconds, 3)} | speed(operations, int(tokens), seconds, device, world)
         last = step + 1 == steps
         if validation and (last or cfg.val_every and (step + 1) % cfg.val_every == 0):
-            line["val_loss"] = validate(student, validation_rows, cfg, device)
+            line["val_loss"] = validate(student, kept_aside, cfg, device)
         if rank == 0:
-            answered += asked
+            answered += int(asked)
             append(folder / "metrics.jsonl", line)
             if last or (step + 1) % cfg.log_every == 0 or "val_loss" in line:
                 pace = (time.time() - clock) / (step + 1 - first)
-                print(f"step {step + 1:>6}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {norm:6.3f}  "
-                      f"{answered / (time.time() - clock):6.1f} questions/s  ETA {pace * (steps - step - 1) / 60:5.1f} min"
+                print(f"step {step + 1:>6}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {norms[-1]:6.3f}  "
+                      f"{answered / (time.time() - clock):6.1f} questions/s  {line['tokens_s']:8.0f} tokens/s  "
+                      + (f"MFU {line['mfu']:.3f}  " if "mfu" in line else "") + f"ETA {pace * (steps - step - 1) / 60:5.1f} min"
                       + (f"  validation {line['val_loss']:.4f}" if "val_loss" in line else ""), flush=True)
-            if last or (step + 1) % cfg.save_every == 0:
-                save_state(folder / "state.safetensors", step + 1, student.model, optimizers)
+        if not last and (step + 1) % cfg.save_every == 0:
+            save_step(folder, step + 1, student, optimizers, cfg, rank)
 
+    save_end(folder, student, cfg, rank)
     if rank == 0:
-        save_student(student, folder, cfg.lora_rank, cfg.lora_alpha)
+        draw_curves(folder, {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"], "tokens/s": ["tokens_s"]})
         finish(folder, meta, {"steps": steps, "questions": len(questions), "parameters trained": trained}, started)
-        (folder / "state.safetensors").unlink(missing_ok=True)
+        drop_steps(folder)
         print(f"next: python 05_train_refine.py --run {cfg.run}")
-    if world > 1:
+    if sharded:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.argv[1:1] = recipe()
     main(parse(Config))

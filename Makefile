@@ -10,7 +10,7 @@ PY     := $(VENV)/bin/python
 # Two busy cores train twice as fast when idle threads sleep instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
-TINY := --train full --freeze_vision False --optimizer muon --lr 2e-3 --muon_lr 8e-3 --micro_tokens 6000 --log_every 20
+TINY := --recipe tiny
 
 .PHONY: demo test bench clean
 
@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=0.2 D1=3 D2=0.5 D3=2 D4=2 S2=2
 	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 250 $(TINY)
 	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.02 --steps $(STEPS) $(TINY)
-	$(PY) 05_train_refine.py --run $(RUN) --train full --lr 2e-5 --max_new_tokens 24
+	$(PY) 05_train_refine.py --run $(RUN) --recipe tiny
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 120 --blank False
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 120
 	$(PY) 06_eval.py --run $(RUN) --checkpoint 5_refine --tag refined --per_task 120 --beside base sft

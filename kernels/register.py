@@ -7,7 +7,8 @@
 Masks. transformers asks a mask function once a forward pass and hands its result to every layer's attention function. Ours hands on the
 2-D padding mask as it is, because a kernel needs to know which keys are padding, not a B x 1 x S x S matrix. Whoever shares a prefix passes
 `prefix=segments` (int [B, S]: 0 prefix, k question k, -1 padding) to the model's forward, without an attention_mask: keyword arguments
-reach the attention function. Rotary encodings were applied by the model before it calls us.
+reach the attention function. Whoever packs rows behind one another passes `documents=starts` (int32 [N + 1]) and `longest=` their longest
+length too: each attends within itself. Rotary encodings were applied by the model before it calls us.
 """
 import torch
 
@@ -27,8 +28,8 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, attention_mask=Non
     return attention_mask[:, :written].bool()
 
 
-def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, prefix=None, cu_seq_lens_q=None,
-            max_length_q=None, sliding_window=None, **kwargs):
+def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, prefix=None, documents=None,
+            longest=None, cu_seq_lens_q=None, max_length_q=None, sliding_window=None, **kwargs):
     """transformers' attention function: query [B, H, S, D], key and value [B, Hk, Sk, D] -> ([B, S, H, D], None)."""
     if dropout or sliding_window is not None:
         raise ValueError(f"world2vlm attention has no dropout ({dropout}) and no sliding window ({sliding_window}): use sdpa")
@@ -38,9 +39,10 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
                              "4-D mask: choose one, or use sdpa")
         key, value = key[:, :, :attention_mask.shape[1]], value[:, :, :attention_mask.shape[1]]
         prefix = attention_mask.to(torch.int32) - 1                          # padding is -1; the rest, 0, is seen by all behind it
-    causal = module.is_causal if is_causal is None else is_causal
-    o = attention(query, key, value, causal=causal, scale=scaling, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q,
-                  prefix=prefix if causal else None)                         # a model's keywords reach its vision tower too
+    if module.is_causal if is_causal is None else is_causal:
+        o = attention(query, key, value, causal=True, scale=scaling, cu_seqlens=documents, max_seqlen=longest, prefix=prefix)
+    else:                                                                    # the vision tower, which a model's keywords reach too
+        o = attention(query, key, value, causal=False, scale=scaling, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q)
     return o.transpose(1, 2).contiguous(), None
 
 

@@ -35,7 +35,7 @@ def gradients(student):
 def test_shared_prefix_keeps_loss_and_gradients(run, tmp_path, family):
     student = tiny(run) if family == "qwen3" else tiny_qwen25(run, tmp_path, "eager")
     groups = sft.group_by_pictures(sft.read_questions(run / "3_qa/sft.jsonl", run), 16)
-    shared, alone = (sft.rows_of(student, groups, way) for way in (True, False))
+    shared, alone = (sft.rows_of(student, groups, way, 10**6) for way in (True, False))
     assert len(shared) == 12 and len(alone) == 36
     assert sum(len(row["ids"]) for row in shared) < 0.6 * sum(len(row["ids"]) for row in alone)
     results = []
@@ -52,7 +52,7 @@ def test_questions_would_see_each_other_without_the_mask(run):
     """The same comparison fails when the segments are joined: the mask does the work."""
     student = tiny(run)
     groups = sft.group_by_pictures(sft.read_questions(run / "3_qa/sft.jsonl", run), 16)[:2]
-    rows = sft.rows_of(student, groups, True)
+    rows = sft.rows_of(student, groups, True, 10**6)
     right = sft.token_logprobs(student, rows)
     wrong = sft.token_logprobs(student, [row | {"segment": torch.zeros_like(row["segment"])} for row in rows])
     assert (right - wrong).abs().max() > 1e-2
@@ -81,7 +81,7 @@ def test_batched_logprobs_equal_those_of_each_alone(run, tmp_path):
         pixels, grids = refine.look(student, paths)
         record = {"messages": [{"role": "user", "content": "<image>" * len(sizes) + "Which way?" * (number + 1)},
                                {"role": "assistant", "content": "turn left 40 degrees" + "; move forward 1 meters" * number}]}
-        rows += refine.share([refine.encode(student, record, grids)], pixels, grids, student.model.config.image_token_id)
+        rows += refine.share([refine.encode(student, record, grids)], pixels, grids, student.model.config.image_token_id, 10**6)
     together = refine.token_logprobs(student, rows)
     alone = torch.cat([refine.token_logprobs(student, [row]) for row in rows])
     assert torch.allclose(together, alone, atol=1e-4)
@@ -169,7 +169,7 @@ def test_grpo_makes_the_better_response_likelier(run):
     student = tiny(run, refine)
     prompt, = prompts_of(student, refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1])
     tokens = [student.tokenizer(text + "<|im_end|>")["input_ids"] for text in ("turn left 40 degrees", "turn right 20 degrees")]
-    row = refine.rows_of(student, [prompt | {"tokens": tokens}], refine.advantages(torch.tensor([[1.0, 0.0]])), 2)
+    row = refine.rows_of(student, [prompt | {"tokens": tokens}], refine.advantages(torch.tensor([[1.0, 0.0]])), 2, 10**6)
     before = refine.token_logprobs(student, row)
     loss, _ = refine.grpo_loss(before, before.detach(), before.detach(), row[0]["advantage"], row[0]["weight"], 0.2, 0.01)
     loss.backward()
@@ -284,7 +284,7 @@ def test_two_processes_train_to_the_same_loss(run, undisturbed, stage):
 
 
 def test_small_micro_batches_and_no_sharing_give_the_same_losses(run, undisturbed):
-    script("04", "--run", run, "--out", "04_micro", *TINY, *STAGES["04"], "--micro_tokens", 100)
+    script("04", "--run", run, "--out", "04_micro", *TINY, *STAGES["04"], "--tokens", 100)
     script("04", "--run", run, "--out", "04_alone", *TINY, *STAGES["04"], "--no_share")
     assert np.allclose(losses(run / "04_micro"), undisturbed["04"], atol=1e-4)
     assert np.allclose(losses(run / "04_alone"), undisturbed["04"], atol=1e-4)
