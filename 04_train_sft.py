@@ -34,6 +34,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -63,6 +64,7 @@ from transformers.utils import cached_file, logging
 from kernels import register, windows_in_one_launch
 
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process say so each time
 BY_THE_WAY = ("run", "recipe", "tokens", "checkpointing", "offload", "explode", "estimate", "save_every", "log_every")  # settings that do not change the result
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
@@ -425,7 +427,7 @@ def choose_trained(model: torch.nn.Module, cfg):
                 setattr(language.get_submodule(parent), leaf, LoRA(layer, cfg.lora_rank, cfg.lora_alpha))
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
 
 
@@ -512,8 +514,7 @@ def save_step(folder: Path, step: int, student: Student, optimizers: list, cfg, 
         shutil.rmtree(part, ignore_errors=True)
         (part / "state").mkdir(parents=True)
     save_student(student, part, cfg, rank)
-    dcp.save(state_of(student.model, optimizers), storage_writer=HuggingFaceStorageWriter(str(part / "state"), save_distributed=True),
-             no_dist=not dist.is_initialized())
+    dcp.save(state_of(student.model, optimizers), storage_writer=HuggingFaceStorageWriter(str(part / "state"), save_distributed=True))
     if rank == 0:
         os.replace(part, done)
         drop_steps(folder, but=done)
@@ -550,7 +551,7 @@ def load_step(folder: Path, model: torch.nn.Module, optimizers: list) -> int:
             _, k, i, slot = name.split(".")
             p = [p for group in optimizers[int(k)].param_groups for p in group["params"]][int(i)]
             tensors[name] = torch.zeros_like(p, requires_grad=False) if kept.size == p.shape else torch.zeros(kept.size)
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=reader)
     for k, optimizer in enumerate(optimizers):
         slots = {}
         for name in tensors:
@@ -681,6 +682,11 @@ def weights_in(module: torch.nn.Module, kind=torch.nn.Linear) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, kind))
 
 
+def head_width(text) -> int:
+    """Qwen2.5-VL's configuration leaves it to be computed."""
+    return getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+
+
 def flops(model: torch.nn.Module, rows: list[dict], train: str, freeze_vision: bool) -> float:
     """Floating-point operations of one training pass over `rows`, counted; what checkpointing computes twice counts once, as in MFU.
 
@@ -694,7 +700,7 @@ def flops(model: torch.nn.Module, rows: list[dict], train: str, freeze_vision: b
         prefix, *rest = torch.bincount(row["segment"]).tolist()
         pairs += prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in rest)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    attention = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
+    attention = 4 * text.num_attention_heads * head_width(text) * text.num_hidden_layers * pairs
     language = 2 * weights_in(model.model.language_model) * tokens + 2 * text.hidden_size * text.vocab_size * answers
     total = 3 * attention + (2 if train == "lora" else 3) * language + 3 * 2 * lora * tokens
 
@@ -1068,6 +1074,8 @@ def main(cfg: Config):
         norms.append(clip_gradients(student.model, cfg.clip))
         if why := diverged(float(loss), norms, cfg.explode):
             give_up(folder, step + 1, why, broken or [name for row in rows for name in row["names"]])
+        if step > first and step % cfg.save_every == 0:  # weights that have just given a sound loss and gradient
+            save_step(folder, step, student, optimizers, cfg, rank)
         factor = rate(cfg, step, steps)
         take_step(optimizers, factor)
         seconds = time.time() - tick
@@ -1085,8 +1093,6 @@ def main(cfg: Config):
                       f"{answered / (time.time() - clock):6.1f} questions/s  {line['tokens_s']:8.0f} tokens/s  "
                       + (f"MFU {line['mfu']:.3f}  " if "mfu" in line else "") + f"ETA {pace * (steps - step - 1) / 60:5.1f} min"
                       + (f"  validation {line['val_loss']:.4f}" if "val_loss" in line else ""), flush=True)
-        if not last and (step + 1) % cfg.save_every == 0:
-            save_step(folder, step + 1, student, optimizers, cfg, rank)
 
     save_end(folder, student, cfg, rank)
     if rank == 0:

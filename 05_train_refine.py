@@ -33,6 +33,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -60,6 +61,7 @@ from transformers.utils import cached_file, logging
 from kernels import register, windows_in_one_launch
 
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process say so each time
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 BY_THE_WAY = ("run", "recipe", "rollout", "tokens", "checkpointing", "offload", "explode", "estimate", "save_every", "log_every", "show_every")  # settings that do not change the result
 
@@ -424,7 +426,7 @@ def choose_trained(model: torch.nn.Module, cfg):
                 setattr(language.get_submodule(parent), leaf, LoRA(layer, cfg.lora_rank, cfg.lora_alpha))
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
 
 
@@ -511,8 +513,7 @@ def save_step(folder: Path, step: int, student: Student, optimizers: list, cfg, 
         shutil.rmtree(part, ignore_errors=True)
         (part / "state").mkdir(parents=True)
     save_student(student, part, cfg, rank)
-    dcp.save(state_of(student.model, optimizers), storage_writer=HuggingFaceStorageWriter(str(part / "state"), save_distributed=True),
-             no_dist=not dist.is_initialized())
+    dcp.save(state_of(student.model, optimizers), storage_writer=HuggingFaceStorageWriter(str(part / "state"), save_distributed=True))
     if rank == 0:
         os.replace(part, done)
         drop_steps(folder, but=done)
@@ -549,7 +550,7 @@ def load_step(folder: Path, model: torch.nn.Module, optimizers: list) -> int:
             _, k, i, slot = name.split(".")
             p = [p for group in optimizers[int(k)].param_groups for p in group["params"]][int(i)]
             tensors[name] = torch.zeros_like(p, requires_grad=False) if kept.size == p.shape else torch.zeros(kept.size)
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=reader)
     for k, optimizer in enumerate(optimizers):
         slots = {}
         for name in tensors:
@@ -680,6 +681,11 @@ def weights_in(module: torch.nn.Module, kind=torch.nn.Linear) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, kind))
 
 
+def head_width(text) -> int:
+    """Qwen2.5-VL's configuration leaves it to be computed."""
+    return getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+
+
 def flops(model: torch.nn.Module, rows: list[dict], train: str, freeze_vision: bool) -> float:
     """Floating-point operations of one training pass over `rows`, counted; what checkpointing computes twice counts once, as in MFU.
 
@@ -693,7 +699,7 @@ def flops(model: torch.nn.Module, rows: list[dict], train: str, freeze_vision: b
         prefix, *rest = torch.bincount(row["segment"]).tolist()
         pairs += prefix * (prefix + 1) / 2 + sum(n * prefix + n * (n + 1) / 2 for n in rest)
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    attention = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
+    attention = 4 * text.num_attention_heads * head_width(text) * text.num_hidden_layers * pairs
     language = 2 * weights_in(model.model.language_model) * tokens + 2 * text.hidden_size * text.vocab_size * answers
     total = 3 * attention + (2 if train == "lora" else 3) * language + 3 * 2 * lora * tokens
 
@@ -1049,7 +1055,7 @@ def refine_memory(model: torch.nn.Module, cfg: Config, processes: int) -> dict[s
     plain, tower = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name), sum(p.numel() for p in model.model.visual.parameters())
     cached = cfg.rollout * cfg.group * (cfg.tokens // cfg.prompts + cfg.max_new_tokens)
     extra = {"start": size * (plain if cfg.train == "full" else 0 if cfg.freeze_vision else tower),
-             "cache": cached * 2 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers * (2 if cfg.dtype == "bfloat16" else 4)}
+             "cache": cached * 2 * text.num_key_value_heads * head_width(text) * text.num_hidden_layers * (2 if cfg.dtype == "bfloat16" else 4)}
     if processes > 1 or cfg.offload:
         extra["speaker"] = size * plain
     return memory(model, cfg, cfg.tokens, processes, extra)
@@ -1257,12 +1263,14 @@ def main(cfg: Config):
         rows = rows_of(student, answered, advantages(rewards), max(1, int(responses)), cfg.tokens)
         parts = [{"rows": part} | {name: torch.cat([row[name] for row in part]).to(device) for name in ("advantage", "weight")}
                  for part in as_many(micro_batches(rows, cfg.tokens, cfg.attention != "world2vlm"), spare, device)]
-        for _ in range(cfg.updates):
+        for i in range(cfg.updates):
             sums, broken = learn(student, start, parts, cfg, device)
             all_sum(sums)
             norms.append(clip_gradients(student.model, cfg.clip))
             if why := diverged(float(sums.sum()), norms, cfg.explode):
                 give_up(folder, step + 1, why, broken or [row["names"][0] for row in rows])
+            if i == 0 and step > first and step % cfg.save_every == 0:  # weights that have just given a sound loss and gradient
+                save_step(folder, step, student, optimizers, cfg, rank)
             take_step(optimizers, min(1.0, (step + 1) / (cfg.warmup * steps + 1)))
 
         by_task = torch.zeros(len(TASKS), 2, device=device)  # sum of rewards, responses
@@ -1296,8 +1304,6 @@ def main(cfg: Config):
                 pace = (time.time() - clock) / (step + 1 - first)
                 print(f"step {step + 1:>5}/{steps}  reward {line['reward']:.4f}  KL {line['kl']:.5f}  clipped {line['clipped']:.3f}  |g| {norms[-1]:6.3f}  "
                       f"length {line['length']:5.1f}  {int(responses) / seconds:6.1f} responses/s  ETA {pace * (steps - step - 1) / 60:5.1f} min", flush=True)
-        if not last and (step + 1) % cfg.save_every == 0:
-            save_step(folder, step + 1, student, optimizers, cfg, rank)
 
     save_end(folder, student, cfg, rank)
     if rank == 0:

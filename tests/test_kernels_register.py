@@ -73,12 +73,12 @@ def test_gradients_of_a_batch_with_shared_prefixes(pair, run, tmp_path, checkpoi
     found = []
     for student in pair:
         if checkpointing:
-            student.model.gradient_checkpointing_enable()
+            student.model.activation_checkpointing_enable()
         student.model.train()
         (-sft.token_logprobs(student, sft.rows_of(student, groups, True, 10**6)).mean()).backward()
         found.append({name: p.grad for name, p in student.model.named_parameters() if p.grad is not None})
         student.model.zero_grad()
-        student.model.gradient_checkpointing_disable()
+        student.model.activation_checkpointing_disable()
         student.model.eval()
     assert found[0].keys() == found[1].keys() and max(g.abs().max() for g in found[0].values()) > 1e-3
     for name in found[0]:
