@@ -8,20 +8,30 @@ question stands alone, and an attention mask lets it see the prefix and its own 
 
 and its gradients are those of the unshared batch, at a fraction of the work (--no_share shows it).
 
+Rows lie behind one another in one packed row of --tokens, without padding, each attending within itself.
+
 Departs from the paper: shared prefixes; a tiny student (--student tiny) that trains from random weights on a CPU, with Muon.
 
 Reads   3_qa/sft.jsonl (or any ms-swift / LLaMA-Factory / World2VLM file with `messages` and `images`)
         {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>..."}, {"role": "assistant", "content":
         "turn left 40 degrees"}], "images": ["2_views/room_00001/t000/000.png", ...], ...}
 Writes  4_sft/: config.json, model.safetensors, tokenizer and processor files (an ordinary Hugging Face checkpoint, LoRA merged),
-        adapter/ (PEFT format, with --train lora), metrics.jsonl, meta.json
-        {"step": 120, "loss": 1.03, "lr": 0.00098, "grad_norm": 0.71, "questions": 131, "tokens": 5120, "seconds": 0.84}
+        adapter/ (PEFT format, with --train lora), metrics.jsonl, curves.png, meta.json; on the way step_N/, the same checkpoint with what
+        resuming needs in step_N/state/
+        {"step": 120, "loss": 1.03, "lr": 0.00098, "grad_norm": 0.71, "questions": 131, "answers": 1340, "tokens": 5120, "seconds": 0.84,
+         "tokens_s": 6095.2, "tflops": 0.081}
 
-metrics: loss = mean -log p of an answer token; lr = AdamW's; grad_norm = before clipping; tokens = answer tokens;
-         val_loss = the same loss on training scenes kept aside.
+metrics: loss = mean -log p of an answer token; lr = AdamW's; grad_norm = before clipping; answers = answer tokens, tokens = all tokens of the
+         step after sharing; tokens_s = tokens a second; tflops = counted operations a second, of all processes; mfu = their share of
+         the card's peak, where it is known; val_loss = the same loss on training scenes kept aside.
 
 Run     python 04_train_sft.py --run runs/demo --student Qwen/Qwen2.5-VL-7B-Instruct        (the paper's settings are the defaults)
-        torchrun --nproc-per-node 8 -- 04_train_sft.py --run runs/demo --student ...           (the same loss on eight processes)
+        torchrun --nproc-per-node 8 -- 04_train_sft.py --run runs/demo --student ...           (FSDP2: the same loss on eight processes)
+        python 04_train_sft.py --student FOLDER --estimate                                  (what memory it will take)
+
+What to change. Full fine-tuning: --train full (--freeze_vision False for the tower too; float32 weights, see --estimate). Another place for the
+LoRA: the condition in `choose_trained`. Another loss, say a weight by task: a number in `rows_of` beside "name", and one factor in
+`loss_of`. Another order of questions, a curriculum: `batches`, which yields lists of groups for ever. Other optimisers: `make_optimizers`.
 """
 import argparse
 import hashlib

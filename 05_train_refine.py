@@ -11,15 +11,22 @@ group share their prompt as a prefix (see 04). The reward is the paper's for one
 Departs from the paper: shared prefixes; a reward that listing every answer does not win.
 
 Reads   4_sft/ (or any Qwen-VL checkpoint) and 3_qa/grpo.jsonl (the format of 04)
-Writes  5_refine/: an ordinary Hugging Face checkpoint, adapter/ (PEFT format, with --train lora), metrics.jsonl, rollouts.jsonl, meta.json
+Writes  5_refine/: an ordinary Hugging Face checkpoint, adapter/ (PEFT format, with --train lora), metrics.jsonl, curves.png, rollouts.jsonl,
+        meta.json; on the way step_N/, the same checkpoint with what resuming needs in step_N/state/
         {"step": 3, "reward": 0.61, "loss": -0.002, "kl": 0.0004, "clipped": 0.0, "length": 5.2, "grad_norm": 0.8,
-         "rewards": {"A1": 0.55, ...}, "seconds": 2.4}
+         "rewards": {"A1": 0.55, ...}, "seconds": 2.4, "rollout_seconds": 1.1, "tokens_s": 2210.4, "tflops": 0.05}
 
 metrics: reward = mean over responses, rewards = the same by task; kl = from the student that came in; clipped = share of tokens whose ratio
-         left 1 +- clip_ratio; length = tokens of a response, end token included; grad_norm = before clipping.
+         left 1 +- clip_ratio; length = tokens of a response, end token included; grad_norm = before clipping; rollout_seconds = of which the
+         answers took; tokens_s, tflops, mfu = of the update, as in 04.
 
 Run     python 05_train_refine.py --run runs/demo                           (the paper's settings are the defaults)
-        torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo      (the same loss on eight processes)
+        torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo      (FSDP2: the same loss on eight processes)
+
+What to change. DAPO's clipping (arXiv 2503.14476): a second setting for the upper bound in `grpo_loss`'s clamp, --kl 0, weights of 1 / all tokens
+of the step in `rows_of`. Dr. GRPO: no division by the std in `advantages`. Another reward: a branch in `reward`, which gets the task, the
+true answer and the response, and returns a dict with "overall". Freezing the tower, as in 04: --freeze_vision True; full fine-tuning:
+--train full (the frozen start is then a copy of the whole student). Groups with nothing to teach could be left out in `main` after `advantages`.
 """
 import argparse
 import copy

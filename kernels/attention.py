@@ -83,22 +83,32 @@ def attention_reference(q, k, v, *, causal, scale, cu_seqlens=None, prefix=None,
         q, k, v = transform(q, cameras.mT), transform(k, inverse), transform(v, inverse)
     if cu_seqlens is None:
         o = visible_attention(q, k, v, causal, scale, None, prefix)
-    else:  # the windows become rows, padded to the longest
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-        lengths = [length for length in lengths if length]
-
-        def rows(x, padding=0):  # [S, ...] -> [N, longest, ...]
-            if own is None:  # equal windows lie side by side as they are
-                return x.unflatten(0, (len(lengths), -1))
-            return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=padding)
-
-        own = torch.arange(max(lengths), device=q.device) < torch.tensor(lengths, device=q.device)[:, None]  # [N, longest]
-        own = None if own.all() else own
-        q, k, v = (rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q, k, v))                            # [N, H, longest, D]
-        segments = None if prefix is None else rows(prefix[0], padding=-1)
-        o = visible_attention(q, k, v, causal, scale, own, segments).transpose(1, 2)                         # [N, longest, H, D]
-        o = (o.flatten(0, 1) if own is None else o[own]).transpose(0, 1)[None]
+    else:
+        o = windows_attention(q, k, v, causal, scale, (cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), prefix)
     return o if cameras is None else transform(o, cameras)
+
+
+def windows_attention(q, k, v, causal, scale, lengths, prefix):
+    """Windows of like length (32 to 63, 64 to 127, ...) become the rows of one call, padded to the longest of them."""
+    streams = [x[0].transpose(0, 1) for x in (q, k, v)] + ([] if prefix is None else [prefix[0]])      # [S, ...]
+
+    def attend(rows, own):  # N x longest x ...
+        o = visible_attention(*(x.transpose(1, 2) for x in rows[:3]), causal, scale, own, rows[3] if prefix is not None else None)
+        return o.transpose(1, 2)                                                                       # [N, longest, H, D]
+
+    if len(set(lengths)) == 1:  # equal windows lie side by side as they are
+        return attend([x.unflatten(0, (len(lengths), -1)) for x in streams], None).flatten(0, 1).transpose(0, 1)[None]
+    streams = [x.split(lengths) for x in streams]
+    outputs = list(streams[0])  # an empty window stays empty
+    for size in {length.bit_length() for length in lengths if length}:
+        windows = [n for n, length in enumerate(lengths) if length.bit_length() == size]
+        rows = [torch.nn.utils.rnn.pad_sequence([x[n] for n in windows], batch_first=True, padding_value=-1 if i == 3 else 0)  # segment -1: padding
+                for i, x in enumerate(streams)]
+        sizes = [lengths[n] for n in windows]
+        own = torch.arange(max(sizes), device=q.device) < torch.tensor(sizes, device=q.device)[:, None]
+        for n, o in zip(windows, attend(rows, None if own.all() else own)[own].split(sizes)):
+            outputs[n] = o
+    return torch.cat(outputs).transpose(0, 1)[None]
 
 
 def visible_attention(q, k, v, causal, scale, own, segments):
