@@ -436,6 +436,9 @@ def choose_trained(model: torch.nn.Module, cfg):
                 parent, _, leaf = name.rpartition(".")
                 setattr(language.get_submodule(parent), leaf, LoRA(layer, cfg.lora_rank, cfg.lora_alpha))
     model.model.visual.requires_grad_(not cfg.freeze_vision)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # a step of 1e-6 is lost in bfloat16's three digits
     if cfg.checkpointing:
         model.activation_checkpointing_enable()
         model.enable_input_require_grads()
@@ -489,7 +492,7 @@ def save_student(student: Student, folder: Path, cfg, rank: int):
     weights = {}
     for name, tensor in merged(student.model):  # every process gathers, the first one keeps
         if rank == 0 and not (name == "lm_head.weight" and student.model.config.tie_word_embeddings):
-            weights[name] = tensor.cpu()
+            weights[name] = tensor.to(weights_dtype(cfg)).cpu()
     adapter = {f"base_model.model.{name}.weight": whole(p.detach()).cpu() for name, p in student.model.named_parameters()
                if name.endswith((".lora_A", ".lora_B"))}  # the names of the peft package
     if rank:
@@ -756,6 +759,15 @@ def memory(model: torch.nn.Module, cfg, tokens: int, processes: int, extra: dict
     return found | (extra or {})
 
 
+def pair_of_pictures(model: torch.nn.Module, max_pixels: int, prompt: int, rests: list[int], answer: int) -> dict:
+    """The lengths of a row about two pictures of `max_pixels`: `prompt` tokens before it parts into `rests`, each ending in `answer` tokens."""
+    vision = model.config.vision_config
+    patches = round(max_pixels / vision.patch_size**2)
+    prefix = 2 * patches // vision.spatial_merge_size**2 + prompt
+    segment = torch.cat([torch.full((n,), k) for k, n in enumerate([prefix, *rests])])
+    return {"ids": segment, "segment": segment, "target": torch.zeros(len(rests) * answer), "grids": torch.tensor([[1, 1, patches]] * 2)}
+
+
 def say_memory(model: torch.nn.Module, found: dict[str, float], source: str):
     """The estimate as one line, before anything large is loaded."""
     total = sum(size for name, size in found.items() if "(host)" not in name)
@@ -1019,7 +1031,10 @@ def main(cfg: Config):
         cfg = replace(cfg, dtype="bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32")
     source = str(folder / "tiny") if cfg.student == "tiny" else str(run / cfg.student) if (run / cfg.student).is_dir() else cfg.student
     if cfg.estimate:
-        return say_memory(model := on_meta(source, cfg), memory(model, cfg, cfg.tokens, world), source)
+        say_memory(model := on_meta(source, cfg), memory(model, cfg, cfg.tokens, world), source)
+        shared, alone = (questions * flops(model, [pair_of_pictures(model, cfg.max_pixels, 10, rests, 15)], cfg.train, cfg.freeze_vision) / 1e12
+                         for questions, rests in ((1, [75] * 6), (6, [75])))
+        return print(f"6 questions of 60 tokens, answers of 15, about 2 pictures of {cfg.max_pixels:,} pixels: {shared:.1f} TFLOP, unshared {alone:.1f}")
     meta = None
     if rank == 0:
         config = {name: value for name, value in asdict(cfg).items() if name not in BY_THE_WAY}

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,22 @@ def test_merged_lora_equals_applied_lora(run, tmp_path, family):
     fresh.model.load_state_dict(dict(sft.merged(student.model)))
     assert (applied - plain).abs().max() > 1e-2
     assert torch.allclose(sft.token_logprobs(fresh, rows), applied, atol=1e-5)
+
+
+def test_what_trains_is_float32_and_what_is_frozen_stays_small(run, tmp_path):
+    """A learning rate of 1e-6 moves no bfloat16 weight; the checkpoint is bfloat16 again."""
+    student = refine.load_student(str(run / "4_base"), torch.bfloat16, "cpu", "world2vlm", 10**6)
+    cfg = SimpleNamespace(**FULL | dict(train="lora", dtype="bfloat16"))
+    refine.choose_trained(student.model, cfg)
+    assert {(p.requires_grad, p.dtype) for p in student.model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+    rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 6, 10**6)
+    with torch.autocast("cpu", torch.bfloat16):
+        refine.token_logprobs(student, rows).sum().backward()
+    before = student.model.model.visual.blocks[0].mlp.linear_fc1.weight.clone()
+    torch.optim.AdamW([p for p in student.model.parameters() if p.requires_grad], lr=1e-6).step()
+    assert 0 < (student.model.model.visual.blocks[0].mlp.linear_fc1.weight - before).abs().max() < 2e-6
+    refine.save_student(student, tmp_path / "saved", cfg, 0)
+    assert {w.dtype for w in load_file(tmp_path / "saved/model.safetensors").values()} == {torch.bfloat16}
 
 
 def answered_prompts(student, run):
@@ -296,9 +313,9 @@ def test_the_7b_architecture_is_wrapped_counted_and_estimated(tmp_path):
         said = script(stage, "--student", tmp_path / "7b", "--estimate", "--dtype", "bfloat16").stdout
         assert f"{total:,} parameters, {trained + tower:,} trained" in said
         figures = {part.rsplit(" ", 1)[0]: float(part.rsplit(" ", 1)[1]) for part in said.split("estimated: ")[1].split(": ")[0].split(", ")}
-        assert abs(figures["weights"] - (2 * (total - trained) + 4 * trained) / 1e9) < 0.06  # bf16 under a float32 LoRA
+        assert abs(figures["weights"] - (2 * (total - trained - tower) + 4 * (trained + tower)) / 1e9) < 0.06  # bfloat16, what trains float32
         assert abs(figures["optimiser"] - 8 * (trained + tower) / 1e9) < 0.06
-        assert 30 < float(said.split(": ")[-1].removesuffix(" GB\n")) < 80  # fits on one card of 80 GB
+        assert 30 < float(re.search(r": ([\d.]+) GB", said)[1]) < 80  # fits on one card of 80 GB
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------------------------
