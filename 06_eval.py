@@ -33,16 +33,20 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -155,6 +159,14 @@ class Config:
     batch: int = setting(64, "questions answered at a time; lower it when memory runs out")
     max_new_tokens: int = setting(64, "tokens an answer at most; the longest right answer has about 40 in Qwen's vocabulary")
     max_pixels: int = setting(1003520, "pixels a picture at most, larger ones are shrunk; the paper's setting")
+    coupled: str = setting("", "the rival: imagine with this teacher of 02 while answering (simulator, warp, svc, sana-wm); empty: do not")
+    coupled_stated: bool = setting(False, "with --coupled: imagine the motion that the question states, instead of searching")
+    coupled_args: str = setting("", "further settings of 02 as one text, such as --coupled_args=\"--depth FOLDER --steps 20\"")
+    search_steps: int = setting(3, "rival: actions in a row that the search tries; 3 as published")
+    search_beams: int = setting(2, "rival: views from which each step goes on; 2 as published")
+    search_views: int = setting(6, "rival: views a step that are shown with the question, at most; 6 as published")
+    search_scores: list[int] = setting([8, 8], "rival: least score, 0..9, of a view to go on from and of a view to show; 8 8 as published")
+    compare: list[str] = setting([], "only compare two finished exams, tags or folders, on the questions that both answered")
     seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
@@ -809,6 +821,74 @@ answers, with the exam in hand.</p>
 """
 
 
+# ----------------------------------------------------------------------------------------------- cost
+
+def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) -> int:
+    """Floating-point operations of one answer, asked alone and without padding: 2 for each weight that a token or a patch meets, and
+
+        attention = 4 width (sum over queries of the keys they are compared with)    a layer
+
+    `grids` [pictures, 3] (frames, rows, columns) in patches. A causal mask halves nothing, as in torch.utils.flop_counter and in a dense
+    kernel. The last token of an answer is not read again. For dense models of the Qwen-VL family.
+    """
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    weights = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
+            part = next((part for part in ("head", "language_model", "merger") if part in name), "tower")
+            weights[part] += module.weight.numel()
+    frames, patches = grids[:, 0], grids[:, 1] * grids[:, 2]  # [pictures]; the tower looks at one frame at a time
+    every = (frames * patches).sum().item()
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))  # Qwen2.5-VL: the other layers look at windows
+    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
+    compared = (whole * frames * patches ** 2 + (vision.depth - whole) * frames * patches * patches.clamp(max=window)).sum().item()
+    seen = 2 * weights["tower"] * every + 2 * weights["merger"] * every // vision.spatial_merge_size ** 2 + 4 * vision.hidden_size * compared
+
+    read, heads = prompt_tokens + generated - 1, text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    pairs = prompt_tokens ** 2 + sum(range(prompt_tokens + 1, read + 1))
+    return seen + 2 * weights["language_model"] * read + 2 * weights["head"] * generated + 4 * width * text.num_hidden_layers * pairs
+
+
+# seconds: all of them, of which 02 took world_seconds; tokens: generated; views: imagined
+NOTHING = {"seconds": 0.0, "world_seconds": 0.0, "tokens": 0, "prompt_tokens": 0, "vlm_flops": 0, "world_flops": 0, "views": 0,
+           "peak_gb": 0.0}
+
+
+def peak_gb(device) -> float:
+    """Most memory so far: of the GPU where the student is on one, else of the largest process, this one or the world model's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+
+
+def spent(student: Student, prompt: dict, generated: int, seconds: float) -> dict:
+    """What one response cost: its share of its batch's seconds, tokens, operations, and the memory of the process."""
+    n = len(prompt["ids"])
+    return NOTHING | {"seconds": seconds, "tokens": generated, "prompt_tokens": n, "peak_gb": peak_gb(student.model.device),
+                      "vlm_flops": vlm_flops(student.model, n, prompt["grids"], generated)}
+
+
+def plus(a: dict, b: dict) -> dict:
+    """Two costs together; None, not counted, stays so."""
+    both = {key: None if None in (a[key], b[key]) else a[key] + b[key] for key in a}
+    return both | {"peak_gb": max(a["peak_gb"], b["peak_gb"])}
+
+
+def mean_cost(costs: list[dict]) -> dict:
+    """Per question; the memory is the highest."""
+    columns = {key: [cost[key] for cost in costs] for key in NOTHING}
+    means = {key: None if None in values else round(sum(values) / len(values), 6) for key, values in columns.items()}
+    return means | {"peak_gb": round(max(columns["peak_gb"]), 3)}
+
+
+def price_list(samples: list[dict]) -> dict:
+    """Mean cost of a question over all, and for each task."""
+    tasks = {task: mean_cost([sample["cost"] for sample in samples if sample["task_type"] == task])
+             for task in sorted({sample["task_type"] for sample in samples})}
+    return mean_cost([sample["cost"] for sample in samples]) | {"tasks": tasks}
+
+
 # ----------------------------------------------------------------------------------------------- the exam
 
 def prepare(student: Student, batch: list[dict], blank: bool) -> list[dict | str]:
@@ -828,23 +908,257 @@ def prepare(student: Student, batch: list[dict], blank: bool) -> list[dict | str
     return prompts
 
 
-def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[str]:
-    """The greedy responses."""
+def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[tuple[str, int]]:
+    """The greedy responses, each with the number of tokens that it took."""
     tokens = generate(student, prompts, max_new_tokens)
-    return [student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip() for sampled in tokens]
+    return [(student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip(), len(sampled[0])) for sampled in tokens]
 
 
 def ask(student: Student, batch: list[dict], cfg: Config) -> dict:
-    """What is kept of one batch: {"responses", "blank_responses", "faults"}; None for a question that can't be asked."""
-    part = {"responses": [None] * len(batch), "blank_responses": [None] * len(batch), "faults": [None] * len(batch)}
+    """What is kept of one batch: {"responses", "blank_responses", "costs", "faults"}; None for a question that can't be asked."""
+    part = {key: [None] * len(batch) for key in ("responses", "blank_responses", "costs", "faults")}
     for key, blank in (("responses", False), ("blank_responses", True))[:1 + cfg.blank]:
+        begun = time.time()
         prompts = prepare(student, batch, blank)
         part["faults"] = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-        for i, response in zip(good, answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []):
+        said = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
+        seconds = (time.time() - begun) / max(1, len(good))
+        for i, (response, generated) in zip(good, said):
             part[key][i] = response
+            if not blank:  # the grey pictures are a control, no part of the method
+                part["costs"][i] = spent(student, prompts[i], generated, seconds)
     return part
 
+
+# ----------------------------------------------------------------------------------------------- the rival: imagining at test time
+
+# After MindJourney (arXiv 2507.12508): the VLM sends the world model on short walks from the question's first picture, scores what it sees
+# there, and answers with the helpful views beside the question. A step tries every action from every beam, and its sub-steps are views:
+SEARCH = [("forward", 0.75, 0.25), ("turn_left", 30.0, 10.0), ("turn_right", 30.0, 10.0)]  # action, whole, sub-step (meters, degrees)
+# All views of a question and a step stand in one prompt, which is asked twice (explore, helpful). Scores are 0..9. A response that is not
+# one score a view counts as zeros, is counted, and ends the search: a student that cannot follow the prompt answers as without the rival.
+# Departures: the published code draws random scores 0..5 there (below its limit of 8, so with the same end), turns by 27 degrees in
+# sub-steps of 3, and may show the same pose twice.
+CRITERIA = {"explore": "how worthwhile it is to go on exploring from there in order to answer the question",
+            "helpful": "how helpful it is for answering the question; a view that rules out a wrong answer helps as well, a spoilt picture "
+                       "does not"}
+LONGEST_PATH = 200  # frames; a longer motion is not imagined. 10 meters take 50, 360 degrees 72
+
+
+def merged(actions: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Neighbours of one name added up: turn_left 10, turn_left 10, forward 0.5 -> turn_left 20, forward 0.5."""
+    runs = [(name, list(run)) for name, run in itertools.groupby(actions, key=lambda action: action[0])]
+    return [(name, sum(value for _, value in run)) for name, run in runs]
+
+
+def in_words(actions: list[tuple[str, float]]) -> str:
+    return "; ".join(f"turn {name[5:]} {value:g} degrees" if name.startswith("turn") else
+                     f"move {name.removeprefix('shift_')} {value:g} meters" for name, value in merged(actions))
+
+
+def poses_along(actions: list[tuple[str, float]]) -> tuple[np.ndarray, list[int]]:
+    """c2w [N,4,4] from the identity, with 0.2 m and 5 degrees a frame at most, and the keyframes: 0 and the last frame of every action."""
+    poses, keyframes = [np.eye(4)], [0]
+    for name, value in actions:
+        frames = max(1, math.ceil(value / (5.0 if name.startswith("turn") else 0.2) - 1e-9))
+        right, ahead = displacement((name, value / frames))
+        step = np.eye(4)
+        if name.startswith("turn"):
+            step[:3, :3] = yaw_matrix(right)
+        else:
+            step[:3, 3] = right, 0, ahead
+        for _ in range(frames):
+            poses.append(poses[-1] @ step)
+        keyframes.append(len(poses) - 1)
+    return np.stack(poses), keyframes
+
+
+def yaw_matrix(yaw_deg: float) -> np.ndarray:
+    c, s = math.cos(math.radians(yaw_deg)), math.sin(math.radians(yaw_deg))
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+def origin(image: Path, root: Path) -> dict | None:
+    """The keys of a trajectory record that say from where this picture looks; None where it is no picture.
+
+    A picture that 02 wrote has a view.json beside it. In a room its pose there is start @ c2w[frame], from which a new path starts; the first
+    frame of `warp` is its photograph. Any other picture is a photograph itself, with 54 degrees along its longer side.
+    """
+    try:
+        with Image.open(image) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # `prepare` will name it
+        return None
+    fov = 54.0 if width >= height else 2 * math.degrees(math.atan(math.tan(math.radians(27)) * width / height))
+    photo = {"source": "real", "room": None, "start": None, "anchor": str(image.resolve()), "width": width, "height": height,
+             "fov_x_deg": fov}
+    if not (image.parent / "view.json").is_file():
+        return photo
+    try:
+        view, frame = json.loads((image.parent / "view.json").read_text()), int(image.stem)
+        size = {key: view[key] for key in ("width", "height", "fov_x_deg")}
+        if view["room"] is None:
+            return photo | size | ({"anchor": view["anchor"]} if frame == 0 and view["teacher"] == "warp" else {})
+        (x, z, yaw), pose = view["start"], np.array(view["c2w"][frame])
+        x, _, z = np.array([x, 0, z]) + yaw_matrix(yaw) @ pose[:3, 3]
+        yaw += math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
+        json.loads((root / view["room"]).read_text())
+        return size | {"source": "simulated", "anchor": None, "room": view["room"], "start": [round(x, 7), round(z, 7), round(yaw, 7)]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        stop(f"{image.parent / 'view.json'} does not say where {image.name} looks from ({type(error).__name__}: {error}): make the views "
+             "with 02, or remove it, so that its pictures count as photographs")
+
+
+def imagine(sub: Path, walks: list[tuple], starts: dict[str, dict], root: Path, cfg: Config) -> tuple[dict, float]:
+    """Let 02 walk: [(picture, actions, views)] -> {walk: its last `views` key frames, none where 02 could not}, and the seconds of a walk.
+
+    `sub` becomes a run folder of its own: 1_trajectories with every path and the rooms, 2_views by 02 (which goes on after a kill).
+    """
+    lines, places = [], {image: f"p{number:05d}" for number, image in enumerate(starts)}
+    for number, (image, actions, count) in enumerate(walks):
+        actions = [*merged(actions[:-count]), *actions[-count:]]
+        c2w, keyframes = poses_along(actions)
+        lines.append({"scene_id": places[image], "traj_id": f"w{number:06d}", "split": "heldout", "actions": actions,
+                      "keyframes": keyframes, "c2w": (c2w.round(7) + 0.0).tolist()} | starts[image])
+    meta = sub / "2_views/meta.json"
+    if not meta.is_file() or not json.loads(meta.read_text())["finished"]:
+        for room in {line["room"] for line in lines} - {None}:
+            save(sub / room, (root / room).read_bytes())
+        save(sub / "1_trajectories/trajectories.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        counts = {"trajectories": len(lines)}
+        save(sub / "1_trajectories/meta.json", json.dumps({"stage": Path(__file__).stem, "finished": True, "counts": counts}))
+        command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py")), "--run", str(sub), "--teacher", cfg.coupled,
+                   "--keep", "keyframes", "--seed", str(cfg.seed), *shlex.split(cfg.coupled_args)]
+        with (sub / "02.log").open("a") as log:
+            if subprocess.run(command, stdout=log).returncode:
+                stop(f"02 ended with a fault (see the lines above and {sub / '02.log'}): correct --coupled or --coupled_args")
+    frames = {view["traj_id"]: view["frames"] for view in read_jsonl(sub / "2_views/views.jsonl", "traj_id", "frames")}
+    views = {walk: [str(sub / frame) for frame in frames.get(line["traj_id"], [])[-walk[2]:]] for line, walk in zip(lines, walks)}
+    return views, json.loads(meta.read_text())["seconds"] / len(lines)
+
+
+def stated(text: str) -> list[tuple[str, float]]:
+    """All actions that a question's text states, in their order: what D1, D2 and D4 say was done, and what A4 claims. Others state none."""
+    actions = [parse_actions(match[0])[0] for match in ACTION.finditer(text)]
+    return actions if sum(value / (5.0 if name.startswith("turn") else 0.2) for name, value in actions) <= LONGEST_PATH else []
+
+
+def onward(beam: tuple) -> list[tuple[tuple, int]]:
+    """The walks that a step tries from a beam, each with the number of views at its end; a turn is not taken back."""
+    back = {"turn_left": "turn_right", "turn_right": "turn_left"}.get(beam[-1][0]) if beam else None
+    tries = [(name, part, round(whole / part)) for name, whole, part in SEARCH if name != back]
+    return [(beam + ((name, part),) * count, count) for name, part, count in tries]
+
+
+def with_views(record: dict, views: list[tuple[str, str]], ask: str = "") -> dict:
+    """The question with imagined views [(words, picture), ...] behind its own pictures, and `ask` at its end."""
+    *turns, last, told = record["messages"]
+    own, mark, rest = last["content"].rpartition("<image>")
+    shown = "".join(f" Imagined from image 1, after {words}: <image>" for words, _ in views)
+    last = last | {"content": own + mark + shown + ("\n" if views else "") + rest + ("\n" + ask if ask else "")}
+    return record | {"messages": [*turns, last, told], "images": record["images"] + [image for _, image in views]}
+
+
+def scores_of(response: str, count: int) -> list[int] | None:
+    """`3, 9, 0` -> [3, 9, 0] when it is `count` whole numbers 0..9 and nothing else; else None."""
+    numbers = re.fullmatch(r"(?:(?:output|scores):)?\s*\[?(\d(?:[,\s]+\d)*)\]?\.?", response.strip(), re.I)
+    found = [int(digit) for digit in re.findall(r"\d", numbers[1])] if numbers else []
+    return found if len(found) == count else None
+
+
+def rate(student: Student, batch: list[tuple[dict, list]], cfg: Config) -> list[dict]:
+    """The VLM scores the new views of each question, [(question, [(words, picture), ...])], by both criteria: {"explore": [score a view],
+    "helpful": [...], "unparsable": responses without scores, "cost"}."""
+    rated = [{"unparsable": 0, "cost": NOTHING} for _ in batch]
+    for criterion, meaning in CRITERIA.items():
+        begun = time.time()
+        asks = [f"Do not answer it yet. Score each of the {len(views)} imagined views from 0 to 9: {meaning}. Give {len(views)} whole "
+                "numbers in the order of the views, separated by commas, and nothing else." for _, views in batch]
+        records = [with_views(question["record"], views, ask) for (question, views), ask in zip(batch, asks)]
+        prompts = prepare(student, [{"record": record} for record in records], False)
+        good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]  # the others are named when they are asked
+        said = answer(student, [prompts[i] for i in good], 8 + 2 * max(len(views) for _, views in batch)) if good else []
+        for result, (_, views) in zip(rated, batch):
+            result[criterion] = [0] * len(views)
+        for i, (response, generated) in zip(good, said):
+            scores = scores_of(response, len(batch[i][1]))
+            rated[i][criterion] = scores or rated[i][criterion]
+            rated[i]["unparsable"] += scores is None
+            rated[i]["cost"] = plus(rated[i]["cost"], spent(student, prompts[i], generated, (time.time() - begun) / len(good)))
+    return rated
+
+
+def walks_of(question: dict, beams: list[tuple], cfg: Config) -> list[tuple[str, tuple, int]]:
+    """What a step imagines for a question: (picture, actions, how many key frames at the end are views)."""
+    image, motion = question["record"]["images"][0], tuple(stated(question["text"]))
+    if cfg.coupled_stated:
+        return [(image, motion, 1)] if beams and motion else []
+    return [(image, actions, count) for beam in beams for actions, count in onward(beam)]
+
+
+def rate_all(questions: list[dict], states: list[dict], sub: Path, load, cfg: Config) -> list[dict]:
+    """`rate` of every question that has new views, a batch a file in sub/scores, so that a killed search goes on."""
+    asked = [i for i, state in enumerate(states) if state["views"]]
+    rated = [{key: [] for key in CRITERIA} | {"cost": NOTHING, "unparsable": 0} for _ in states]
+    for number, at in enumerate(tqdm(range(0, len(asked), cfg.batch), unit="batch", desc=f"imagined/{sub.name}: scores")):
+        file, batch = sub / "scores" / f"{number:05d}.json", asked[at:at + cfg.batch]
+        if not file.is_file():
+            views = [[(in_words(actions), frame) for actions, frame in states[i]["views"]] for i in batch]
+            save(file, json.dumps(rate(load(), list(zip([questions[i] for i in batch], views)), cfg)))
+        for i, result in zip(batch, json.loads(file.read_text())):
+            rated[i] = result
+    return rated
+
+
+def advance(state: dict, rated: dict, cfg: Config) -> dict:
+    """The state after a step: on from the views best to explore, the most helpful ones shown too; of equals the earlier view."""
+    explore, helpful = (sorted((n for n, score in enumerate(rated[key]) if score >= least), key=lambda n: -rated[key][n])
+                        for key, least in zip(CRITERIA, cfg.search_scores))
+    views = state["views"]
+    return state | {"beams": [views[n][0] for n in explore[:cfg.search_beams]], "cost": plus(state["cost"], rated["cost"]),
+                    "shown": state["shown"] | {in_words(views[n][0]): views[n][1] for n in helpful[:cfg.search_views]},
+                    "scorings": state["scorings"] + len(CRITERIA) * bool(views), "unparsable": state["unparsable"] + rated["unparsable"]}
+
+
+def rival(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple[list[dict], dict]:
+    """The questions with imagined views among their pictures ("imagined" [[words, picture], ...], their "cost"), and a summary.
+
+    `load()` gives the student, which only unscored views need. Every step is one call of 02 for all questions, in
+    folder/imagined/STEP; when the motion is stated there is one step, and nothing is scored.
+    """
+    starts = {image: origin(Path(image), root) for image in dict.fromkeys(question["record"]["images"][0] for question in questions)}
+    state = {"beams": [], "views": [], "shown": {}, "cost": NOTHING, "scorings": 0, "unparsable": 0}
+    states = [state | {"beams": [()] if starts[question["record"]["images"][0]] else []} for question in questions]
+    no_network = cfg.coupled in ("simulator", "warp") and "--depth" not in cfg.coupled_args
+    for step in range(1 if cfg.coupled_stated else cfg.search_steps):
+        wanted = [walks_of(question, state["beams"], cfg) for question, state in zip(questions, states)]
+        walks = list(dict.fromkeys(itertools.chain(*wanted)))  # questions about one picture share its walks; each is charged for them
+        if not walks:
+            break
+        seen, seconds = imagine(folder / "imagined" / str(step + 1), walks, starts, root, cfg)
+        for i, own in enumerate(wanted):
+            views = [(actions[:len(actions) - count + 1 + k], frame) for image, actions, count in own
+                     for k, frame in enumerate(seen[image, actions, count])]
+            price = NOTHING | {"seconds": seconds * len(own), "world_seconds": seconds * len(own), "views": len(views),
+                               "world_flops": 0 if no_network or not own else None}  # 02 does not count those of its networks
+            states[i] = states[i] | {"views": views, "cost": plus(states[i]["cost"], price)}
+        if cfg.coupled_stated:
+            states = [state | {"shown": {in_words(actions): frame for actions, frame in state["views"]}} for state in states]
+        else:
+            rated = rate_all(questions, states, folder / "imagined" / str(step + 1), load, cfg)
+            states = [advance(state, result, cfg) for state, result in zip(states, rated)]
+    summary = {"teacher": cfg.coupled, "way": "stated motion" if cfg.coupled_stated else "search",
+               "views": sum(state["cost"]["views"] for state in states), "shown": sum(len(state["shown"]) for state in states),
+               "questions_without": sum(not state["shown"] for state in states),
+               "scorings": sum(state["scorings"] for state in states),
+               "unparsable_scorings": sum(state["unparsable"] for state in states)}
+    return [question | {"record": with_views(question["record"], list(state["shown"].items())), "cost": state["cost"],
+                        "imagined": [[words, str(Path(image).relative_to(folder))] for words, image in state["shown"].items()]}
+            for question, state in zip(questions, states)], summary
+
+
+# ----------------------------------------------------------------------------------------------- all together
 
 def show(exams: list[dict], folder: Path):
     """The last lines of the output: the table and the path of the report."""
@@ -857,16 +1171,22 @@ def show(exams: list[dict], folder: Path):
 
 def main(cfg: Config):
     started, run = time.time(), Path(cfg.run)
+    if cfg.compare:
+        return compare_two(cfg)
     checkpoint = next((path for path in (run / cfg.checkpoint, Path(cfg.checkpoint)) if path.is_dir()), None)
     if checkpoint is None and "/" not in cfg.checkpoint:  # a hub id has an owner
         stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another checkpoint")
-    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name)
+    way = f"-{cfg.coupled}" * bool(cfg.coupled) + "-stated" * cfg.coupled_stated
+    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name) + way
     if not re.fullmatch(r"\w[\w.-]*", tag):
         stop(f"the tag {tag!r} is no folder name: choose another --tag")
     if unknown := set(cfg.tasks) - set(METRICS):
         stop(f"unknown tasks {' '.join(sorted(unknown))}: known are {' '.join(METRICS)}")
     if min(cfg.batch, cfg.max_new_tokens, cfg.max_pixels) < 1 or cfg.per_task < 0:
         stop("--batch, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
+    if min(cfg.search_steps, cfg.search_beams, cfg.search_views) < 1 or len(cfg.search_scores) != 2 or cfg.coupled_stated and not cfg.coupled:
+        stop("--search_steps, --search_beams and --search_views must be at least 1, --search_scores two numbers; "
+             "--coupled_stated needs --coupled TEACHER")
     folder, path = run / "6_eval" / tag, next((p for p in (run / cfg.questions, Path(cfg.questions)) if p.is_file()), None)
     if path is None:
         stop(f"{run / cfg.questions} is missing: run 03_build_qa.py first, or name another file with --questions")
@@ -897,17 +1217,18 @@ def main(cfg: Config):
     questions = choose(questions, cfg.per_task)
     if not questions:
         stop(f"{path} holds no question that can be asked: see the lines above, and --tasks")
+    load, summary = cache(lambda: load_student(str(checkpoint or cfg.checkpoint), dtype, device, cfg.attention, cfg.max_pixels)), None
+    if cfg.coupled:
+        questions, summary = rival(questions, load, folder, root, cfg)
     # Questions with equally many pictures share a batch, so that little of it is padding; the same pictures come together.
-    ordered = sorted(questions, key=lambda q: (len(q["images"]), q["images"], q["number"]))
+    ordered = sorted(questions, key=lambda q: (len(q["record"]["images"]), q["images"], q["number"]))
     batches = [ordered[i:i + cfg.batch] for i in range(0, len(ordered), cfg.batch)]
-    student, rounds, asked, asking_s = None, 1 + cfg.blank, 0, 0.0
+    rounds, asked, asking_s = 1 + cfg.blank, 0, 0.0
     with tqdm(total=len(questions) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
         for number, batch in enumerate(batches):
             file = folder / "answers" / f"{number:05d}.json"
             if not file.is_file():
-                if student is None:
-                    student = load_student(str(checkpoint or cfg.checkpoint), dtype, device, cfg.attention, cfg.max_pixels)
-                begun = time.time()
+                student, begun = load(), time.time()
                 save(file, json.dumps(ask(student, batch, cfg)))
                 asked, asking_s = asked + len(batch) * rounds, asking_s + time.time() - begun
             progress.update(len(batch) * rounds)
@@ -915,14 +1236,16 @@ def main(cfg: Config):
     samples = []
     for number, batch in enumerate(batches):
         part = json.loads((folder / "answers" / f"{number:05d}.json").read_text())
-        for question, response, blank, fault in zip(batch, part["responses"], part["blank_responses"], part["faults"]):
+        columns = (part[key] for key in ("responses", "blank_responses", "costs", "faults"))
+        for question, response, blank, cost, fault in zip(batch, *columns):
             if fault:
                 print(f"{path}: question {question['number']} skipped: {fault}", file=sys.stderr)
                 skipped[question["task"]] += 1
                 continue
             samples.append({"number": question["number"], "task_type": question["task"], "scene_id": question["scene"],
                             "images": question["images"], "question": question["text"], "truth": question["truth"],
-                            "response": response, "blank_response": blank})
+                            "response": response, "blank_response": blank, "cost": plus(question.get("cost", NOTHING), cost)}
+                           | ({"imagined": question["imagined"]} if cfg.coupled else {}))
     samples.sort(key=lambda sample: sample["number"])
     if not samples:
         stop(f"no picture of {path} can be read: see the lines above")
@@ -938,7 +1261,8 @@ def main(cfg: Config):
                "asked_sha256": hashlib.sha256(repr([sample["number"] for sample in samples]).encode()).hexdigest(),
                "questions": len(samples), "skipped": sum(skipped.values()),
                "unparsable": sum(result["unparsable"] for result in tasks.values()),
-               "mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"), "tasks": tasks}
+               "mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"), "coupled": summary,
+               "cost": price_list(samples), "tasks": tasks}
     save(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     save(folder / "results.json", json.dumps(results, indent=1))
     save(folder / "report.html", report_html(results, compare(beside + [results]), samples, root))
