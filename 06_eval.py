@@ -180,7 +180,7 @@ METRICS = {"A1": ["direction", "error_m"], "A2": ["direction", "error_deg"], "A3
            "D1": ["iou"], "D2": ["accuracy"], "D3": ["exact"], "D4": ["accuracy"],
            "S1": ["iou"], "S2": ["accuracy"], "S3": ["error_m"], "S4": ["error_deg"]}
 WORDS = {"direction": "direction", "error_m": "error (m)", "error_deg": "error (deg)", "exact": "exact", "accuracy": "accuracy",
-         "iou": "IoU", "reward": "reward"}
+         "iou": "IoU", "reward": "reward", "right": "right answers"}
 
 
 # --- same in 05, 06: the answer grammar and the reward ---
@@ -686,12 +686,23 @@ def compare(exams: list[dict]) -> list[list[str]]:
             if metric == "iou" and "copy" in values:
                 copies = [figure(other["copy"]["mean"], metric) if other and "copy" in other else "-" for other in others]
                 rows.append([task, "IoU of copying box 1", str(result["questions"]), "", ""] + copies)
-    blank = last["blank_mean_reward"]
+    blank, right = last["blank_mean_reward"], last.get("right", {})
+    rows.append(["all", "right answers", str(last["questions"])] + [figure(right.get(side), "right") for side in ("constant", "blank")]
+                + [figure(exam.get("right"), "right") for exam in exams])
     rows.append(["all", "mean reward", str(last["questions"]), "", figure(blank and blank["mean"], "reward")]
                 + [figure(exam["mean_reward"], "reward") for exam in exams])
+    for key, (words, scale) in PRICES.items():
+        costs = [exam.get("cost", {}).get(key) for exam in exams]
+        rows.append(["cost", words, "", "", ""] + ["-" if cost is None else f"{cost / scale:.3g}" for cost in costs])
     rows.append(["all", "unparsable", "", "", ""] + [str(exam["unparsable"]) for exam in exams])
     rows.append(["all", "skipped", "", "", ""] + [str(exam["skipped"]) for exam in exams])
     return rows
+
+
+# key of a cost -> its words and its unit in the table, for one question
+PRICES = {"seconds": ("seconds a question", 1), "world_seconds": ("of them for imagining", 1), "views": ("views imagined", 1),
+          "tokens": ("tokens generated", 1), "vlm_flops": ("VLM, GFLOP", 1e9), "world_flops": ("world model, GFLOP", 1e9),
+          "peak_gb": ("peak memory, GB", 1)}
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -707,34 +718,80 @@ def visible(text, most: int = 300) -> str:
     return html.escape("".join(c if c.isprintable() else " " if c.isspace() else f"\\u{ord(c):04x}" for c in short))
 
 
-COLOURS = {"student": "#2b6cb0", "blank": "#a0aec0", "constant": "#dda94f"}
+COLOURS = ["#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#0987a0", "#744210", "#4a5568"]  # of the exams, in their order
+CONTROLS = {"blank": ("grey pictures", "#a0aec0"), "constant": ("best constant answer", "#dda94f")}
 
 
-def bars(tasks: dict, wanted: list[tuple[str, str]], top: float) -> str:
-    """An SVG of horizontal bars 0..top: student with its interval, grey pictures, constant, for each (task, metric)."""
-    parts, y, x0, span = [], 8, 112, 380
+def colour_of(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def bars(exams: list[dict], wanted: list[tuple[str, str]], top: float) -> str:
+    """An SVG of horizontal bars 0..top for each (task, metric): every exam with its interval, then the last one's controls."""
+    parts, y, x0, span = [], 8, 66, 240
     for task, metric in wanted:
-        values = tasks[task]["metrics"][metric]
-        parts.append(f'<text x="0" y="{y + 12}" font-weight="bold">{task}</text>'
-                     f'<text x="0" y="{y + 28}">{WORDS[metric].split(" (")[0]}</text>')
-        for name, value in (("student", values), ("blank", values.get("blank")), ("constant", values["constant"])):
+        values = [exam["tasks"].get(task, {}).get("metrics", {}).get(metric) for exam in exams]
+        shown = [(value, colour_of(number)) for number, value in enumerate(values)]
+        shown += [(values[-1].get(name), colour) for name, (_, colour) in CONTROLS.items()]
+        parts.append(f'<text x="0" y="{y + 10}" font-weight="bold">{visible(task, 9)}</text>'
+                     f'<text x="0" y="{y + 24}">{WORDS[metric].split(" (")[0]}</text>')
+        for number, (value, colour) in enumerate(shown):
             if value is not None:
-                width = span * min(1.0, value["mean"] / top)
-                parts.append(f'<rect fill="{COLOURS[name]}" x="{x0}" y="{y}" width="{width:.1f}" height="11"/>'
-                             f'<text x="{x0 + span + 10}" y="{y + 10}">{figure(value["mean"], metric)}</text>')
-            if value is not None and value.get("low") is not None and name == "student":
+                width = span * min(1.0, max(0.0, value["mean"] / top))
+                parts.append(f'<rect fill="{colour}" x="{x0}" y="{y}" width="{width:.1f}" height="10"/>'
+                             f'<text x="{x0 + span + 8}" y="{y + 9}">{figure(value["mean"], metric)}</text>')
+            if value is not None and value.get("low") is not None and number < len(exams):
                 low, high = (x0 + span * min(1.0, max(0.0, value[end] / top)) for end in ("low", "high"))
-                parts.append(f'<path fill="none" stroke="black" stroke-width="1.5" d="M{low:.1f} {y + 5.5}H{high:.1f}'
-                             f'M{low:.1f} {y + 2}v7M{high:.1f} {y + 2}v7"/>')
-            y += 13
-        y += 9
+                parts.append(f'<path stroke="black" d="M{low:.1f} {y + 5}H{high:.1f}M{low:.1f} {y + 2}v6M{high:.1f} {y + 2}v6"/>')
+            y += 12 if value is not None else 0
+        y = max(y, 30) + 10
     grid = "".join(f'<path stroke="#ddd" d="M{x0 + span * i / 4} 0V{y}"/>'
                    f'<text x="{x0 + span * i / 4}" y="{y + 12}" text-anchor="middle">{top * i / 4:g}</text>' for i in range(5))
-    return f'<svg viewBox="0 0 545 {y + 18}" font-size="11" font-family="sans-serif">{grid}{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 360 {y + 18}" font-size="11" font-family="sans-serif">{grid}{"".join(parts)}</svg>'
+
+
+def price_plot(exams: list[dict], price, words: str) -> str:
+    """An SVG: share of right answers over the cost of a question (log), a point with its interval for every exam; lines are the controls.
+
+    `price(exam)` is None where it was not counted or is nothing: the point is left out and named below.
+    """
+    priced = [(number, exam, price(exam)) for number, exam in enumerate(exams) if exam.get("right") and price(exam)]
+    left_out = [exam["tag"] for exam in exams if exam["tag"] not in [other["tag"] for _, other, _ in priced]]
+    note = f'<p><small>Not in the plot, their cost is unknown: {visible(", ".join(left_out))}</small></p>' if left_out else ""
+    if not priced:
+        return note
+    x0, x1, y0, y1 = 34, 346, 200, 10  # the frame, in the units of the viewBox
+    first, last = (math.log10(f(cost for _, _, cost in priced)) for f in (min, max))
+    first, last = math.floor(first * 2 - 0.1) / 2, math.ceil(last * 2 + 0.1) / 2  # half decades around all points
+    def across(cost): return x0 + (x1 - x0) * (math.log10(cost) - first) / (last - first)
+    def up(share): return y0 + (y1 - y0) * share
+    parts = [f'<path stroke="#ddd" d="M{x0} {up(i / 4)}H{x1}"/><text x="{x0 - 5}" y="{up(i / 4) + 4}" text-anchor="end">{i * 25}</text>'
+             for i in range(5)]
+    every = math.ceil((last - first) / 4) if last - first > 1 else 0.5  # decades from one label to the next
+    for k in range(math.ceil(first / every), math.floor(last / every) + 1):
+        x = across(10 ** (k * every))
+        parts.append(f'<path stroke="#ddd" d="M{x:.1f} {y0}V{y1}"/>'
+                     f'<text x="{x:.1f}" y="{y0 + 15}" text-anchor="middle">{10 ** (k * every):.2g}</text>')
+    for name, (label, colour) in CONTROLS.items():
+        value = exams[-1]["right"].get(name)
+        if value is not None:
+            parts.append(f'<path stroke="{colour}" stroke-width="2" stroke-dasharray="5 4" d="M{x0} {up(value):.1f}H{x1}"/>')
+    taken = -math.inf
+    for number, exam, cost in sorted(priced, key=lambda item: -item[1]["right"]["mean"]):  # from the top down, no label on another
+        x, value, colour = across(cost), exam["right"], colour_of(number)
+        if value["low"] is not None:
+            parts.append(f'<path stroke="{colour}" d="M{x:.1f} {up(value["low"]):.1f}V{up(value["high"]):.1f}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{up(value["mean"]):.1f}" r="5" fill="{colour}" fill-opacity=".8"/>')
+        taken = max(up(value["mean"]) + 4, taken + 13)
+        side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
+        parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
+                     f'{visible(exam["tag"], 24)}</text>')
+    return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
+            f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
 
 
 def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> str:
-    """An <img> with the picture inside the page, 320 pixels at most, and boxes in 0..1000 drawn on it."""
+    """An <img> with the picture inside the page, its longer side 320 pixels, and boxes in 0..1000 drawn on it. Photographs as JPEG."""
     scale = 320 / max(picture.size)
     small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
     draw = ImageDraw.Draw(small)
@@ -743,18 +800,35 @@ def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> 
         draw.rectangle([x1 / 1000 * small.width, y1 / 1000 * small.height, x2 / 1000 * small.width, y2 / 1000 * small.height],
                        outline=colour, width=3)
     file = io.BytesIO()
-    small.save(file, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    kind = "png" if scale > 1 else "jpeg"
+    small.save(file, kind)
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def is_right(sample: dict) -> bool:
-    """Whether an example counts as correct: the main score at least one half; for S3 and S4 a reward of at least 0.95."""
-    main = METRICS[sample["task_type"]][0]
-    return sample["scores"]["reward"] >= 0.95 if main.startswith("error") else sample["scores"][main] >= 0.5
+def is_right(task: str, scores: dict) -> bool:
+    """Whether an answer counts as right: the main score at least one half; for S3 and S4 a reward of at least 0.95."""
+    main = METRICS[task][0]
+    return scores["reward"] >= 0.95 if SHAPE[task] in ("meters", "degrees") else scores[main] >= 0.5
 
 
-def example_html(sample: dict, root: Path) -> str:
-    """A card: pictures with boxes (first box orange, truth green, answer red), question, truth, answer."""
+def right_answers(samples: list[dict], candidates: dict[str, list[str]], seed: int) -> dict:
+    """Share of right answers over all questions, {"mean", "low", "high"}, and its controls "blank" and "constant" (each task's best)."""
+    shares, constant = {}, 0
+    for side in ("scores", "blank_scores"):
+        if side in samples[0]:
+            values = [float(is_right(sample["task_type"], sample[side])) for sample in samples]
+            shares[side] = interval(values, [sample["scene_id"] for sample in samples], seed, "right")
+    for task in {sample["task_type"] for sample in samples}:
+        truths = Counter(sample["truth"] for sample in samples if sample["task_type"] == task)
+        constant += max((sum(n * is_right(task, measure(task, truth, answer)) for truth, n in truths.items())
+                         for answer in candidates.get(task, [])), default=0)
+    blank = shares.get("blank_scores")
+    return shares["scores"] | {"blank": blank and blank["mean"], "constant": round(constant / len(samples), 6)}
+
+
+def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
+    """A card: pictures with boxes (first box orange, truth green, this exam's answer red), imagined views, question, truth, and what
+    every exam's student said, [(tag, its sample or None)]."""
     pictures, task = [Image.open(root / image).convert("RGB") for image in sample["images"][:8]], sample["task_type"]
     boxes = [[] for _ in pictures]
     for i, found in enumerate(BOX.finditer(sample["question"])):  # the boxes that the question names, in picture order
@@ -763,62 +837,171 @@ def example_html(sample: dict, root: Path) -> str:
         boxes[-1].append((parse_box(sample["truth"])[0], "lime"))
         if said := parse_box(sample["response"]):
             boxes[-1].append((said[0], "red"))
-    right = is_right(sample)
-    scores = ", ".join(f"{WORDS[metric]} {figure(sample['scores'][metric], metric)}" for metric in METRICS[task] + ["reward"])
-    return (f'<div class="card {"right" if right else "wrong"}"><b>{task} {"correct" if right else "wrong"}</b> '
-            f'<small>{visible(sample["scene_id"], 40)}, question {sample["number"]}</small>'
+    verdicts = {number: is_right(task, other["scores"]) for number, (_, other) in enumerate(answers) if other}
+    lists = {word: " ".join(str(number) for number, right in verdicts.items() if right == (word == "right")) for word in ("right", "wrong")}
+    lines = ""
+    for number, (tag, other) in enumerate(answers):
+        if other:
+            scores = ", ".join(f"{WORDS[metric]} {figure(other['scores'][metric], metric)}" for metric in METRICS[task] + ["reward"])
+            word = "right" if verdicts[number] else "wrong"
+            lines += (f'<li class="{word}"><b>{visible(tag, 24)}</b>, {word}: <bdi>{visible(other["response"])}</bdi> '
+                      f'<small>{scores}</small>')
+    views = "".join(f'<figure>{picture_html(Image.open(folder / image).convert("RGB"), [])}'
+                    f'<figcaption>{visible(words, 80)}</figcaption></figure>' for words, image in sample.get("imagined", [])[:6])
+    return (f'<div class="card" data-task="{visible(task)}" data-right="{lists["right"]}" data-wrong="{lists["wrong"]}">'
+            f'<b>{visible(task)}</b> <small>{visible(sample["scene_id"], 40)}, question {sample["number"]}</small>'
             f'<div>{"".join(picture_html(*pair) for pair in zip(pictures, boxes))}</div>'
-            f'<p>{visible(sample["question"].replace("<image>", ""))}</p>'
-            f'<p>true: <bdi>{visible(sample["truth"])}</bdi><br>said: <bdi>{visible(sample["response"])}</bdi></p>'
-            f'<small>{scores}</small></div>')
+            + (f'<details><summary>{len(sample["imagined"])} imagined views</summary>{views}</details>' if views else "")
+            + f'<p>{visible(sample["question"].replace("<image>", ""))}</p>'
+            f'<p>true: <bdi>{visible(sample["truth"])}</bdi></p><ul>{lines}</ul></div>')
 
 
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:60em;padding:1em;color:#222;background:#fff}
 table{border-collapse:collapse;font-size:14px}td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
 td{border-top:1px solid #ddd}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}.wide{overflow-x:auto}
-svg{width:100%;max-width:40em}small{color:#555}h2{margin-top:1.5em}.key span{white-space:nowrap;margin-right:1em}.key b{font-size:1.3em}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(17em,1fr));gap:1em}
-.card{border:1px solid #ddd;border-left:5px solid #38a169;padding:.6em;overflow-wrap:anywhere}.wrong{border-left-color:#e53e3e}
-.card img{width:45%;max-width:11em;margin:.3em .3em 0 0;image-rendering:pixelated}.card p{margin:.6em 0}"""
+svg{width:100%;max-width:34em;display:block}small{color:#555}h1,p{overflow-wrap:anywhere}h2{margin-top:1.5em}
+.key span{display:inline-block;margin-right:1em}.key b{font-size:1.3em}
+.plots,.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20em,100%),1fr));gap:1em}
+.cards{grid-template-columns:repeat(auto-fill,minmax(min(17em,100%),1fr))}
+.card{border:1px solid #ddd;padding:.6em;overflow-wrap:anywhere;min-width:0}.card p{margin:.6em 0}
+.card img{width:45%;max-width:11em;margin:.3em .3em 0 0;image-rendering:pixelated}
+figure{display:inline-block;width:45%;margin:.3em .3em 0 0;vertical-align:top}.card figure img{width:100%}figcaption{font-size:12px}
+ul{list-style:none;padding:0;margin:0}li{border-left:5px solid #38a169;padding-left:.5em;margin-top:.4em}li.wrong{border-color:#e53e3e}
+select{font:inherit;margin:0 .5em .5em 0;max-width:100%}"""
+# The page's only script hides the cards that the three choices leave out. Its hash in the page's policy keeps any other from running.
+SCRIPT = """const [task, exam, verdict] = ["task", "exam", "verdict"].map(id => document.getElementById(id));
+function choose() {
+  let shown = 0;
+  for (const card of document.querySelectorAll(".card")) {
+    card.hidden = task.value && card.dataset.task != task.value
+      || verdict.value && !card.dataset[verdict.value].split(" ").includes(exam.value);
+    shown += !card.hidden;
+  }
+  document.getElementById("shown").textContent = shown + " shown";
+}
+for (const choice of [task, exam, verdict]) choice.onchange = choose;
+choose();"""
+CARDS = 4  # examples of each task that the last exam's student got right, and as many wrong ones
 
 
-def report_html(results: dict, rows: list[list[str]], samples: list[dict], root: Path) -> str:
-    """The whole report as one page without scripts or outside files."""
+def report_html(exams: list[dict], samples: list[dict], others: dict[str, dict], root: Path, folder: Path) -> str:
+    """The whole report as one page without outside files. The last exam is this one, its answers `samples`; those of the `others`:
+    {tag: {number: sample}}."""
+    results = exams[-1]
     tasks = {task: result for task, result in results["tasks"].items() if result["metrics"]}
     shares = [(task, "reward" if METRICS[task][0].startswith("error") else METRICS[task][0]) for task in tasks]
-    errors = [(task, metric) for task in tasks for metric in METRICS[task] if metric.startswith("error")]
-    charts = bars(results["tasks"], shares, 1.0)
+    charts = bars(exams, shares, 1.0)
     for unit, metric in (("meters", "error_m"), ("degrees", "error_deg")):
-        wanted = [pair for pair in errors if pair[1] == metric]
+        wanted = [(task, metric) for task in tasks if metric in METRICS[task]]
         if wanted:
-            groups = [tasks[task]["metrics"][metric] for task, _ in wanted]
-            shown = [value for group in groups for value in (group, group.get("blank"), group["constant"]) if value]
+            groups = [exam["tasks"].get(task, {}).get("metrics", {}).get(metric) or {} for task, _ in wanted for exam in exams]
+            shown = [value for group in groups for value in (group, group.get("blank"), group.get("constant")) if value]
             top = max([value["mean"] for value in shown] + [1e-9])
             step = 10 ** math.floor(math.log10(top))
-            charts += f"<h3>Error in {unit} (lower is better)</h3>" + bars(results["tasks"], wanted, math.ceil(top / step) * step)
-    cards = []
+            charts += f"<h3>Error in {unit} (lower is better)</h3>" + bars(exams, wanted, math.ceil(top / step) * step)
+    cards, said = [], {exam["tag"]: others.get(exam["tag"], {}) for exam in exams} | {results["tag"]: {s["number"]: s for s in samples}}
     for task in tasks:
         own = sorted((sample for sample in samples if sample["task_type"] == task), key=lambda s: by_hash(s["question"], s["number"]))
         for right in (True, False):
-            cards += [example_html(sample, root) for sample in [s for s in own if is_right(s) == right][:2]]
-    head, *lines = rows
+            chosen = [sample for sample in own if is_right(task, sample["scores"]) == right][:CARDS]
+            cards += [example_html(sample, [(tag, answers.get(sample["number"])) for tag, answers in said.items()], root, folder)
+                      for sample in chosen]
+    head, *lines = compare(exams)
     table = "<tr>" + "".join(f"<th>{visible(cell)}</th>" for cell in head) + "</tr>"
     table += "".join("<tr>" + "".join(f"<td>{visible(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    names = {"student": "student, 95 % interval", "blank": "grey pictures", "constant": "best constant answer"}
-    key = " ".join(f'<span><b style="color:{COLOURS[name]}">&#9632;</b> {text}</span>' for name, text in names.items())
+    names = [(visible(tag, 24), colour_of(number)) for number, tag in enumerate(said)] + list(CONTROLS.values())
+    key = " ".join(f'<span><b style="color:{colour}">&#9632;</b> {text}</span>' for text, colour in names)
+    plots = price_plot(exams, lambda exam: exam.get("cost", {}).get("seconds"), "seconds a question")
+    plots += "</div><div>" + price_plot(exams, operations, "GFLOP a question, VLM and world model")
+    choices = {"task": [("", "all tasks")] + [(task, task) for task in tasks],
+               "exam": [(str(number), tag) for number, tag in enumerate(said)][::-1],
+               "verdict": [("", "right and wrong"), ("right", "right"), ("wrong", "wrong")]}
+    selects = "".join(f'<select id="{name}" aria-label="{name}">' + "".join(f'<option value="{visible(value)}">{visible(text, 24)}</option>'
+                      for value, text in options) + "</select>" for name, options in choices.items())
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'".format(
+        base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
     return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Exam of {visible(results["tag"])}</title><style>{STYLE}</style>
 <h1>Exam of {visible(results["tag"])}</h1>
 <p>Checkpoint {visible(results["checkpoint"])}, {results["questions"]} questions of {visible(results["questions_file"])},
 {results["skipped"]} skipped. The constant answer is chosen for every score anew, from the {CONSTANTS} most frequent training
-answers, with the exam in hand.</p>
-<h2>Scores</h2><p class="key">{key}</p>{charts}
+answers, with the exam in hand. Whiskers and &#177;: 95 %, by drawing whole scenes.</p>
+<h2>Right answers and their cost</h2><p class="key">{key}</p>
+<p>Percent of questions answered rightly, over what one question costs (logarithmic). Dashed: the two controls.</p>
+<div class="plots"><div>{plots}</div></div>
+<h2>Scores by task</h2><p class="key">{key}</p>{charts}
 <h2>Table</h2><div class="wide"><table>{table}</table></div>
-<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered.</p>
-<div class="cards">{"".join(cards)}</div></html>
+<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered by {visible(results["tag"], 24)}.</p>
+<p>{selects}<small id="shown"></small></p>
+<div class="cards">{"".join(cards)}</div><script>{SCRIPT}</script></html>
 """
+
+
+def operations(exam: dict) -> float | None:
+    """GFLOP a question of the VLM and the world model together, None where one was not counted."""
+    counts = [exam.get("cost", {}).get(key) for key in ("vlm_flops", "world_flops")]
+    return None if None in counts else sum(counts) / 1e9
+
+
+# ----------------------------------------------------------------------------------------------- two exams, compared
+
+def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
+    """Samples of two exams that answer the same question about the same pictures; of equal ones the first with the first, and so on."""
+    def keyed(samples):
+        count = Counter()
+        for sample in samples:
+            key = (sample["task_type"], sample["question"], sample["truth"], tuple(sample["images"]))
+            count[key] += 1
+            yield (key, count[key]), sample
+    theirs = dict(keyed(b))
+    return [(sample, theirs[key]) for key, sample in keyed(a) if key in theirs]
+
+
+def difference(values: np.ndarray, scenes: list[str], *key, draws: int = 2000) -> dict:
+    """{"mean", "low", "high", "p"} of paired differences: a bootstrap over scenes; p: twice the share of draws on the other side of 0."""
+    names, index = np.unique(np.array(scenes, dtype=object).astype(str), return_inverse=True)
+    if len(names) < 2:
+        return {"mean": round(float(values.mean()), 6), "low": None, "high": None, "p": None}
+    sums, counts = np.bincount(index, weights=values), np.bincount(index)
+    picked = rng(*key, "paired").integers(len(names), size=(draws, len(names)))  # [draws, scenes]
+    means = sums[picked].sum(1) / counts[picked].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1))
+    return {"mean": round(float(values.mean()), 6), "low": round(float(low), 6), "high": round(float(high), 6), "p": round(float(p), 6)}
+
+
+def compare_two(cfg: Config):
+    """`--compare A B`: print and write how B differs from A on the questions that both answered."""
+    if len(cfg.compare) != 2:
+        stop("--compare wants two finished exams, tags or folders: --compare base sft")
+    run, exams = Path(cfg.run), []
+    for name in cfg.compare:
+        folder = next((folder for folder in (run / "6_eval" / name, Path(name)) if (folder / "samples.jsonl").is_file()), None)
+        if folder is None:
+            stop(f"{run / '6_eval' / name / 'samples.jsonl'} is missing: examine {name} first, or name the folder of a finished exam")
+        exams.append(read_jsonl(folder / "samples.jsonl", "task_type", "scene_id", "images", "question", "truth", "scores"))
+    pairs = paired(*exams)
+    if not pairs:
+        stop(f"{cfg.compare[0]} and {cfg.compare[1]} have no question in common: examine both on the same questions")
+    groups = {task: [pair for pair in pairs if pair[0]["task_type"] == task] for task in METRICS}
+    tables, rows = {}, [["task", "score", "n", cfg.compare[0], cfg.compare[1], "difference", "95 % interval", "p"]]
+    for task, own in (groups | {"all": pairs}).items():
+        for metric in METRICS.get(task, ["right"]) + ["reward"] if own else []:
+            a, b = (np.array([(sample["scores"] | {"right": is_right(sample["task_type"], sample["scores"])})[metric] for sample in side],
+                             dtype=float) for side in zip(*own))
+            found = difference(b - a, [sample["scene_id"] for sample, _ in own], cfg.seed, task, metric)
+            tables.setdefault(task, {})[metric] = {"n": len(own), "a": round(a.mean(), 6), "b": round(b.mean(), 6), **found}
+            span = "-" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}"
+            rows.append([task, WORDS[metric], str(len(own)), figure(a.mean(), metric), figure(b.mean(), metric),
+                         f"{found['mean']:+.3f}", span, "-" if found["p"] is None else f"{found['p']:.4f}"])
+    alone = [len(samples) - len(pairs) for samples in exams]
+    save(run / "6_eval/compare.json", json.dumps({"a": cfg.compare[0], "b": cfg.compare[1], "questions": len(pairs), "only_a": alone[0],
+                                                  "only_b": alone[1], "tasks": tables}, indent=1))
+    print(aligned(rows))
+    print(f"{len(pairs)} questions that both answered; left out: {alone[0]} only in {cfg.compare[0]}, {alone[1]} only in {cfg.compare[1]}")
+    print(f"written: {run / '6_eval/compare.json'}")
 
 
 # ----------------------------------------------------------------------------------------------- cost
@@ -842,7 +1025,8 @@ def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) ->
     whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))  # Qwen2.5-VL: the other layers look at windows
     window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     compared = (whole * frames * patches ** 2 + (vision.depth - whole) * frames * patches * patches.clamp(max=window)).sum().item()
-    seen = 2 * weights["tower"] * every + 2 * weights["merger"] * every // vision.spatial_merge_size ** 2 + 4 * vision.hidden_size * compared
+    merged = every // vision.spatial_merge_size ** 2
+    seen = 2 * weights["tower"] * every + 2 * weights["merger"] * merged + 4 * vision.hidden_size * compared
 
     read, heads = prompt_tokens + generated - 1, text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -982,8 +1166,8 @@ def yaw_matrix(yaw_deg: float) -> np.ndarray:
 def origin(image: Path, root: Path) -> dict | None:
     """The keys of a trajectory record that say from where this picture looks; None where it is no picture.
 
-    A picture that 02 wrote has a view.json beside it. In a room its pose there is start @ c2w[frame], from which a new path starts; the first
-    frame of `warp` is its photograph. Any other picture is a photograph itself, with 54 degrees along its longer side.
+    A picture that 02 wrote has a view.json beside it. In a room its pose there is start @ c2w[frame], from which a new path starts;
+    the first frame of `warp` is its photograph. Any other picture is a photograph itself, with 54 degrees along its longer side.
     """
     try:
         with Image.open(image) as picture:
@@ -1184,7 +1368,8 @@ def main(cfg: Config):
         stop(f"unknown tasks {' '.join(sorted(unknown))}: known are {' '.join(METRICS)}")
     if min(cfg.batch, cfg.max_new_tokens, cfg.max_pixels) < 1 or cfg.per_task < 0:
         stop("--batch, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
-    if min(cfg.search_steps, cfg.search_beams, cfg.search_views) < 1 or len(cfg.search_scores) != 2 or cfg.coupled_stated and not cfg.coupled:
+    searches = min(cfg.search_steps, cfg.search_beams, cfg.search_views) > 0 and len(cfg.search_scores) == 2
+    if not searches or cfg.coupled_stated and not cfg.coupled:
         stop("--search_steps, --search_beams and --search_views must be at least 1, --search_scores two numbers; "
              "--coupled_stated needs --coupled TEACHER")
     folder, path = run / "6_eval" / tag, next((p for p in (run / cfg.questions, Path(cfg.questions)) if p.is_file()), None)
@@ -1252,7 +1437,8 @@ def main(cfg: Config):
     train = [run / file if (run / file).is_file() else Path(file) for file in cfg.train]
     if missing := [str(file) for file in train if not file.is_file()]:
         print(f"no constant answers from {', '.join(missing)}: missing", file=sys.stderr)
-    tasks = grade(samples, skipped, training_answers([file for file in train if file.is_file()]), cfg.seed)
+    candidates = training_answers([file for file in train if file.is_file()])
+    tasks = grade(samples, skipped, candidates, cfg.seed)
     scenes = [sample["scene_id"] for sample in samples]
     means = {side: interval([sample[side]["reward"] for sample in samples], scenes, cfg.seed)
              for side in ("scores", "blank_scores") if side in samples[0]}
@@ -1262,10 +1448,12 @@ def main(cfg: Config):
                "questions": len(samples), "skipped": sum(skipped.values()),
                "unparsable": sum(result["unparsable"] for result in tasks.values()),
                "mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"), "coupled": summary,
-               "cost": price_list(samples), "tasks": tasks}
+               "right": right_answers(samples, candidates, cfg.seed), "cost": price_list(samples), "tasks": tasks}
     save(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     save(folder / "results.json", json.dumps(results, indent=1))
-    save(folder / "report.html", report_html(results, compare(beside + [results]), samples, root))
+    others = {exam["tag"]: {sample["number"]: sample for sample in read_jsonl(run / "6_eval" / exam["tag"] / "samples.jsonl", "number")}
+              for exam in beside if exam["questions_sha256"] == results["questions_sha256"]}
+    save(folder / "report.html", report_html(beside + [results], samples, others, root, folder))
     shutil.rmtree(folder / "answers")
     finish(folder, meta, {"answers": len(samples) * rounds, "skipped": sum(skipped.values())}, started)
     if asked:
