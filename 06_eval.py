@@ -1123,7 +1123,7 @@ SEARCH = [("forward", 0.75, 0.25), ("turn_left", 30.0, 10.0), ("turn_right", 30.
 # All views of a question and a step stand in one prompt, which is asked twice (explore, helpful). Scores are 0..9. A response that is not
 # one score a view counts as zeros, is counted, and ends the search: a student that cannot follow the prompt answers as without the rival.
 # Departures: the published code draws random scores 0..5 there (below its limit of 8, so with the same end), turns by 27 degrees in
-# sub-steps of 3, and may show the same pose twice.
+# sub-steps of 3, and scores a pose again that another walk led to.
 CRITERIA = {"explore": "how worthwhile it is to go on exploring from there in order to answer the question",
             "helpful": "how helpful it is for answering the question; a view that rules out a wrong answer helps as well, a spoilt picture "
                        "does not"}
@@ -1288,7 +1288,7 @@ def rate_all(questions: list[dict], states: list[dict], sub: Path, load, cfg: Co
     for number, at in enumerate(tqdm(range(0, len(asked), cfg.batch), unit="batch", desc=f"imagined/{sub.name}: scores")):
         file, batch = sub / "scores" / f"{number:05d}.json", asked[at:at + cfg.batch]
         if not file.is_file():
-            views = [[(in_words(actions), frame) for actions, frame in states[i]["views"]] for i in batch]
+            views = [[(words, frame) for words, (_, frame) in states[i]["views"].items()] for i in batch]
             save(file, json.dumps(rate(load(), list(zip([questions[i] for i in batch], views)), cfg)))
         for i, result in zip(batch, json.loads(file.read_text())):
             rated[i] = result
@@ -1299,9 +1299,9 @@ def advance(state: dict, rated: dict, cfg: Config) -> dict:
     """The state after a step: on from the views best to explore, the most helpful ones shown too; of equals the earlier view."""
     explore, helpful = (sorted((n for n, score in enumerate(rated[key]) if score >= least), key=lambda n: -rated[key][n])
                         for key, least in zip(CRITERIA, cfg.search_scores))
-    views = state["views"]
-    return state | {"beams": [views[n][0] for n in explore[:cfg.search_beams]], "cost": plus(state["cost"], rated["cost"]),
-                    "shown": state["shown"] | {in_words(views[n][0]): views[n][1] for n in helpful[:cfg.search_views]},
+    views = [(words, *view) for words, view in state["views"].items()]  # (words, actions, picture)
+    return state | {"beams": [views[n][1] for n in explore[:cfg.search_beams]], "cost": plus(state["cost"], rated["cost"]),
+                    "shown": state["shown"] | {views[n][0]: views[n][2] for n in helpful[:cfg.search_views]},
                     "scorings": state["scorings"] + len(CRITERIA) * bool(views), "unparsable": state["unparsable"] + rated["unparsable"]}
 
 
@@ -1312,7 +1312,7 @@ def rival(questions: list[dict], load, folder: Path, root: Path, cfg: Config) ->
     folder/imagined/STEP; when the motion is stated there is one step, and nothing is scored.
     """
     starts = {image: origin(Path(image), root) for image in dict.fromkeys(question["record"]["images"][0] for question in questions)}
-    state = {"beams": [], "views": [], "shown": {}, "cost": NOTHING, "scorings": 0, "unparsable": 0}
+    state = {"beams": [], "views": {}, "known": set(), "shown": {}, "cost": NOTHING, "scorings": 0, "unparsable": 0}
     states = [state | {"beams": [()] if starts[question["record"]["images"][0]] else []} for question in questions]
     no_network = cfg.coupled in ("simulator", "warp") and "--depth" not in cfg.coupled_args
     for step in range(1 if cfg.coupled_stated else cfg.search_steps):
@@ -1322,13 +1322,15 @@ def rival(questions: list[dict], load, folder: Path, root: Path, cfg: Config) ->
             break
         seen, seconds = imagine(folder / "imagined" / str(step + 1), walks, starts, root, cfg)
         for i, own in enumerate(wanted):
-            views = [(actions[:len(actions) - count + 1 + k], frame) for image, actions, count in own
-                     for k, frame in enumerate(seen[image, actions, count])]
-            price = NOTHING | {"seconds": seconds * len(own), "world_seconds": seconds * len(own), "views": len(views),
+            ends = [(actions[:len(actions) - count + 1 + k], frame) for image, actions, count in own
+                    for k, frame in enumerate(seen[image, actions, count])]
+            price = NOTHING | {"seconds": seconds * len(own), "world_seconds": seconds * len(own), "views": len(ends),
                                "world_flops": 0 if no_network or not own else None}  # 02 does not count those of its networks
-            states[i] = states[i] | {"views": views, "cost": plus(states[i]["cost"], price)}
+            views = {in_words(actions): (actions, frame) for actions, frame in ends}
+            new = {words: view for words, view in views.items() if words not in states[i]["known"]}
+            states[i] = states[i] | {"views": new, "known": states[i]["known"] | new.keys(), "cost": plus(states[i]["cost"], price)}
         if cfg.coupled_stated:
-            states = [state | {"shown": {in_words(actions): frame for actions, frame in state["views"]}} for state in states]
+            states = [state | {"shown": {words: frame for words, (_, frame) in state["views"].items()}} for state in states]
         else:
             rated = rate_all(questions, states, folder / "imagined" / str(step + 1), load, cfg)
             states = [advance(state, result, cfg) for state, result in zip(states, rated)]
