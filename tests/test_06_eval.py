@@ -68,12 +68,12 @@ def run(tmp_path):
     return tmp_path
 
 
-def examine(run: Path, monkeypatch, says, **settings) -> dict:
-    """Run the exam with `says(question, blank) -> response` in place of a student; its results."""
+def examine(run: Path, monkeypatch, says, spent=None, **settings) -> dict:
+    """Run the exam with `says(question, blank) -> response` in place of a student, at the cost `spent`; its results."""
     monkeypatch.setattr(exam, "load_student", lambda *args: None)
     monkeypatch.setattr(exam, "prepare", lambda student, batch, blank: [(question, blank) for question in batch])
     monkeypatch.setattr(exam, "answer", lambda student, prompts, most: [(says(*prompt), 3) for prompt in prompts])
-    monkeypatch.setattr(exam, "spent", lambda student, prompt, generated, seconds: exam.NOTHING | {"tokens": generated})
+    monkeypatch.setattr(exam, "spent", spent or (lambda student, prompt, generated, seconds: exam.NOTHING | {"tokens": generated}))
     cfg = exam.Config(**({"run": str(run), "checkpoint": "student", "batch": 16} | settings))
     exam.main(cfg)
     return json.loads((run / "6_eval" / (cfg.tag or "student") / "results.json").read_text())

@@ -184,7 +184,8 @@ def test_photographs_are_warped(tmp_path, monkeypatch):
     """A photograph without depth can turn, not move; what it cannot is left out. With the real 02, as a process of its own."""
     (tmp_path / "student").mkdir()
     write_questions(tmp_path / "3_qa/heldout.jsonl", tmp_path, scenes=2, pictures=1, per_scene=1)
-    results, samples = sit(tmp_path, monkeypatch, scorer({"turn left 10 degrees": (0, 9)}), coupled="warp")
+    results, samples = sit(tmp_path, monkeypatch, scorer({"turn left 10 degrees": (0, 9)}), coupled="warp",
+                           coupled_args="--min_match 0.3 --workers 1")
     assert results["coupled"]["views"] == 12  # two photographs, left and right, three sub-steps
     for sample in samples:
         (_, image), = sample["imagined"]
@@ -195,8 +196,7 @@ def test_photographs_are_warped(tmp_path, monkeypatch):
 
 def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
     write_exam(rooms, [view_of(rooms, ["turn_left"])])
-    for settings, said in (({"coupled": "dream"}, "choose from simulator"), ({"coupled_args": "--steps -1"}, "want 0 or more"),
-                           ({"coupled": "", "coupled_stated": True}, "--coupled_stated needs"), ({"search_scores": [8]}, "two numbers")):
+    for settings, said in (({"coupled": "dream"}, "choose from simulator"), ({"coupled": "", "coupled_stated": True}, "--coupled_stated needs"), ({"search_scores": [8]}, "two numbers")):
         with pytest.raises(SystemExit) as ended:
             sit(rooms, monkeypatch, scorer({}), **settings)
         err = capfd.readouterr().err
@@ -235,8 +235,8 @@ def test_counted_operations_are_those_of_the_profiler(run, tmp_path, family):
 def test_a_real_student_pays_for_its_search(run, tmp_path):
     """The shaken tiny student gives no scores: same answers as alone, at a higher price."""
     write_questions(run / "3_qa/heldout.jsonl", run, scenes=2, per_scene=1)
-    for tag, coupled in (("alone", []), ("coupled", ["--coupled", "warp"])):
-        script("06", "--run", run, "--checkpoint", "4_base", "--tag", tag, "--max_new_tokens", 4, "--device", "cpu", *coupled)
+    for tag, coupled in (("alone", ""), ("coupled", "warp")):
+        exam.main(exam.Config(run=str(run), checkpoint="4_base", tag=tag, max_new_tokens=4, device="cpu", coupled=coupled))
     alone, coupled = ({"samples": lines(run / "6_eval" / tag / "samples.jsonl"),
                        "cost": json.loads((run / "6_eval" / tag / "results.json").read_text())["cost"]} for tag in ("alone", "coupled"))
     assert [s["response"] for s in alone["samples"]] == [s["response"] for s in coupled["samples"]]
