@@ -12,21 +12,38 @@ difference of the signed angles (left 30 instead of right 40 is 70 degrees off);
 intersection over union; A4 D2 D4 S2 share right; S3 error in meters; S4 error in degrees around the circle; and the reward of
 stage 5 for every task. A response that is not one answer (or is longer than 200 characters) scores 0, its error is that of the
 worst answer which the questions of its task hold, and it is counted as unparsable. D1 also shows the score of repeating the box
-of the first picture.
+of the first picture. An answer is right when its main score is at least one half (S3, S4: its reward at least 0.95).
+
+The rival (--coupled TEACHER) asks the world model while answering, after MindJourney (arXiv 2507.12508): from the question's first
+picture it searches short walks, in which the VLM scores every imagined view twice, worth exploring and helpful, and it answers with
+the helpful views beside the question. With --coupled_stated there is no search: the motion that the question states is imagined, and
+its end is shown (A4, D1, D2, D4; the other tasks state none and are asked as they are). 02 imagines: 06 writes the walks of all
+questions as a run of their own, calls 02 on it and reads the views back.
+
+What an answer costs is counted for the question asked alone: seconds (its share of the batch; the controls are not counted), tokens,
+peak memory, and the operations of the VLM from its weights, tokens and patches (see vlm_flops). The views of simulator and warp take
+no network; how many operations svc and sana-wm take is not counted, only their seconds are.
 
 Reads   RUN/3_qa/heldout.jsonl, or any file of the same format (--questions):
         {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>Which way and how far did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "images": ["2_views/room_00007/t001/000.png", ...],
          "scene_id": "room_00007", ...}
         and a checkpoint folder with the weights and the processor.
-Writes  RUN/6_eval/TAG/results.json   every score with its interval and controls
+Writes  RUN/6_eval/TAG/results.json   every score with its interval and controls; "cost": means of a question
         RUN/6_eval/TAG/samples.jsonl  {"number": 12, "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
             "truth": "turn right 30 degrees", "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
-            "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...}}
+            "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...},
+            "cost": {"seconds": 0.02, "world_seconds": 0.0, "tokens": 4, "prompt_tokens": 61, "vlm_flops": 259000000, "world_flops": 0,
+            "views": 0, "peak_gb": 0.7}}, with --coupled also "imagined": [["turn left 20 degrees", "imagined/1/2_views/..."], ...]
         RUN/6_eval/TAG/report.html    one file with plots and example pictures, for any browser
+        RUN/6_eval/TAG/imagined/STEP  with --coupled: a run folder with the step's walks (1_trajectories), 02's views (2_views) and scores
+        RUN/6_eval/compare.json       with --compare: B minus A on the questions that both answered, 95 % intervals and p-values
         RUN/6_eval/TAG/meta.json      settings, counts, versions, and the checkpoint's own meta
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
+    python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator                   # or warp, svc, sana-wm
+    python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator --coupled_stated
+    python 06_eval.py --run runs/demo --compare base refined
 """
 import argparse
 import base64
@@ -722,6 +739,10 @@ COLOURS = ["#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#0987a0", "#7
 CONTROLS = {"blank": ("grey pictures", "#a0aec0"), "constant": ("best constant answer", "#dda94f")}
 
 
+def label(tag: str) -> str:
+    return visible(tag if len(tag) <= 24 else tag[:23] + "…")
+
+
 def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
@@ -772,7 +793,7 @@ def price_plot(exams: list[dict], price, words: str) -> str:
         x = across(10 ** (k * every))
         parts.append(f'<path stroke="#ddd" d="M{x:.1f} {y0}V{y1}"/>'
                      f'<text x="{x:.1f}" y="{y0 + 15}" text-anchor="middle">{10 ** (k * every):.2g}</text>')
-    for name, (label, colour) in CONTROLS.items():
+    for name, (_, colour) in CONTROLS.items():
         value = exams[-1]["right"].get(name)
         if value is not None:
             parts.append(f'<path stroke="{colour}" stroke-width="2" stroke-dasharray="5 4" d="M{x0} {up(value):.1f}H{x1}"/>')
@@ -785,7 +806,7 @@ def price_plot(exams: list[dict], price, words: str) -> str:
         taken = max(up(value["mean"]) + 4, taken + 13)
         side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
         parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
-                     f'{visible(exam["tag"], 24)}</text>')
+                     f'{label(exam["tag"])}</text>')
     return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
             f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
 
@@ -844,7 +865,7 @@ def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Pat
         if other:
             scores = ", ".join(f"{WORDS[metric]} {figure(other['scores'][metric], metric)}" for metric in METRICS[task] + ["reward"])
             word = "right" if verdicts[number] else "wrong"
-            lines += (f'<li class="{word}"><b>{visible(tag, 24)}</b>, {word}: <bdi>{visible(other["response"])}</bdi> '
+            lines += (f'<li class="{word}"><b>{label(tag)}</b>, {word}: <bdi>{visible(other["response"])}</bdi> '
                       f'<small>{scores}</small>')
     views = "".join(f'<figure>{picture_html(Image.open(folder / image).convert("RGB"), [])}'
                     f'<figcaption>{visible(words, 80)}</figcaption></figure>' for words, image in sample.get("imagined", [])[:6])
@@ -909,7 +930,7 @@ def report_html(exams: list[dict], samples: list[dict], others: dict[str, dict],
     head, *lines = compare(exams)
     table = "<tr>" + "".join(f"<th>{visible(cell)}</th>" for cell in head) + "</tr>"
     table += "".join("<tr>" + "".join(f"<td>{visible(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    names = [(visible(tag, 24), colour_of(number)) for number, tag in enumerate(said)] + list(CONTROLS.values())
+    names = [(label(tag), colour_of(number)) for number, tag in enumerate(said)] + list(CONTROLS.values())
     key = " ".join(f'<span><b style="color:{colour}">&#9632;</b> {text}</span>' for text, colour in names)
     plots = price_plot(exams, lambda exam: exam.get("cost", {}).get("seconds"), "seconds a question")
     plots += "</div><div>" + price_plot(exams, operations, "GFLOP a question, VLM and world model")
@@ -927,13 +948,13 @@ def report_html(exams: list[dict], samples: list[dict], others: dict[str, dict],
 <h1>Exam of {visible(results["tag"])}</h1>
 <p>Checkpoint {visible(results["checkpoint"])}, {results["questions"]} questions of {visible(results["questions_file"])},
 {results["skipped"]} skipped. The constant answer is chosen for every score anew, from the {CONSTANTS} most frequent training
-answers, with the exam in hand. Whiskers and &#177;: 95 %, by drawing whole scenes.</p>
+answers, with the exam in hand. Whiskers and &#177;: 95&nbsp;%, by drawing whole scenes.</p>
 <h2>Right answers and their cost</h2><p class="key">{key}</p>
 <p>Percent of questions answered rightly, over what one question costs (logarithmic). Dashed: the two controls.</p>
 <div class="plots"><div>{plots}</div></div>
 <h2>Scores by task</h2><p class="key">{key}</p>{charts}
 <h2>Table</h2><div class="wide"><table>{table}</table></div>
-<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered by {visible(results["tag"], 24)}.</p>
+<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered by {label(results["tag"])}.</p>
 <p>{selects}<small id="shown"></small></p>
 <div class="cards">{"".join(cards)}</div><script>{SCRIPT}</script></html>
 """

@@ -1,12 +1,13 @@
-"""The report in a real browser, from a file: nothing in red on the console, no wider than a phone, hostile text harmless, the filter filters."""
+"""The report in a real browser, from a file: nothing in red on the console, no wider than a phone, hostile text harmless."""
 import re
 
 import pytest
 from browser import CHROMIUM, Browser
 from test_06_eval import exam, examine, make_run, truth
 
-HOSTILE = ["<script>document.title = 'taken'; throw 1</script>", "</div></script><img src=x onerror=\"throw 2\">", "\u202eright to left\u2066 \u200f",
-           "A" * 10_000_000, "W" * 299, "</style><style>.card{display:none}", "\" onmouseover=\"throw 3\" x=\"", "\ud800 \0 \x1b[2J"]
+HOSTILE = ["<script>document.title = 'taken'; throw 1</script>", "</div></script><img src=x onerror=\"throw 2\">",
+           "\u202eright to left\u2066 \u200f", "A" * 10_000_000, "W" * 299,
+           "</style><style>.card{display:none}", "\" onmouseover=\"throw 3\" x=\"", "\ud800 \0 \x1b[2J"]
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +19,14 @@ def page(tmp_path_factory):
         def cost(number):
             return lambda *args: {"seconds": 0.1 * 10 ** number, "world_seconds": 0.0, "tokens": 3, "prompt_tokens": 9, "views": 0,
                                   "vlm_flops": 10 ** (9 + number), "world_flops": None if number == 2 else 0, "peak_gb": 1.0}
+        def half(question, blank):
+            return question["truth"] if question["number"] % 2 else "no"
+
+        def hostile(question, blank):
+            return HOSTILE[question["number"] % len(HOSTILE)] if question["number"] % 3 else question["truth"]
         examine(run, patch, truth, tag="base", spent=cost(0))
-        examine(run, patch, lambda question, blank: truth(question, blank) if question["number"] % 2 else "no", tag="base-simulator", spent=cost(1))
-        examine(run, patch, lambda question, blank: HOSTILE[question["number"] % len(HOSTILE)] if question["number"] % 3 else question["truth"],
-                tag="a_hostile_student_with_a_long_name", beside=["base", "base-simulator"], spent=cost(2))
+        examine(run, patch, half, tag="base-simulator", spent=cost(1))
+        examine(run, patch, hostile, tag="a_hostile_student_with_a_long_name", beside=["base", "base-simulator"], spent=cost(2))
     return run / "6_eval/a_hostile_student_with_a_long_name/report.html"
 
 
@@ -39,13 +44,14 @@ def test_in_a_browser(page, tmp_path):
             assert browser.complaints == []
             assert browser.evaluate("document.title").startswith("Exam of a_hostile")
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
-            wide = "[...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') && e.getBoundingClientRect().right > innerWidth + 1).length"
-            assert browser.evaluate(wide) == 0
+            assert browser.evaluate("""[...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') &&
+                e.getBoundingClientRect().right > innerWidth + 1).length""") == 0
             small = "Math.min(...[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height))"
             assert browser.evaluate(small) > 10  # pixels: labels can be read
-            overlaps = """[...document.querySelectorAll('.plots svg')].flatMap(svg => { const named = [...svg.querySelectorAll('text[fill]')]
-                .map(e => e.getBoundingClientRect()); return named.flatMap((a, i) => named.slice(i + 1).filter(b => a.left < b.right &&
-                b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom)) }).length"""
+            overlaps = """[...document.querySelectorAll('.plots svg')].flatMap(svg => {
+                const boxes = [...svg.querySelectorAll('text[fill]')].map(e => e.getBoundingClientRect());
+                return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right &&
+                    a.top + 2 < b.bottom && b.top + 2 < a.bottom)) }).length"""
             assert browser.evaluate(overlaps) == 0
         cards, shown = "document.querySelectorAll('.card').length", "[...document.querySelectorAll('.card')].filter(c => c.offsetHeight)"
 
@@ -58,7 +64,8 @@ def test_in_a_browser(page, tmp_path):
         right, wrong = choose(verdict="right"), choose(verdict="wrong")
         assert right and wrong and right + wrong == total  # of the last exam
         assert choose(exam="0", verdict="right") == total and choose(verdict="wrong") == 0  # base knows all
-        assert 0 < choose(exam="1", verdict="wrong", task="A1") == browser.evaluate(f"{shown}.filter(c => c.dataset.task == 'A1').length") < 5
+        found = choose(exam="1", verdict="wrong", task="A1")
+        assert 0 < found == browser.evaluate(f"{shown}.filter(c => c.dataset.task == 'A1').length") < 5
         assert browser.evaluate("document.getElementById('shown').textContent") == f"{choose()} shown"
         assert browser.evaluate("document.querySelectorAll('.card li').length") == 3 * total  # each with all three answers
         assert browser.complaints == []

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import lines, load, script, tiny_qwen25, write_questions
+from conftest import lines, load, tiny_qwen25, write_questions
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +18,9 @@ exam = load("06")
 def rooms(tmp_path_factory):
     """Two rooms with every frame of some trajectories, and D2 questions that state their motions."""
     run = tmp_path_factory.mktemp("rooms")
-    script("01", "--run", run, "--rooms", 2, "--room_px", 42, "--heldout", 0.5)
-    script("02", "--run", run, "--keep", "all", "--workers", 1)
+    sample, imagine = load("01"), load("02")
+    sample.main(sample.Config(run=str(run), rooms=2, room_px=42, heldout=0.5))
+    imagine.main(imagine.Config(run=str(run), keep="all", workers=1))
     (run / "student").mkdir()
     return run
 
@@ -60,7 +61,8 @@ def sit(rooms, monkeypatch, says, **settings) -> tuple[dict, list[dict]]:
     monkeypatch.setattr(exam, "prepare", lambda student, batch, blank: [question["record"] for question in batch])
     monkeypatch.setattr(exam, "answer", lambda student, prompts, most: [(says(record), 2) for record in prompts])
     monkeypatch.setattr(exam, "spent", lambda *args: exam.NOTHING | {"tokens": 2, "vlm_flops": 10})
-    cfg = exam.Config(**({"run": str(rooms), "checkpoint": "student", "blank": False, "batch": 2, "coupled": "simulator", "tag": "x"} | settings))
+    usual = {"run": str(rooms), "checkpoint": "student", "blank": False, "batch": 2, "coupled": "simulator", "tag": "x"}
+    cfg = exam.Config(**(usual | settings))
     shutil.rmtree(rooms / "6_eval" / cfg.tag, ignore_errors=True)
     exam.main(cfg)
     folder = rooms / "6_eval" / cfg.tag
@@ -145,8 +147,8 @@ def test_scores_that_cannot_be_read_end_the_search(rooms, monkeypatch, quick):
 
 
 @pytest.mark.parametrize("text, count, scores", [
-    ("3, 9, 0", 3, [3, 9, 0]), ("Output: 3,9,0.", 3, [3, 9, 0]), ("[3 9 0]", 3, [3, 9, 0]), ("7", 1, [7]), ("3, 9", 3, None), ("10, 3", 2, None),
-    ("3, 9, 0 are my scores", 3, None), ("-3, 9", 2, None), ("", 1, None), ("3.5, 9", 2, None)])
+    ("3, 9, 0", 3, [3, 9, 0]), ("Output: 3,9,0.", 3, [3, 9, 0]), ("[3 9 0]", 3, [3, 9, 0]), ("7", 1, [7]), ("3, 9", 3, None),
+    ("10, 3", 2, None), ("3, 9, 0 are my scores", 3, None), ("-3, 9", 2, None), ("", 1, None), ("3.5, 9", 2, None)])
 def test_scores_of(text, count, scores):
     assert exam.scores_of(text, count) == scores
 
@@ -196,7 +198,8 @@ def test_photographs_are_warped(tmp_path, monkeypatch):
 
 def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
     write_exam(rooms, [view_of(rooms, ["turn_left"])])
-    for settings, said in (({"coupled": "dream"}, "choose from simulator"), ({"coupled": "", "coupled_stated": True}, "--coupled_stated needs"), ({"search_scores": [8]}, "two numbers")):
+    for settings, said in (({"coupled": "dream"}, "choose from simulator"), ({"search_scores": [8]}, "two numbers"),
+                           ({"coupled": "", "coupled_stated": True}, "--coupled_stated needs")):
         with pytest.raises(SystemExit) as ended:
             sit(rooms, monkeypatch, scorer({}), **settings)
         err = capfd.readouterr().err
@@ -240,14 +243,16 @@ def test_a_real_student_pays_for_its_search(run, tmp_path):
     alone, coupled = ({"samples": lines(run / "6_eval" / tag / "samples.jsonl"),
                        "cost": json.loads((run / "6_eval" / tag / "results.json").read_text())["cost"]} for tag in ("alone", "coupled"))
     assert [s["response"] for s in alone["samples"]] == [s["response"] for s in coupled["samples"]]
-    assert coupled["cost"]["vlm_flops"] > 5 * alone["cost"]["vlm_flops"] and coupled["cost"]["world_seconds"] > 0 == alone["cost"]["world_seconds"]
+    assert coupled["cost"]["vlm_flops"] > 5 * alone["cost"]["vlm_flops"]
+    assert coupled["cost"]["world_seconds"] > 0 == alone["cost"]["world_seconds"]
     for sample in coupled["samples"]:
         assert sample["cost"]["seconds"] > sample["cost"]["world_seconds"] and sample["cost"]["peak_gb"] > 0.1
 
 
 def samples_of(right: list[bool], scenes: list[str], task: str = "D2") -> list[dict]:
     return [{"task_type": task, "scene_id": scene, "images": ["a.png"], "question": f"number {i}", "truth": "yes",
-             "scores": {"answered": True, "accuracy": float(yes), "reward": 0.2 + 0.8 * yes}} for i, (yes, scene) in enumerate(zip(right, scenes))]
+             "scores": {"answered": True, "accuracy": float(yes), "reward": 0.2 + 0.8 * yes}}
+            for i, (yes, scene) in enumerate(zip(right, scenes))]
 
 
 def test_compare(tmp_path, capsys):
