@@ -47,6 +47,7 @@ Writes  RUN/6_eval/TAG/results.json   every score with its interval and controls
 """
 import argparse
 import base64
+import fcntl
 import hashlib
 import html
 import io
@@ -1226,7 +1227,9 @@ def imagine(sub: Path, walks: list[tuple], starts: dict[str, dict], root: Path, 
         c2w, keyframes = poses_along(actions)
         lines.append({"scene_id": places[image], "traj_id": f"w{number:06d}", "split": "heldout", "actions": actions,
                       "keyframes": keyframes, "c2w": (c2w.round(7) + 0.0).tolist()} | starts[image])
-    meta = sub / "2_views/meta.json"
+    sub.mkdir(parents=True, exist_ok=True)
+    lock, meta = os.open(sub, os.O_RDONLY), sub / "2_views/meta.json"
+    fcntl.flock(lock, fcntl.LOCK_EX)  # 02 inherits it: should this process be killed alone, its rerun waits here until that 02 has ended
     if not meta.is_file() or not json.loads(meta.read_text())["finished"]:
         for room in {line["room"] for line in lines} - {None}:
             save(sub / room, (root / room).read_bytes())
@@ -1236,8 +1239,9 @@ def imagine(sub: Path, walks: list[tuple], starts: dict[str, dict], root: Path, 
         command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py")), "--run", str(sub), "--teacher", cfg.coupled,
                    "--keep", "keyframes", "--seed", str(cfg.seed), *shlex.split(cfg.coupled_args)]
         with (sub / "02.log").open("a") as log:
-            if subprocess.run(command, stdout=log).returncode:
+            if subprocess.run(command, stdout=log, pass_fds=[lock]).returncode:
                 stop(f"02 ended with a fault (see the lines above and {sub / '02.log'}): correct --coupled or --coupled_args")
+    os.close(lock)
     frames = {view["traj_id"]: view["frames"] for view in read_jsonl(sub / "2_views/views.jsonl", "traj_id", "frames")}
     views = {walk: [str(sub / frame) for frame in frames.get(line["traj_id"], [])[-walk[2]:]] for line, walk in zip(lines, walks)}
     return views, json.loads(meta.read_text())["seconds"] / len(lines)

@@ -47,7 +47,7 @@ def write_exam(rooms, views: list[dict]):
 @pytest.fixture
 def quick(monkeypatch):
     """02 in this process instead of a new one, which takes seconds to begin."""
-    def here(command, stdout):
+    def here(command, stdout, pass_fds):
         stage = load("02")
         monkeypatch.setattr(sys, "argv", command[1:] + ["--workers", "1"])
         stage.main(stage.parse(stage.Config))
