@@ -1376,6 +1376,10 @@ def show(exams: list[dict], folder: Path):
     for exam in exams[:-1]:
         if exam["questions_sha256"] != exams[-1]["questions_sha256"] or exam["asked_sha256"] != exams[-1]["asked_sha256"]:
             print(f"note: {exam['tag']} was examined on other questions than {exams[-1]['tag']}")
+    for exam in exams:
+        if how := exam.get("coupled"):
+            print(f"{exam['tag']}: {how['teacher']} imagined {how['views']} views by {how['way']}, {how['shown']} were shown; "
+                  f"{how['questions_without']} questions had none; {how['unparsable_scorings']} of {how['scorings']} scorings could not be read")
     print(aligned(compare(exams)))
     print(f"report: {folder / 'report.html'}")
 
