@@ -1379,7 +1379,8 @@ def show(exams: list[dict], folder: Path):
     for exam in exams:
         if how := exam.get("coupled"):
             print(f"{exam['tag']}: {how['teacher']} imagined {how['views']} views by {how['way']}, {how['shown']} were shown; "
-                  f"{how['questions_without']} questions had none; {how['unparsable_scorings']} of {how['scorings']} scorings could not be read")
+                  f"{how['questions_without']} questions had none; "
+                  f"{how['unparsable_scorings']} of {how['scorings']} scorings could not be read")
     print(aligned(compare(exams)))
     print(f"report: {folder / 'report.html'}")
 
