@@ -776,6 +776,12 @@ def say_memory(model: torch.nn.Module, found: dict[str, float], source: str):
           + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.items()) + f": {total / 1e9:.1f} GB", flush=True)
 
 
+def say_peak(device: str, rank: int):
+    """What a GPU really took; `finish` says it of the process."""
+    if rank == 0 and device != "cpu":
+        print(f"peak memory of {torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
 def on_meta(source: str, cfg) -> torch.nn.Module:
     """The student as it will be trained, without its weights: shapes only."""
     try:
@@ -1122,6 +1128,7 @@ def main(cfg: Config):
                       + (f"  validation {line['val_loss']:.4f}" if "val_loss" in line else ""), flush=True)
 
     save_end(folder, student, cfg, rank)
+    say_peak(device, rank)
     if rank == 0:
         draw_curves(folder, {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"], "tokens/s": ["tokens_s"]})
         finish(folder, meta, {"steps": steps, "questions": len(questions), "parameters trained": trained}, started)

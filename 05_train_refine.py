@@ -772,6 +772,12 @@ def say_memory(model: torch.nn.Module, found: dict[str, float], source: str):
           + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.items()) + f": {total / 1e9:.1f} GB", flush=True)
 
 
+def say_peak(device: str, rank: int):
+    """What a GPU really took; `finish` says it of the process."""
+    if rank == 0 and device != "cpu":
+        print(f"peak memory of {torch.cuda.get_device_name()}: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
 def on_meta(source: str, cfg) -> torch.nn.Module:
     """The student as it will be trained, without its weights: shapes only."""
     try:
@@ -1331,6 +1337,7 @@ def main(cfg: Config):
                       f"length {line['length']:5.1f}  {int(responses) / seconds:6.1f} responses/s  ETA {pace * (steps - step - 1) / 60:5.1f} min", flush=True)
 
     save_end(folder, student, cfg, rank)
+    say_peak(device, rank)
     if rank == 0:
         draw_curves(folder, {"mean reward": ["reward"], "reward by task": ["rewards"], "KL from the start": ["kl"], "share of tokens clipped": ["clipped"],
                              "tokens of a response": ["length"], "gradient norm": ["grad_norm"]})
