@@ -857,18 +857,23 @@ def draw_curves(folder: Path, panels: dict[str, list[str]]):
 
 # --- same in 05, 06: generation ---
 class Roomy(DynamicLayer):
-    """A copy of `rows` of one layer's keys and values in tensors with room for `room` tokens more. A step writes its own keys into place;
-    a dynamic cache would copy all keys at every step. What lies behind the last written key is never shown to anybody."""
+    """A copy of `rows` of one layer's keys and values with room for `room` tokens more: a step writes its own keys into place, where a
+    dynamic cache copies all of them. When the room is used up, as much is added once more. What is not written yet is shown to nobody."""
 
     def __init__(self, layer, rows: torch.Tensor, room: int):
         super().__init__()
-        self.written = layer.keys.shape[-2]
-        self.storage = [torch.cat([x[rows], x.new_zeros(len(rows), x.shape[1], room, x.shape[3])], 2) for x in (layer.keys, layer.values)]
+        self.room, self.written = room, layer.keys.shape[-2]
+        self.storage = [self.enlarged(x[rows]) for x in (layer.keys, layer.values)]                     # [rows, H, T + room, D]
         self.keys, self.values = (x[:, :, :self.written] for x in self.storage)                         # [rows, H, T, D], views
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
+    def enlarged(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_empty(*x.shape[:2], self.room, x.shape[3])], 2)
+
     def update(self, keys, values, *args, **kwargs):
         start, self.written = self.written, self.written + keys.shape[-2]
+        if self.written > self.storage[0].shape[2]:
+            self.storage = [self.enlarged(x) for x in self.storage]
         for x, new in zip(self.storage, (keys, values)):
             x[:, :, start:self.written] = new
         self.keys, self.values = (x[:, :, :self.written] for x in self.storage)
@@ -917,26 +922,28 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     model, tokenizer = student.model, student.tokenizer
     device, config = model.device, model.config
     heads = shared_heads(prompts, config.image_token_id)
-    head_of = {b: (row, n) for row, (members, n) in enumerate(heads) for b in members}
     firsts = [(prompts[members[0]], n) for members, n in heads]
     ids, mask, positions = left_padded([{"ids": first["ids"][:n], "positions": first["positions"][:, :n]} for first, n in firsts],
                                        tokenizer.pad_token_id)
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True, logits_to_keep=1,
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
                 pixel_values=torch.cat([first["pixels"] for first, _ in firsts]).to(device),
-                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device))
-    # From here on B = prompts x samples rows.
-    rows = torch.tensor([head_of[b][0] for b in range(len(prompts))]).repeat_interleave(samples)
-    tails = [{"ids": prompt["ids"][head_of[b][1]:], "positions": prompt["positions"][:, head_of[b][1]:]} for b, prompt in enumerate(prompts)]
-    ids, tail_mask, positions = (x.repeat_interleave(samples, -2) for x in left_padded(tails, tokenizer.pad_token_id))
-    mask, logits, cache = torch.cat([mask[rows], tail_mask], 1).to(device), out.logits[rows.to(device), -1], out.past_key_values
-    cache.layers = [Roomy(layer, rows.to(device), ids.shape[1] + max_new_tokens) for layer in cache.layers]
-    if ids.shape[1]:
-        logits = model(input_ids=ids.to(device), attention_mask=mask, position_ids=positions.to(device), past_key_values=cache, use_cache=True,
-                       logits_to_keep=1).logits[:, -1]                                                  # [B, V]
+                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device), logits_to_keep=1)
+    head_of = {b: row for row, (members, _) in enumerate(heads) for b in members}
+    cuts = [heads[head_of[b]][1] for b in range(len(prompts))]
+    rows = torch.tensor([head_of[b] for b in range(len(prompts))]).repeat_interleave(samples)           # [B = prompts x samples]
+    tails = [{"ids": prompt["ids"][n:], "positions": prompt["positions"][:, n:]} for prompt, n in zip(prompts, cuts)]
+    ids, tail_mask, positions = (x.repeat_interleave(samples, -2).to(device) for x in left_padded(tails, tokenizer.pad_token_id))
+    mask, rows, cache = torch.cat([mask[rows].to(device), tail_mask], 1), rows.to(device), out.past_key_values
+    cache.layers = [Roomy(layer, rows, ids.shape[1] + min(max_new_tokens, 128)) for layer in cache.layers]
+    if ids.shape[1] == 0:                                                                               # no tails: nothing was shared
+        logits = out.logits[rows, -1]                                                                   # [B, V]
+    else:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
     position = torch.tensor([int(prompt["positions"].max()) + 1 for prompt in prompts]).repeat_interleave(samples).to(device)
     banned = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id], device=device)
     done, tokens = torch.zeros(len(rows), dtype=torch.bool, device=device), []
-    while True:                                                                                         # `position`: the next token's, in all three streams
+    while True:                                                                                         # `position` is the next token's
         logits = logits.float().index_fill(-1, banned, -torch.inf)
         if uniforms is None:
             token = logits.argmax(-1)

@@ -14,19 +14,29 @@ stage 5 for every task. A response that is not one answer (or is longer than 200
 worst answer which the questions of its task hold, and it is counted as unparsable. D1 also shows the score of repeating the box
 of the first picture.
 
+The public benchmarks (--exam sat-real, sat-synthesized, vsi-bench, mindcube; --data names their files as published) are asked in the
+words of a protocol (--protocol, see PROTOCOLS) and scored twice: "score" as their public code does, faults included, and "corrected" as
+a person would read the answer. Both stand beside grey pictures and the best constant answer of each question type. Questions about the
+same pictures or video share one prefill. A question that can't be asked is named on stderr and counted by reason, never dropped.
+
 Reads   RUN/3_qa/heldout.jsonl, or any file of the same format (--questions):
         {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>Which way and how far did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "images": ["2_views/room_00007/t001/000.png", ...],
          "scene_id": "room_00007", ...}
+        or DATA of a benchmark: SAT_test.parquet, SAT_val.parquet; test.jsonl and DATASET/SCENE.mp4; MindCube_tinybench.jsonl and pictures
         and a checkpoint folder with the weights and the processor.
-Writes  RUN/6_eval/TAG/results.json   every score with its interval and controls
-        RUN/6_eval/TAG/samples.jsonl  {"number": 12, "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
-            "truth": "turn right 30 degrees", "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
+Writes  RUN/6_eval/TAG/samples.jsonl  grows as answers come (a killed exam goes on behind the last one); at the end one line a question:
+           {"number": 12, "id": 12, "exam": "heldout", "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
+            "options": null, "truth": "turn right 30 degrees", "response": "turn right 20 degrees",
+            "blank_response": "turn left 60 degrees", "seconds": 0.02, "prompt_tokens": 61, "tokens": 6,
             "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...}}
+        RUN/6_eval/TAG/results.json   every score with its interval and controls, the protocol and its hash, what was skipped and why
         RUN/6_eval/TAG/report.html    one file with plots and example pictures, for any browser
         RUN/6_eval/TAG/meta.json      settings, counts, versions, and the checkpoint's own meta
+        RUN/6_eval/pictures/EXAM/     a benchmark's pictures and video frames, cut out once for all checkpoints
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
+    python 06_eval.py --run runs/big --exam vsi-bench --data ~/VSI-Bench --protocol lmms-eval --tag vsi-refined
 """
 import argparse
 import base64
@@ -515,18 +525,23 @@ def encode(student: Student, record: dict, grids: torch.Tensor) -> dict:
 
 # --- same in 05, 06: generation ---
 class Roomy(DynamicLayer):
-    """A copy of `rows` of one layer's keys and values in tensors with room for `room` tokens more. A step writes its own keys into place;
-    a dynamic cache would copy all keys at every step. What lies behind the last written key is never shown to anybody."""
+    """A copy of `rows` of one layer's keys and values with room for `room` tokens more: a step writes its own keys into place, where a
+    dynamic cache copies all of them. When the room is used up, as much is added once more. What is not written yet is shown to nobody."""
 
     def __init__(self, layer, rows: torch.Tensor, room: int):
         super().__init__()
-        self.written = layer.keys.shape[-2]
-        self.storage = [torch.cat([x[rows], x.new_zeros(len(rows), x.shape[1], room, x.shape[3])], 2) for x in (layer.keys, layer.values)]
+        self.room, self.written = room, layer.keys.shape[-2]
+        self.storage = [self.enlarged(x[rows]) for x in (layer.keys, layer.values)]                     # [rows, H, T + room, D]
         self.keys, self.values = (x[:, :, :self.written] for x in self.storage)                         # [rows, H, T, D], views
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
+    def enlarged(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_empty(*x.shape[:2], self.room, x.shape[3])], 2)
+
     def update(self, keys, values, *args, **kwargs):
         start, self.written = self.written, self.written + keys.shape[-2]
+        if self.written > self.storage[0].shape[2]:
+            self.storage = [self.enlarged(x) for x in self.storage]
         for x, new in zip(self.storage, (keys, values)):
             x[:, :, start:self.written] = new
         self.keys, self.values = (x[:, :, :self.written] for x in self.storage)
@@ -575,26 +590,28 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     model, tokenizer = student.model, student.tokenizer
     device, config = model.device, model.config
     heads = shared_heads(prompts, config.image_token_id)
-    head_of = {b: (row, n) for row, (members, n) in enumerate(heads) for b in members}
     firsts = [(prompts[members[0]], n) for members, n in heads]
     ids, mask, positions = left_padded([{"ids": first["ids"][:n], "positions": first["positions"][:, :n]} for first, n in firsts],
                                        tokenizer.pad_token_id)
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True, logits_to_keep=1,
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
                 pixel_values=torch.cat([first["pixels"] for first, _ in firsts]).to(device),
-                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device))
-    # From here on B = prompts x samples rows.
-    rows = torch.tensor([head_of[b][0] for b in range(len(prompts))]).repeat_interleave(samples)
-    tails = [{"ids": prompt["ids"][head_of[b][1]:], "positions": prompt["positions"][:, head_of[b][1]:]} for b, prompt in enumerate(prompts)]
-    ids, tail_mask, positions = (x.repeat_interleave(samples, -2) for x in left_padded(tails, tokenizer.pad_token_id))
-    mask, logits, cache = torch.cat([mask[rows], tail_mask], 1).to(device), out.logits[rows.to(device), -1], out.past_key_values
-    cache.layers = [Roomy(layer, rows.to(device), ids.shape[1] + max_new_tokens) for layer in cache.layers]
-    if ids.shape[1]:
-        logits = model(input_ids=ids.to(device), attention_mask=mask, position_ids=positions.to(device), past_key_values=cache, use_cache=True,
-                       logits_to_keep=1).logits[:, -1]                                                  # [B, V]
+                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device), logits_to_keep=1)
+    head_of = {b: row for row, (members, _) in enumerate(heads) for b in members}
+    cuts = [heads[head_of[b]][1] for b in range(len(prompts))]
+    rows = torch.tensor([head_of[b] for b in range(len(prompts))]).repeat_interleave(samples)           # [B = prompts x samples]
+    tails = [{"ids": prompt["ids"][n:], "positions": prompt["positions"][:, n:]} for prompt, n in zip(prompts, cuts)]
+    ids, tail_mask, positions = (x.repeat_interleave(samples, -2).to(device) for x in left_padded(tails, tokenizer.pad_token_id))
+    mask, rows, cache = torch.cat([mask[rows].to(device), tail_mask], 1), rows.to(device), out.past_key_values
+    cache.layers = [Roomy(layer, rows, ids.shape[1] + min(max_new_tokens, 128)) for layer in cache.layers]
+    if ids.shape[1] == 0:                                                                               # no tails: nothing was shared
+        logits = out.logits[rows, -1]                                                                   # [B, V]
+    else:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
     position = torch.tensor([int(prompt["positions"].max()) + 1 for prompt in prompts]).repeat_interleave(samples).to(device)
     banned = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id], device=device)
     done, tokens = torch.zeros(len(rows), dtype=torch.bool, device=device), []
-    while True:                                                                                         # `position`: the next token's, in all three streams
+    while True:                                                                                         # `position` is the next token's
         logits = logits.float().index_fill(-1, banned, -torch.inf)
         if uniforms is None:
             token = logits.argmax(-1)

@@ -2,6 +2,7 @@
 import io
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -374,6 +375,27 @@ def test_two_shards_equal_one_run_and_a_killed_exam_goes_on(tmp_path, monkeypatc
     assert without_times(tmp_path, "killed") == without_times(tmp_path, "whole")
 
 
+def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
+    """The real model: 2 x 18 questions in one run, in two shards one by one, and killed in the middle: the same answers and results."""
+    data, folder = write_vsi(tmp_path / "vsi", scenes=2, a_video=18, frames=6), tmp_path / "run"
+    (folder / "student").parent.mkdir()
+    (folder / "student").symlink_to(run / "4_base")
+    common = {"run": str(folder), "checkpoint": "student", "exam": "vsi-bench", "data": str(data), "frames": 4, "max_new_tokens": 6, "device": "cpu"}
+    exam.main(exam.Config(**common, tag="whole"))
+    for shard in ("0/2", "1/2"):
+        exam.main(exam.Config(**common, tag="shards", shard=shard, batch=1))
+    assert without_times(folder, "shards") == without_times(folder, "whole")
+    flags = [part for key, value in common.items() for part in (f"--{key}", str(value))]
+    command, log = [sys.executable, exam.__file__, *flags, "--tag", "killed", "--batch", "1"], folder / "6_eval/killed/samples.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while process.poll() is None and not (log.is_file() and log.stat().st_size):
+            time.sleep(0.005)
+        process.kill()
+    assert not (log.parent / "results.json").is_file() and 1 <= len(log.read_text().splitlines()) < 36
+    exam.main(exam.Config(**common, tag="killed"))
+    assert without_times(folder, "killed") == without_times(folder, "whole")
+
+
 # --- one prefill for the questions about the same pictures ------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -432,3 +454,16 @@ def test_text_before_the_pictures_is_shared_only_where_it_is_the_same(eighteen):
     assert exam.shared_heads([prompt(91, token, 95, 96), prompt(91, token, 95, 97)], token) == [([0, 1], 3)]
     assert exam.shared_heads([prompt(91, token, 95, 96), prompt(92, token, 95, 96)], token) == [([0], 4), ([1], 4)]
     assert exam.shared_heads([prompt(91, token, 95), prompt(91, token, 95)], token) == [([0, 1], 2)]  # the same question twice
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds():
+    from transformers.cache_utils import DynamicLayer
+    draw = torch.Generator().manual_seed(0)
+    grown, rows = DynamicLayer(), torch.tensor([1, 0, 1])
+    grown.update(torch.randn(2, 2, 5, 4, generator=draw), torch.randn(2, 2, 5, 4, generator=draw))
+    roomy = exam.Roomy(grown, rows, 2)
+    grown.batch_select_indices(rows)
+    for _ in range(7):  # past the room, twice
+        step = torch.randn(2, 3, 2, 1, 4, generator=draw)
+        assert all(torch.equal(a, b) for a, b in zip(roomy.update(*step), grown.update(*step)))
+        assert roomy.get_seq_length() == grown.get_seq_length()
