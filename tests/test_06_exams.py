@@ -376,11 +376,11 @@ def test_two_shards_equal_one_run_and_a_killed_exam_goes_on(tmp_path, monkeypatc
 
 
 def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
-    """The real model: 2 x 18 questions in one run, in two shards one by one, and killed in the middle: the same answers and results."""
-    data, folder = write_vsi(tmp_path / "vsi", scenes=2, a_video=18, frames=6), tmp_path / "run"
+    """The real model: 2 x 7 questions in one run, in two shards one by one, and killed in the middle: the same answers and results."""
+    data, folder = write_vsi(tmp_path / "vsi", scenes=2, a_video=7, frames=6), tmp_path / "run"
     (folder / "student").parent.mkdir()
     (folder / "student").symlink_to(run / "4_base")
-    common = {"run": str(folder), "checkpoint": "student", "exam": "vsi-bench", "data": str(data), "frames": 4, "max_new_tokens": 6, "device": "cpu"}
+    common = {"run": str(folder), "checkpoint": "student", "exam": "vsi-bench", "data": str(data), "frames": 2, "max_new_tokens": 4, "device": "cpu"}
     exam.main(exam.Config(**common, tag="whole"))
     for shard in ("0/2", "1/2"):
         exam.main(exam.Config(**common, tag="shards", shard=shard, batch=1))
@@ -391,7 +391,7 @@ def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
         while process.poll() is None and not (log.is_file() and log.stat().st_size):
             time.sleep(0.005)
         process.kill()
-    assert not (log.parent / "results.json").is_file() and 1 <= len(log.read_text().splitlines()) < 36
+    assert not (log.parent / "results.json").is_file() and 1 <= len(log.read_text().splitlines()) < 14
     exam.main(exam.Config(**common, tag="killed"))
     assert without_times(folder, "killed") == without_times(folder, "whole")
 
@@ -422,7 +422,7 @@ def test_eighteen_questions_about_a_video_come_five_times_faster_than_one_by_one
     assert {record["tokens"] for record in alone} and len({record["response"] for record in alone}) > 1
 
 
-@pytest.mark.parametrize("attention", ["world2vlm", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["world2vlm", "sdpa"])
 def test_shared_prefill_answers_as_alone(run, tmp_path, attention):
     """Groups of one, two and three questions about one and two pictures, in one batch; sampled too."""
     student = exam.load_student(str(run / "4_base"), torch.float32, "cpu", attention, 10**6)
@@ -438,11 +438,11 @@ def test_shared_prefill_answers_as_alone(run, tmp_path, attention):
     prompts = exam.prepare(student, questions, False)
     heads = exam.shared_heads(prompts, student.model.config.image_token_id)
     assert [len(members) for members, _ in heads] == [3, 2, 1]
-    together = exam.generate(student, prompts, 12)
-    assert together == [exam.generate(student, [prompt], 12)[0] for prompt in prompts]
-    uniforms = torch.rand(12, 8, generator=torch.Generator().manual_seed(3))
-    sampled = exam.generate(student, prompts, 8, samples=2, uniforms=uniforms)
-    assert sampled == [exam.generate(student, [prompt], 8, samples=2, uniforms=uniforms[2 * i:2 * i + 2])[0] for i, prompt in enumerate(prompts)]
+    together = exam.generate(student, prompts, 8)
+    assert together == [exam.generate(student, [prompt], 8)[0] for prompt in prompts]
+    uniforms = torch.rand(12, 4, generator=torch.Generator().manual_seed(3))
+    sampled = exam.generate(student, prompts, 4, samples=2, uniforms=uniforms)
+    assert sampled == [exam.generate(student, [prompt], 4, samples=2, uniforms=uniforms[2 * i:2 * i + 2])[0] for i, prompt in enumerate(prompts)]
 
 
 def test_text_before_the_pictures_is_shared_only_where_it_is_the_same(eighteen):
