@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, tiny_qwen25
 from PIL import Image
 
 HERE = Path(__file__).parent / "golden"
@@ -422,10 +422,11 @@ def test_eighteen_questions_about_a_video_come_five_times_faster_than_one_by_one
     assert {record["tokens"] for record in alone} and len({record["response"] for record in alone}) > 1
 
 
-@pytest.mark.parametrize("attention", ["world2vlm", "sdpa"])
-def test_shared_prefill_answers_as_alone(run, tmp_path, attention):
+@pytest.mark.parametrize("family, attention", [("qwen3", "world2vlm"), ("qwen3", "sdpa"), ("qwen25", "world2vlm")])
+def test_shared_prefill_answers_as_alone(run, tmp_path, family, attention):
     """Groups of one, two and three questions about one and two pictures, in one batch; sampled too."""
-    student = exam.load_student(str(run / "4_base"), torch.float32, "cpu", attention, 10**6)
+    student = tiny_qwen25(run, tmp_path, attention) if family == "qwen25" else \
+        exam.load_student(str(run / "4_base"), torch.float32, "cpu", attention, 10**6)
     questions = []
     for scene, (pictures, count) in enumerate([(2, 3), (1, 2), (2, 1)]):
         paths = [tmp_path / f"{scene}_{k}.png" for k in range(pictures)]
