@@ -1031,6 +1031,8 @@ def main(cfg: Config):
         cfg = replace(cfg, dtype="bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32")
     source = str(folder / "tiny") if cfg.student == "tiny" else str(run / cfg.student) if (run / cfg.student).is_dir() else cfg.student
     if cfg.estimate:
+        if rank:
+            return
         say_memory(model := on_meta(source, cfg), memory(model, cfg, cfg.tokens, world), source)
         shared, alone = (questions * flops(model, [pair_of_pictures(model, cfg.max_pixels, 10, rests, 15)], cfg.train, cfg.freeze_vision) / 1e12
                          for questions, rests in ((1, [75] * 6), (6, [75])))

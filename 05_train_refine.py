@@ -1285,6 +1285,8 @@ def main(cfg: Config):
     if cfg.dtype == "auto":
         cfg = replace(cfg, dtype="bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32")
     if cfg.estimate:
+        if rank:
+            return
         say_memory(model := on_meta(source, cfg), refine_memory(model, cfg, world), source)
         row = pair_of_pictures(model, cfg.max_pixels, 70, [15] * cfg.group, 15)
         once = flops(model, [row], cfg.train, cfg.freeze_vision) / 1e12

@@ -12,7 +12,17 @@ difference of the signed angles (left 30 instead of right 40 is 70 degrees off);
 intersection over union; A4 D2 D4 S2 share right; S3 error in meters; S4 error in degrees around the circle; and the reward of
 stage 5 for every task. A response that is not one answer (or is longer than 200 characters) scores 0, its error is that of the
 worst answer which the questions of its task hold, and it is counted as unparsable. D1 also shows the score of repeating the box
-of the first picture.
+of the first picture. An answer is right when its main score is at least one half (S3, S4: its reward at least 0.95).
+
+The rival (--coupled TEACHER) asks the world model while answering, after MindJourney (arXiv 2507.12508): from the question's first
+picture it searches short walks, in which the VLM scores every imagined view twice, worth exploring and helpful, and it answers with
+the helpful views beside the question. With --coupled_stated there is no search: the motion that the question states is imagined, and
+its end is shown (A4, D1, D2, D4; the other tasks state none and are asked as they are). 02 imagines: 06 writes the walks of all
+questions as a run of their own, calls 02 on it and reads the views back.
+
+What an answer costs is counted for the question asked alone: seconds (its share of the batch; the controls are not counted), tokens,
+peak memory, and the operations of the VLM from its weights, tokens and patches (see vlm_flops). The views of simulator and warp take
+no network; how many operations svc and sana-wm take is not counted, only their seconds are.
 
 The public benchmarks (--exam sat-real, sat-synthesized, vsi-bench, mindcube; --data names their files as published) are asked in the
 words of a protocol (--protocol, see PROTOCOLS) and scored twice: "score" as their public code does, faults included, and "corrected" as
@@ -27,16 +37,23 @@ Reads   RUN/3_qa/heldout.jsonl, or any file of the same format (--questions):
         and a checkpoint folder with the weights and the processor.
 Writes  RUN/6_eval/TAG/samples.jsonl  grows as answers come (a killed exam goes on behind the last one); at the end one line a question:
            {"number": 12, "id": 12, "exam": "heldout", "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
-            "options": null, "truth": "turn right 30 degrees", "response": "turn right 20 degrees",
-            "blank_response": "turn left 60 degrees", "seconds": 0.02, "prompt_tokens": 61, "tokens": 6,
-            "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...}}
-        RUN/6_eval/TAG/results.json   every score with its interval and controls, the protocol and its hash, what was skipped and why
+            "options": null, "truth": "turn right 30 degrees", "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
+            "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...},
+            "cost": {"seconds": 0.02, "world_seconds": 0.0, "tokens": 4, "prompt_tokens": 61, "vlm_flops": 259000000, "world_flops": 0,
+            "views": 0, "peak_gb": 0.7}}, with --coupled also "imagined": [["turn left 20 degrees", "imagined/1/2_views/..."], ...]
+        RUN/6_eval/TAG/results.json   every score with its interval and controls, the protocol and its hash, what was skipped and why;
+                                      "cost": means of a question
         RUN/6_eval/TAG/report.html    one file with plots and example pictures, for any browser
+        RUN/6_eval/TAG/imagined/STEP  with --coupled: a run folder with the step's walks (1_trajectories), 02's views (2_views) and scores
+        RUN/6_eval/compare.json       with --compare: B minus A on the questions that both answered, 95 % intervals and p-values
         RUN/6_eval/TAG/meta.json      settings, counts, versions, and the checkpoint's own meta
         RUN/6_eval/pictures/EXAM/     a benchmark's pictures and video frames, cut out once for all checkpoints
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
     python 06_eval.py --run runs/big --exam vsi-bench --data ~/VSI-Bench --protocol lmms-eval --tag vsi-refined
+    python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator                   # or warp, svc, sana-wm
+    python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator --coupled_stated
+    python 06_eval.py --run runs/demo --compare base refined
 """
 import argparse
 import base64
@@ -44,18 +61,22 @@ import fcntl
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -179,6 +200,14 @@ class Config:
     max_new_tokens: int = setting(0, "tokens an answer at most; 0: as the protocol says")
     max_pixels: int = setting(0, "pixels a picture at most, larger ones are shrunk; 0: as the protocol says")
     shard: str = setting("0/1", "i/n: this process asks batches i, i+n, i+2n, ...; whichever shard ends last completes the folder")
+    coupled: str = setting("", "the rival: imagine with this teacher of 02 while answering (simulator, warp, svc, sana-wm); empty: do not")
+    coupled_stated: bool = setting(False, "with --coupled: imagine the motion that the question states, instead of searching")
+    coupled_args: str = setting("", "further settings of 02 as one text, such as --coupled_args=\"--depth FOLDER --steps 20\"")
+    search_steps: int = setting(3, "rival: actions in a row that the search tries; 3 as published")
+    search_beams: int = setting(2, "rival: views from which each step goes on; 2 as published")
+    search_views: int = setting(6, "rival: views a step that are shown with the question, at most; 6 as published")
+    search_scores: list[int] = setting([8, 8], "rival: least score, 0..9, of a view to go on from and of a view to show; 8 8 as published")
+    compare: list[str] = setting([], "only compare two finished exams, tags or folders, on the questions that both answered")
     seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
@@ -192,7 +221,8 @@ METRICS = {"A1": ["direction", "error_m"], "A2": ["direction", "error_deg"], "A3
            "D1": ["iou"], "D2": ["accuracy"], "D3": ["exact"], "D4": ["accuracy"],
            "S1": ["iou"], "S2": ["accuracy"], "S3": ["error_m"], "S4": ["error_deg"]}
 WORDS = {"direction": "direction", "error_m": "error (m)", "error_deg": "error (deg)", "exact": "exact", "accuracy": "accuracy",
-         "iou": "IoU", "reward": "reward", "score": "score", "corrected": "corrected score"}
+         "iou": "IoU", "reward": "reward", "score": "score", "corrected": "corrected score",
+         "right": "right answers"}
 
 
 # ----------------------------------------------------------------------------------------------- protocols
@@ -1264,8 +1294,8 @@ def grade_benchmark(exam: str, protocol: dict, samples: list[dict], skipped: Ski
         if own or skipped.tasks[task]:
             tasks[task] = {"questions": len(own), "skipped": skipped.tasks[task], "metrics": metrics,
                            "unparsable": sum(not sample["scores"]["answered"] for sample in own)}
-    counted = [sample for sample in samples if sample["task_type"] not in protocol.get("not_counted", [])]
-    return tasks, beside_controls(counted, lambda values: overall_interval(exam, counted, values, seed, "overall")) if counted else {}
+    counted = [sample for sample in samples if sample["task_type"] not in protocol.get("not_counted", [])] or samples
+    return tasks, beside_controls(counted, lambda values: overall_interval(exam, counted, values, seed, "overall"))
 
 
 # ----------------------------------------------------------------------------------------------- table and report
@@ -1299,20 +1329,29 @@ def compare(exams: list[dict]) -> list[list[str]]:
             if metric == "iou" and "copy" in values:
                 copies = [figure(other["copy"]["mean"], metric) if other and "copy" in other else "-" for other in others]
                 rows.append([task, "IoU of copying box 1", str(result["questions"]), "", ""] + copies)
-    if "overall" in last:
-        for metric, values in last["overall"].items():
-            blank = values.get("blank")
-            rows.append(["all", WORDS[metric], str(last["questions"]), figure(values["constant"]["mean"], metric),
-                         figure(blank and blank["mean"], metric)] + [figure(exam["overall"].get(metric), metric) for exam in exams])
-    else:
-        blank = last["blank_mean_reward"]
+    blank, right = last.get("blank_mean_reward"), last.get("right", {})
+    for metric, values in last.get("overall", {}).items():
+        rows.append(["all", WORDS[metric], str(last["questions"])] + [figure(values.get(side), metric) for side in ("constant", "blank")]
+                    + [figure(exam["overall"].get(metric), metric) for exam in exams])
+    if "overall" not in last:
+        rows.append(["all", "right answers", str(last["questions"])] + [figure(right.get(side), "right") for side in ("constant", "blank")]
+                    + [figure(exam.get("right"), "right") for exam in exams])
         rows.append(["all", "mean reward", str(last["questions"]), "", figure(blank and blank["mean"], "reward")]
                     + [figure(exam["mean_reward"], "reward") for exam in exams])
+    for key, (words, scale) in PRICES.items():
+        costs = [exam.get("cost", {}).get(key) for exam in exams]
+        rows.append(["cost", words, "", "", ""] + ["-" if cost is None else f"{cost / scale:.3g}" for cost in costs])
     rows.append(["all", "unparsable", "", "", ""] + [str(exam["unparsable"]) for exam in exams])
     rows.append(["all", "skipped", "", "", ""] + [str(exam["skipped"]) for exam in exams])
     for reason in sorted({reason for exam in exams for reason in exam.get("skipped_by_reason", {})}):
         rows.append(["", f"skipped, {reason}", "", "", ""] + [str(exam.get("skipped_by_reason", {}).get(reason, 0)) for exam in exams])
     return rows
+
+
+# key of a cost -> its words and its unit in the table, for one question
+PRICES = {"seconds": ("seconds a question", 1), "world_seconds": ("of them for imagining", 1), "views": ("views imagined", 1),
+          "tokens": ("tokens generated", 1), "vlm_flops": ("VLM, GFLOP", 1e9), "world_flops": ("world model, GFLOP", 1e9),
+          "peak_gb": ("peak memory, GB", 1)}
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -1328,34 +1367,84 @@ def visible(text, most: int = 300) -> str:
     return html.escape("".join(c if c.isprintable() else " " if c.isspace() else f"\\u{ord(c):04x}" for c in short))
 
 
-COLOURS = {"student": "#2b6cb0", "blank": "#a0aec0", "constant": "#dda94f"}
+COLOURS = ["#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#0987a0", "#744210", "#4a5568"]  # of the exams, in their order
+CONTROLS = {"blank": ("grey pictures", "#a0aec0"), "constant": ("best constant answer", "#dda94f")}
 
 
-def bars(tasks: dict, wanted: list[tuple[str, str]], top: float) -> str:
-    """An SVG of horizontal bars 0..top: student with its interval, grey pictures, constant, for each (task, metric)."""
-    parts, y, x0, span = [], 8, 112, 380
+def label(tag: str) -> str:
+    return visible(tag if len(tag) <= 24 else tag[:23] + "…")
+
+
+def colour_of(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def bars(exams: list[dict], wanted: list[tuple[str, str]], top: float) -> str:
+    """An SVG of horizontal bars 0..top for each (task, metric): every exam with its interval, then the last one's controls."""
+    parts, y, x0, span = [], 8, 66, 240
     for task, metric in wanted:
-        values = tasks[task]["metrics"][metric]
-        parts.append(f'<text x="0" y="{y + 12}" font-weight="bold">{task}</text>'
-                     f'<text x="0" y="{y + 28}">{WORDS[metric].split(" (")[0]}</text>')
-        for name, value in (("student", values), ("blank", values.get("blank")), ("constant", values["constant"])):
+        values = [exam["tasks"].get(task, {}).get("metrics", {}).get(metric) for exam in exams]
+        shown = [(value, colour_of(number)) for number, value in enumerate(values)]
+        shown += [(values[-1].get(name), colour) for name, (_, colour) in CONTROLS.items()]
+        parts.append(f'<text x="0" y="{y + 10}" font-weight="bold">{visible(task, 9)}</text>'
+                     f'<text x="0" y="{y + 24}">{WORDS[metric].split(" (")[0]}</text>')
+        for number, (value, colour) in enumerate(shown):
             if value is not None:
-                width = span * min(1.0, value["mean"] / top)
-                parts.append(f'<rect fill="{COLOURS[name]}" x="{x0}" y="{y}" width="{width:.1f}" height="11"/>'
-                             f'<text x="{x0 + span + 10}" y="{y + 10}">{figure(value["mean"], metric)}</text>')
-            if value is not None and value.get("low") is not None and name == "student":
+                width = span * min(1.0, max(0.0, value["mean"] / top))
+                parts.append(f'<rect fill="{colour}" x="{x0}" y="{y}" width="{width:.1f}" height="10"/>'
+                             f'<text x="{x0 + span + 8}" y="{y + 9}">{figure(value["mean"], metric)}</text>')
+            if value is not None and value.get("low") is not None and number < len(exams):
                 low, high = (x0 + span * min(1.0, max(0.0, value[end] / top)) for end in ("low", "high"))
-                parts.append(f'<path fill="none" stroke="black" stroke-width="1.5" d="M{low:.1f} {y + 5.5}H{high:.1f}'
-                             f'M{low:.1f} {y + 2}v7M{high:.1f} {y + 2}v7"/>')
-            y += 13
-        y += 9
+                parts.append(f'<path stroke="black" d="M{low:.1f} {y + 5}H{high:.1f}M{low:.1f} {y + 2}v6M{high:.1f} {y + 2}v6"/>')
+            y += 12 if value is not None else 0
+        y = max(y, 30) + 10
     grid = "".join(f'<path stroke="#ddd" d="M{x0 + span * i / 4} 0V{y}"/>'
                    f'<text x="{x0 + span * i / 4}" y="{y + 12}" text-anchor="middle">{top * i / 4:g}</text>' for i in range(5))
-    return f'<svg viewBox="0 0 545 {y + 18}" font-size="11" font-family="sans-serif">{grid}{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 360 {y + 18}" font-size="11" font-family="sans-serif">{grid}{"".join(parts)}</svg>'
+
+
+def price_plot(exams: list[dict], price, words: str) -> str:
+    """An SVG: share of right answers over the cost of a question (log), a point with its interval for every exam; lines are the controls.
+
+    `price(exam)` is None where it was not counted or is nothing: the point is left out and named below.
+    """
+    priced = [(number, exam, price(exam)) for number, exam in enumerate(exams) if exam.get("right") and price(exam)]
+    left_out = [exam["tag"] for exam in exams if exam["tag"] not in [other["tag"] for _, other, _ in priced]]
+    note = f'<p><small>Not in the plot, their cost is unknown: {visible(", ".join(left_out))}</small></p>' if left_out else ""
+    if not priced:
+        return note
+    x0, x1, y0, y1 = 34, 346, 200, 10  # the frame, in the units of the viewBox
+    first, last = (math.log10(f(cost for _, _, cost in priced)) for f in (min, max))
+    first, last = math.floor(first * 2 - 0.1) / 2, math.ceil(last * 2 + 0.1) / 2  # half decades around all points
+    def across(cost): return x0 + (x1 - x0) * (math.log10(cost) - first) / (last - first)
+    def up(share): return y0 + (y1 - y0) * share
+    parts = [f'<path stroke="#ddd" d="M{x0} {up(i / 4)}H{x1}"/><text x="{x0 - 5}" y="{up(i / 4) + 4}" text-anchor="end">{i * 25}</text>'
+             for i in range(5)]
+    every = math.ceil((last - first) / 4) if last - first > 1 else 0.5  # decades from one label to the next
+    for k in range(math.ceil(first / every), math.floor(last / every) + 1):
+        x = across(10 ** (k * every))
+        parts.append(f'<path stroke="#ddd" d="M{x:.1f} {y0}V{y1}"/>'
+                     f'<text x="{x:.1f}" y="{y0 + 15}" text-anchor="middle">{10 ** (k * every):.2g}</text>')
+    for name, (_, colour) in CONTROLS.items():
+        value = exams[-1]["right"].get(name)
+        if value is not None:
+            parts.append(f'<path stroke="{colour}" stroke-width="2" stroke-dasharray="5 4" d="M{x0} {up(value):.1f}H{x1}"/>')
+    taken = -math.inf
+    for number, exam, cost in sorted(priced, key=lambda item: -item[1]["right"]["mean"]):  # from the top down, no label on another
+        x, value, colour = across(cost), exam["right"], colour_of(number)
+        if value["low"] is not None:
+            parts.append(f'<path stroke="{colour}" d="M{x:.1f} {up(value["low"]):.1f}V{up(value["high"]):.1f}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{up(value["mean"]):.1f}" r="5" fill="{colour}" fill-opacity=".8"/>')
+        taken = max(up(value["mean"]) + 4, taken + 13)
+        side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
+        parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
+                     f'{label(exam["tag"])}</text>')
+    return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
+            f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
 
 
 def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> str:
-    """An <img> with the picture inside the page, 320 pixels at most, and boxes in 0..1000 drawn on it."""
+    """An <img> with the picture inside the page, its longer side 320 pixels, and boxes in 0..1000 drawn on it. Photographs as JPEG."""
     scale = 320 / max(picture.size)
     small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.NEAREST if scale > 1 else Image.LANCZOS)
     draw = ImageDraw.Draw(small)
@@ -1364,18 +1453,35 @@ def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> 
         draw.rectangle([x1 / 1000 * small.width, y1 / 1000 * small.height, x2 / 1000 * small.width, y2 / 1000 * small.height],
                        outline=colour, width=3)
     file = io.BytesIO()
-    small.save(file, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    kind = "png" if scale > 1 else "jpeg"
+    small.save(file, kind)
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def is_right(sample: dict) -> bool:
-    """Whether an example counts as correct: the main score at least one half; for S3 and S4 a reward of at least 0.95."""
-    main = metrics_of(sample["task_type"])[0]
-    return sample["scores"]["reward"] >= 0.95 if main.startswith("error") else sample["scores"][main] >= 0.5
+def is_right(task: str, scores: dict) -> bool:
+    """Whether an answer counts as right: the main score at least one half; for S3 and S4 a reward of at least 0.95."""
+    main = metrics_of(task)[0]
+    return scores["reward"] >= 0.95 if SHAPE.get(task) in ("meters", "degrees") else scores[main] >= 0.5
 
 
-def example_html(sample: dict, root: Path) -> str:
-    """A card: pictures with boxes (first box orange, truth green, answer red), question, truth, answer."""
+def right_answers(samples: list[dict], candidates: dict[str, list[str]], seed: int) -> dict:
+    """Share of right answers over all questions, {"mean", "low", "high"}, and its controls "blank" and "constant" (each task's best)."""
+    shares, constant = {}, 0
+    for side in ("scores", "blank_scores"):
+        if side in samples[0]:
+            values = [float(is_right(sample["task_type"], sample[side])) for sample in samples]
+            shares[side] = interval(values, [sample["scene_id"] for sample in samples], seed, "right")
+    for task in {sample["task_type"] for sample in samples}:
+        truths = Counter(sample["truth"] for sample in samples if sample["task_type"] == task)
+        constant += max((sum(n * is_right(task, measure(task, truth, answer)) for truth, n in truths.items())
+                         for answer in candidates.get(task, [])), default=0)
+    blank = shares.get("blank_scores")
+    return shares["scores"] | {"blank": blank and blank["mean"], "constant": round(constant / len(samples), 6)}
+
+
+def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
+    """A card: pictures with boxes (first box orange, truth green, this exam's answer red), imagined views, question, truth, and what
+    every exam's student said, [(tag, its sample or None)]."""
     pictures, task = [Image.open(root / image).convert("RGB") for image in sample["images"][:8]], sample["task_type"]
     boxes = [[] for _ in pictures]
     for i, found in enumerate(BOX.finditer(sample["question"])):  # the boxes that the question names, in picture order
@@ -1384,62 +1490,242 @@ def example_html(sample: dict, root: Path) -> str:
         boxes[-1].append((parse_box(sample["truth"])[0], "lime"))
         if said := parse_box(sample["response"]):
             boxes[-1].append((said[0], "red"))
-    right = is_right(sample)
-    scores = ", ".join(f"{WORDS[metric]} {figure(sample['scores'][metric], metric)}" for metric in metrics_of(task))
-    return (f'<div class="card {"right" if right else "wrong"}"><b>{task} {"correct" if right else "wrong"}</b> '
-            f'<small>{visible(sample["scene_id"], 40)}, question {sample["number"]}</small>'
+    verdicts = {number: is_right(task, other["scores"]) for number, (_, other) in enumerate(answers) if other}
+    lists = {word: " ".join(str(number) for number, right in verdicts.items() if right == (word == "right")) for word in ("right", "wrong")}
+    lines = ""
+    for number, (tag, other) in enumerate(answers):
+        if other:
+            scores = ", ".join(f"{WORDS[metric]} {figure(other['scores'][metric], metric)}" for metric in metrics_of(task))
+            word = "right" if verdicts[number] else "wrong"
+            lines += (f'<li class="{word}"><b>{label(tag)}</b>, {word}: <bdi>{visible(other["response"])}</bdi> '
+                      f'<small>{scores}</small>')
+    views = "".join(f'<figure>{picture_html(Image.open(folder / image).convert("RGB"), [])}'
+                    f'<figcaption>{visible(words, 80)}</figcaption></figure>' for words, image in sample.get("imagined", [])[:6])
+    return (f'<div class="card" data-task="{visible(task)}" data-right="{lists["right"]}" data-wrong="{lists["wrong"]}">'
+            f'<b>{visible(task)}</b> <small>{visible(sample["scene_id"], 40)}, question {sample["number"]}</small>'
             f'<div>{"".join(picture_html(*pair) for pair in zip(pictures, boxes))}</div>'
-            f'<p>{visible(sample["question"].replace("<image>", ""))}</p>'
-            f'<p>true: <bdi>{visible(sample["truth"])}</bdi><br>said: <bdi>{visible(sample["response"])}</bdi></p>'
-            f'<small>{scores}</small></div>')
+            + (f'<details><summary>{len(sample["imagined"])} imagined views</summary>{views}</details>' if views else "")
+            + f'<p>{visible(sample["question"].replace("<image>", ""))}</p>'
+            f'<p>true: <bdi>{visible(sample["truth"])}</bdi></p><ul>{lines}</ul></div>')
 
 
 STYLE = """body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:60em;padding:1em;color:#222;background:#fff}
 table{border-collapse:collapse;font-size:14px}td,th{padding:.2em .6em;text-align:right;white-space:nowrap}
 td{border-top:1px solid #ddd}td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}.wide{overflow-x:auto}
-svg{width:100%;max-width:40em}small{color:#555}h2{margin-top:1.5em}.key span{white-space:nowrap;margin-right:1em}.key b{font-size:1.3em}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(17em,1fr));gap:1em}
-.card{border:1px solid #ddd;border-left:5px solid #38a169;padding:.6em;overflow-wrap:anywhere}.wrong{border-left-color:#e53e3e}
-.card img{width:45%;max-width:11em;margin:.3em .3em 0 0;image-rendering:pixelated}.card p{margin:.6em 0}"""
+svg{width:100%;max-width:34em;display:block}small{color:#555}h1,p{overflow-wrap:anywhere}h2{margin-top:1.5em}
+.key span{display:inline-block;margin-right:1em}.key b{font-size:1.3em}
+.plots,.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20em,100%),1fr));gap:1em}
+.cards{grid-template-columns:repeat(auto-fill,minmax(min(17em,100%),1fr))}
+.card{border:1px solid #ddd;padding:.6em;overflow-wrap:anywhere;min-width:0}.card p{margin:.6em 0}
+.card img{width:45%;max-width:11em;margin:.3em .3em 0 0;image-rendering:pixelated}
+figure{display:inline-block;width:45%;margin:.3em .3em 0 0;vertical-align:top}.card figure img{width:100%}figcaption{font-size:12px}
+ul{list-style:none;padding:0;margin:0}li{border-left:5px solid #38a169;padding-left:.5em;margin-top:.4em}li.wrong{border-color:#e53e3e}
+select{font:inherit;margin:0 .5em .5em 0;max-width:100%}"""
+# The page's only script hides the cards that the three choices leave out. Its hash in the page's policy keeps any other from running.
+SCRIPT = """const [task, exam, verdict] = ["task", "exam", "verdict"].map(id => document.getElementById(id));
+function choose() {
+  let shown = 0;
+  for (const card of document.querySelectorAll(".card")) {
+    card.hidden = task.value && card.dataset.task != task.value
+      || verdict.value && !card.dataset[verdict.value].split(" ").includes(exam.value);
+    shown += !card.hidden;
+  }
+  document.getElementById("shown").textContent = shown + " shown";
+}
+for (const choice of [task, exam, verdict]) choice.onchange = choose;
+choose();"""
+CARDS = 4  # examples of each task that the last exam's student got right, and as many wrong ones
 
 
-def report_html(results: dict, rows: list[list[str]], samples: list[dict], root: Path) -> str:
-    """The whole report as one page without scripts or outside files."""
+def report_html(exams: list[dict], samples: list[dict], others: dict[str, dict], root: Path, folder: Path) -> str:
+    """The whole report as one page without outside files. The last exam is this one, its answers `samples`; those of the `others`:
+    {tag: {number: sample}}."""
+    results = exams[-1]
     tasks = {task: result for task, result in results["tasks"].items() if result["metrics"]}
     shares = [(task, "reward" if metrics_of(task)[0].startswith("error") else metrics_of(task)[0]) for task in tasks]
-    errors = [(task, metric) for task in tasks for metric in metrics_of(task) if metric.startswith("error")]
-    charts = bars(results["tasks"], shares, 1.0)
+    charts = bars(exams, shares, 1.0)
     for unit, metric in (("meters", "error_m"), ("degrees", "error_deg")):
-        wanted = [pair for pair in errors if pair[1] == metric]
+        wanted = [(task, metric) for task in tasks if metric in metrics_of(task)]
         if wanted:
-            groups = [tasks[task]["metrics"][metric] for task, _ in wanted]
-            shown = [value for group in groups for value in (group, group.get("blank"), group["constant"]) if value]
+            groups = [exam["tasks"].get(task, {}).get("metrics", {}).get(metric) or {} for task, _ in wanted for exam in exams]
+            shown = [value for group in groups for value in (group, group.get("blank"), group.get("constant")) if value]
             top = max([value["mean"] for value in shown] + [1e-9])
             step = 10 ** math.floor(math.log10(top))
-            charts += f"<h3>Error in {unit} (lower is better)</h3>" + bars(results["tasks"], wanted, math.ceil(top / step) * step)
-    cards = []
+            charts += f"<h3>Error in {unit} (lower is better)</h3>" + bars(exams, wanted, math.ceil(top / step) * step)
+    cards, said = [], {exam["tag"]: others.get(exam["tag"], {}) for exam in exams} | {results["tag"]: {s["number"]: s for s in samples}}
     for task in tasks:
         own = sorted((sample for sample in samples if sample["task_type"] == task), key=lambda s: by_hash(s["question"], s["number"]))
         for right in (True, False):
-            cards += [example_html(sample, root) for sample in [s for s in own if is_right(s) == right][:2]]
-    head, *lines = rows
+            chosen = [sample for sample in own if is_right(task, sample["scores"]) == right][:CARDS]
+            cards += [example_html(sample, [(tag, answers.get(sample["number"])) for tag, answers in said.items()], root, folder)
+                      for sample in chosen]
+    head, *lines = compare(exams)
     table = "<tr>" + "".join(f"<th>{visible(cell)}</th>" for cell in head) + "</tr>"
     table += "".join("<tr>" + "".join(f"<td>{visible(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    names = {"student": "student, 95 % interval", "blank": "grey pictures", "constant": "best constant answer"}
-    key = " ".join(f'<span><b style="color:{COLOURS[name]}">&#9632;</b> {text}</span>' for name, text in names.items())
+    names = [(label(tag), colour_of(number)) for number, tag in enumerate(said)] + list(CONTROLS.values())
+    key = " ".join(f'<span><b style="color:{colour}">&#9632;</b> {text}</span>' for text, colour in names)
+    plots = price_plot(exams, lambda exam: exam.get("cost", {}).get("seconds"), "seconds a question")
+    plots += "</div><div>" + price_plot(exams, operations, "GFLOP a question, VLM and world model")
+    choices = {"task": [("", "all tasks")] + [(task, task) for task in tasks],
+               "exam": [(str(number), tag) for number, tag in enumerate(said)][::-1],
+               "verdict": [("", "right and wrong"), ("right", "right"), ("wrong", "wrong")]}
+    selects = "".join(f'<select id="{name}" aria-label="{name}">' + "".join(f'<option value="{visible(value)}">{visible(text, 24)}</option>'
+                      for value, text in options) + "</select>" for name, options in choices.items())
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'".format(
+        base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
     return f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Exam of {visible(results["tag"])}</title><style>{STYLE}</style>
 <h1>Exam of {visible(results["tag"])}</h1>
 <p>Checkpoint {visible(results["checkpoint"])}, {results["questions"]} questions of {visible(results["questions_file"])},
 {results["skipped"]} skipped. The constant answer is chosen for every score anew, from the {CONSTANTS} most frequent training
-answers, with the exam in hand.</p>
-<h2>Scores</h2><p class="key">{key}</p>{charts}
+answers, with the exam in hand. Whiskers and &#177;: 95&nbsp;%, by drawing whole scenes.</p>
+<h2>Right answers and their cost</h2><p class="key">{key}</p>
+<p>Percent of questions answered rightly, over what one question costs (logarithmic). Dashed: the two controls.</p>
+<div class="plots"><div>{plots}</div></div>
+<h2>Scores by task</h2><p class="key">{key}</p>{charts}
 <h2>Table</h2><div class="wide"><table>{table}</table></div>
-<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered.</p>
-<div class="cards">{"".join(cards)}</div></html>
+<h2>Examples</h2><p>Boxes: orange as named in the question, green true, red answered by {label(results["tag"])}.</p>
+<p>{selects}<small id="shown"></small></p>
+<div class="cards">{"".join(cards)}</div><script>{SCRIPT}</script></html>
 """
+
+
+def operations(exam: dict) -> float | None:
+    """GFLOP a question of the VLM and the world model together, None where one was not counted."""
+    counts = [exam.get("cost", {}).get(key) for key in ("vlm_flops", "world_flops")]
+    return None if None in counts else sum(counts) / 1e9
+
+
+# ----------------------------------------------------------------------------------------------- two exams, compared
+
+def paired(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
+    """Samples of two exams that answer the same question about the same pictures; of equal ones the first with the first, and so on."""
+    def keyed(samples):
+        count = Counter()
+        for sample in samples:
+            key = (sample["task_type"], sample["question"], sample["truth"], tuple(sample["images"]))
+            count[key] += 1
+            yield (key, count[key]), sample
+    theirs = dict(keyed(b))
+    return [(sample, theirs[key]) for key, sample in keyed(a) if key in theirs]
+
+
+def difference(values: np.ndarray, scenes: list[str], *key, draws: int = 2000) -> dict:
+    """{"mean", "low", "high", "p"} of paired differences: a bootstrap over scenes; p: twice the share of draws on the other side of 0."""
+    names, index = np.unique(np.array(scenes, dtype=object).astype(str), return_inverse=True)
+    if len(names) < 2:
+        return {"mean": round(float(values.mean()), 6), "low": None, "high": None, "p": None}
+    sums, counts = np.bincount(index, weights=values), np.bincount(index)
+    picked = rng(*key, "paired").integers(len(names), size=(draws, len(names)))  # [draws, scenes]
+    means = sums[picked].sum(1) / counts[picked].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1))
+    return {"mean": round(float(values.mean()), 6), "low": round(float(low), 6), "high": round(float(high), 6), "p": round(float(p), 6)}
+
+
+def compare_two(cfg: Config):
+    """`--compare A B`: print and write how B differs from A on the questions that both answered."""
+    if len(cfg.compare) != 2:
+        stop("--compare wants two finished exams, tags or folders: --compare base sft")
+    run, exams = Path(cfg.run), []
+    for name in cfg.compare:
+        folder = next((folder for folder in (run / "6_eval" / name, Path(name)) if (folder / "samples.jsonl").is_file()), None)
+        if folder is None:
+            stop(f"{run / '6_eval' / name / 'samples.jsonl'} is missing: examine {name} first, or name the folder of a finished exam")
+        exams.append(read_jsonl(folder / "samples.jsonl", "task_type", "scene_id", "images", "question", "truth", "scores"))
+    pairs = paired(*exams)
+    if not pairs:
+        stop(f"{cfg.compare[0]} and {cfg.compare[1]} have no question in common: examine both on the same questions")
+    groups = {task: [pair for pair in pairs if pair[0]["task_type"] == task]
+              for task in [*METRICS, *VSI_TYPES, *SAT_TYPES, *SETTINGS]}
+    whole = ["right", "reward"] if pairs[0][0]["task_type"] in METRICS else ["score", "corrected"]
+    tables, rows = {}, [["task", "score", "n", cfg.compare[0], cfg.compare[1], "difference", "95 % interval", "p"]]
+    for task, own in (groups | {"all": pairs}).items():
+        for metric in (whole if task == "all" else metrics_of(task)) if own else []:
+            a, b = (np.array([(sample["scores"] | {"right": is_right(sample["task_type"], sample["scores"])})[metric] for sample in side],
+                             dtype=float) for side in zip(*own))
+            found = difference(b - a, [sample["scene_id"] for sample, _ in own], cfg.seed, task, metric)
+            tables.setdefault(task, {})[metric] = {"n": len(own), "a": round(a.mean(), 6), "b": round(b.mean(), 6), **found}
+            span = "-" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}"
+            rows.append([task, WORDS[metric], str(len(own)), figure(a.mean(), metric), figure(b.mean(), metric),
+                         f"{found['mean']:+.3f}", span, "-" if found["p"] is None else f"{found['p']:.4f}"])
+    alone = [len(samples) - len(pairs) for samples in exams]
+    save(run / "6_eval/compare.json", json.dumps({"a": cfg.compare[0], "b": cfg.compare[1], "questions": len(pairs), "only_a": alone[0],
+                                                  "only_b": alone[1], "tasks": tables}, indent=1))
+    print(aligned(rows))
+    print(f"{len(pairs)} questions that both answered; left out: {alone[0]} only in {cfg.compare[0]}, {alone[1]} only in {cfg.compare[1]}")
+    print(f"written: {run / '6_eval/compare.json'}")
+
+
+# ----------------------------------------------------------------------------------------------- cost
+
+def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) -> int:
+    """Floating-point operations of one answer, asked alone and without padding: 2 for each weight that a token or a patch meets, and
+
+        attention = 4 width (sum over queries of the keys they are compared with)    a layer
+
+    `grids` [pictures, 3] (frames, rows, columns) in patches. A causal mask halves nothing, as in torch.utils.flop_counter and in a dense
+    kernel. The last token of an answer is not read again. For dense models of the Qwen-VL family.
+    """
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    weights = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
+            part = next((part for part in ("head", "language_model", "merger") if part in name), "tower")
+            weights[part] += module.weight.numel()
+    frames, patches = grids[:, 0], grids[:, 1] * grids[:, 2]  # [pictures]; the tower looks at one frame at a time
+    every = (frames * patches).sum().item()
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))  # Qwen2.5-VL: the other layers look at windows
+    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
+    compared = (whole * frames * patches ** 2 + (vision.depth - whole) * frames * patches * patches.clamp(max=window)).sum().item()
+    merged = every // vision.spatial_merge_size ** 2
+    seen = 2 * weights["tower"] * every + 2 * weights["merger"] * merged + 4 * vision.hidden_size * compared
+
+    read, heads = prompt_tokens + generated - 1, text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    pairs = prompt_tokens ** 2 + sum(range(prompt_tokens + 1, read + 1))
+    return seen + 2 * weights["language_model"] * read + 2 * weights["head"] * generated + 4 * width * text.num_hidden_layers * pairs
+
+
+# seconds: all of them, of which 02 took world_seconds; tokens: generated; views: imagined
+NOTHING = {"seconds": 0.0, "world_seconds": 0.0, "tokens": 0, "prompt_tokens": 0, "vlm_flops": 0, "world_flops": 0, "views": 0,
+           "peak_gb": 0.0}
+
+
+def peak_gb(device) -> float:
+    """Most memory so far: of the GPU where the student is on one, else of the largest process, this one or the world model's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+
+
+def spent(student: Student, prompt: dict, generated: int, seconds: float) -> dict:
+    """What one response cost: its share of its batch's seconds, tokens, operations, and the memory of the process."""
+    n = len(prompt["ids"])
+    return NOTHING | {"seconds": seconds, "tokens": generated, "prompt_tokens": n, "peak_gb": peak_gb(student.model.device),
+                      "vlm_flops": vlm_flops(student.model, n, prompt["grids"], generated)}
+
+
+def plus(a: dict, b: dict) -> dict:
+    """Two costs together; None, not counted, stays so."""
+    both = {key: None if None in (a[key], b[key]) else a[key] + b[key] for key in a}
+    return both | {"peak_gb": max(a["peak_gb"], b["peak_gb"])}
+
+
+def mean_cost(costs: list[dict]) -> dict:
+    """Per question; the memory is the highest."""
+    columns = {key: [cost[key] for cost in costs] for key in NOTHING}
+    means = {key: None if None in values else round(sum(values) / len(values), 6) for key, values in columns.items()}
+    return means | {"peak_gb": round(max(columns["peak_gb"]), 3)}
+
+
+def price_list(samples: list[dict]) -> dict:
+    """Mean cost of a question over all, and for each task."""
+    tasks = {task: mean_cost([sample["cost"] for sample in samples if sample["task_type"] == task])
+             for task in sorted({sample["task_type"] for sample in samples})}
+    return mean_cost([sample["cost"] for sample in samples]) | {"tasks": tasks}
 
 
 # ----------------------------------------------------------------------------------------------- the exam
@@ -1477,15 +1763,14 @@ def prepare(student: Student, batch: list[dict], blank: bool) -> list[dict | str
     return prompts
 
 
-def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[dict]:
-    """The greedy responses: {"response", "prompt_tokens", "tokens" (generated)}."""
+def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[tuple[str, int]]:
+    """The greedy responses, each with the number of tokens that it took."""
     tokens = generate(student, prompts, max_new_tokens)
-    return [{"response": student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip(), "prompt_tokens": len(prompt["ids"]),
-             "tokens": len(sampled[0])} for prompt, sampled in zip(prompts, tokens)]
+    return [(student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip(), len(sampled[0])) for sampled in tokens]
 
 
 def ask(student: Student, batch: list[dict], cfg: Config) -> list[dict]:
-    """What is kept of a batch, a record a question: its answers ("seconds": an equal share of the batch's), or the "fault" for which it
+    """What is kept of a batch, a record a question: its answers and their cost (an equal share of the batch's seconds), or the "fault" for which it
     cannot be asked."""
     records = [{"number": question["number"]} for question in batch]
     for key, blank in (("response", False), ("blank_response", True))[:1 + cfg.blank]:
@@ -1493,12 +1778,14 @@ def ask(student: Student, batch: list[dict], cfg: Config) -> list[dict]:
         prompts = prepare(student, batch, blank)
         good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
         answers = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
-        seconds = round((time.time() - begun) / max(len(good), 1), 4)
+        seconds = (time.time() - begun) / max(1, len(good))
         for record, prompt in zip(records, prompts):
             if isinstance(prompt, str):
                 record["fault"] = prompt
-        for i, said in zip(good, answers):
-            records[i] |= {key: said["response"]} if blank else said | {"blank_response": None, "seconds": seconds}
+        for i, (response, generated) in zip(good, answers):
+            records[i][key] = response
+            if not blank:  # the grey pictures are a control, no part of the method
+                records[i] |= {"blank_response": None, "cost": spent(student, prompts[i], generated, seconds)}
     return records
 
 
@@ -1506,21 +1793,24 @@ def batches_of(questions: list[dict], size: int) -> list[list[dict]]:
     """Batches of at most `size` questions: those with equally many pictures together, so that little is padding, and those about the same
     pictures in one batch wherever they fit, so that they share one prefill."""
     groups, batches = {}, []
-    for question in sorted(questions, key=lambda q: (len(q["images"]), q["images"], q["number"])):
-        groups.setdefault(tuple(question["images"]), []).append(question)
-    for group in groups.values():
+    for question in sorted(questions, key=lambda q: (len(q["record"]["images"]), q["images"], q["number"])):
+        groups.setdefault(tuple(question["record"]["images"]), []).append(question)
+    for pictures, group in groups.items():
         for part in (group[i:i + size] for i in range(0, len(group), size)):
-            if batches and len(batches[-1]) + len(part) <= size and len(batches[-1][0]["images"]) == len(part[0]["images"]):
+            if batches and len(batches[-1]) + len(part) <= size and len(batches[-1][0]["record"]["images"]) == len(pictures):
                 batches[-1] += part
             else:
                 batches.append(list(part))
     return batches
 
 
-def enlarge(student: Student, min_pixels: int):
-    """Have pictures below `min_pixels` enlarged, as far as the student's own limit lets them."""
-    size = student.image_processor.size
-    student.image_processor.size = size | {"shortest_edge": min(max(size["shortest_edge"], min_pixels), size["longest_edge"])}
+def student_of(source: str, dtype: torch.dtype, device: str, cfg: Config, protocol: dict) -> Student:
+    """The student; a protocol may have small pictures enlarged, as far as the student's own limit lets them."""
+    student = load_student(source, dtype, device, cfg.attention, cfg.max_pixels)
+    if "min_pixels" in protocol:
+        size = student.image_processor.size
+        student.image_processor.size = size | {"shortest_edge": min(max(size["shortest_edge"], protocol["min_pixels"]), size["longest_edge"])}
+    return student
 
 
 def answered(folder: Path, own: Path) -> dict[int, dict]:
@@ -1535,6 +1825,240 @@ def answered(folder: Path, own: Path) -> dict[int, dict]:
     return records
 
 
+# ----------------------------------------------------------------------------------------------- the rival: imagining at test time
+
+# After MindJourney (arXiv 2507.12508): the VLM sends the world model on short walks from the question's first picture, scores what it sees
+# there, and answers with the helpful views beside the question. A step tries every action from every beam, and its sub-steps are views:
+SEARCH = [("forward", 0.75, 0.25), ("turn_left", 30.0, 10.0), ("turn_right", 30.0, 10.0)]  # action, whole, sub-step (meters, degrees)
+# All views of a question and a step stand in one prompt, which is asked twice (explore, helpful). Scores are 0..9. A response that is not
+# one score a view counts as zeros, is counted, and ends the search: a student that cannot follow the prompt answers as without the rival.
+# Departures: the published code draws random scores 0..5 there (below its limit of 8, so with the same end), turns by 27 degrees in
+# sub-steps of 3, and scores a pose again that another walk led to.
+CRITERIA = {"explore": "how worthwhile it is to go on exploring from there in order to answer the question",
+            "helpful": "how helpful it is for answering the question; a view that rules out a wrong answer helps as well, a spoilt picture "
+                       "does not"}
+LONGEST_PATH = 200  # frames; a longer motion is not imagined. 10 meters take 50, 360 degrees 72
+
+
+def merged(actions: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Neighbours of one name added up: turn_left 10, turn_left 10, forward 0.5 -> turn_left 20, forward 0.5."""
+    runs = [(name, list(run)) for name, run in itertools.groupby(actions, key=lambda action: action[0])]
+    return [(name, sum(value for _, value in run)) for name, run in runs]
+
+
+def in_words(actions: list[tuple[str, float]]) -> str:
+    return "; ".join(f"turn {name[5:]} {value:g} degrees" if name.startswith("turn") else
+                     f"move {name.removeprefix('shift_')} {value:g} meters" for name, value in merged(actions))
+
+
+def poses_along(actions: list[tuple[str, float]]) -> tuple[np.ndarray, list[int]]:
+    """c2w [N,4,4] from the identity, with 0.2 m and 5 degrees a frame at most, and the keyframes: 0 and the last frame of every action."""
+    poses, keyframes = [np.eye(4)], [0]
+    for name, value in actions:
+        frames = max(1, math.ceil(value / (5.0 if name.startswith("turn") else 0.2) - 1e-9))
+        right, ahead = displacement((name, value / frames))
+        step = np.eye(4)
+        if name.startswith("turn"):
+            step[:3, :3] = yaw_matrix(right)
+        else:
+            step[:3, 3] = right, 0, ahead
+        for _ in range(frames):
+            poses.append(poses[-1] @ step)
+        keyframes.append(len(poses) - 1)
+    return np.stack(poses), keyframes
+
+
+def yaw_matrix(yaw_deg: float) -> np.ndarray:
+    c, s = math.cos(math.radians(yaw_deg)), math.sin(math.radians(yaw_deg))
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+def origin(image: Path, root: Path) -> dict | None:
+    """The keys of a trajectory record that say from where this picture looks; None where it is no picture.
+
+    A picture that 02 wrote has a view.json beside it. In a room its pose there is start @ c2w[frame], from which a new path starts;
+    the first frame of `warp` is its photograph. Any other picture is a photograph itself, with 54 degrees along its longer side.
+    """
+    try:
+        with Image.open(image) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # `prepare` will name it
+        return None
+    fov = 54.0 if width >= height else 2 * math.degrees(math.atan(math.tan(math.radians(27)) * width / height))
+    photo = {"source": "real", "room": None, "start": None, "anchor": str(image.resolve()), "width": width, "height": height,
+             "fov_x_deg": fov}
+    if not (image.parent / "view.json").is_file():
+        return photo
+    try:
+        view, frame = json.loads((image.parent / "view.json").read_text()), int(image.stem)
+        size = {key: view[key] for key in ("width", "height", "fov_x_deg")}
+        if view["room"] is None:
+            return photo | size | ({"anchor": view["anchor"]} if frame == 0 and view["teacher"] == "warp" else {})
+        (x, z, yaw), pose = view["start"], np.array(view["c2w"][frame])
+        x, _, z = np.array([x, 0, z]) + yaw_matrix(yaw) @ pose[:3, 3]
+        yaw += math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
+        json.loads((root / view["room"]).read_text())
+        return size | {"source": "simulated", "anchor": None, "room": view["room"], "start": [round(x, 7), round(z, 7), round(yaw, 7)]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        stop(f"{image.parent / 'view.json'} does not say where {image.name} looks from ({type(error).__name__}: {error}): make the views "
+             "with 02, or remove it, so that its pictures count as photographs")
+
+
+def imagine(sub: Path, walks: list[tuple], starts: dict[str, dict], root: Path, cfg: Config) -> tuple[dict, float]:
+    """Let 02 walk: [(picture, actions, views)] -> {walk: its last `views` key frames, none where 02 could not}, and the seconds of a walk.
+
+    `sub` becomes a run folder of its own: 1_trajectories with every path and the rooms, 2_views by 02 (which goes on after a kill).
+    """
+    lines, places = [], {image: f"p{number:05d}" for number, image in enumerate(starts)}
+    for number, (image, actions, count) in enumerate(walks):
+        actions = [*merged(actions[:-count]), *actions[-count:]]
+        c2w, keyframes = poses_along(actions)
+        lines.append({"scene_id": places[image], "traj_id": f"w{number:06d}", "split": "heldout", "actions": actions,
+                      "keyframes": keyframes, "c2w": (c2w.round(7) + 0.0).tolist()} | starts[image])
+    sub.mkdir(parents=True, exist_ok=True)
+    lock, meta = os.open(sub, os.O_RDONLY), sub / "2_views/meta.json"
+    fcntl.flock(lock, fcntl.LOCK_EX)  # 02 inherits it: should this process be killed alone, its rerun waits here until that 02 has ended
+    if not meta.is_file() or not json.loads(meta.read_text())["finished"]:
+        for room in {line["room"] for line in lines} - {None}:
+            save(sub / room, (root / room).read_bytes())
+        save(sub / "1_trajectories/trajectories.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        counts = {"trajectories": len(lines)}
+        save(sub / "1_trajectories/meta.json", json.dumps({"stage": Path(__file__).stem, "finished": True, "counts": counts}))
+        command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py")), "--run", str(sub), "--teacher", cfg.coupled,
+                   "--keep", "keyframes", "--seed", str(cfg.seed), *shlex.split(cfg.coupled_args)]
+        with (sub / "02.log").open("a") as log:
+            if subprocess.run(command, stdout=log, pass_fds=[lock]).returncode:
+                stop(f"02 ended with a fault (see the lines above and {sub / '02.log'}): correct --coupled or --coupled_args")
+    os.close(lock)
+    frames = {view["traj_id"]: view["frames"] for view in read_jsonl(sub / "2_views/views.jsonl", "traj_id", "frames")}
+    views = {walk: [str(sub / frame) for frame in frames.get(line["traj_id"], [])[-walk[2]:]] for line, walk in zip(lines, walks)}
+    return views, json.loads(meta.read_text())["seconds"] / len(lines)
+
+
+def stated(text: str) -> list[tuple[str, float]]:
+    """All actions that a question's text states, in their order: what D1, D2 and D4 say was done, and what A4 claims. Others state none."""
+    actions = [parse_actions(match[0])[0] for match in ACTION.finditer(text)]
+    return actions if sum(value / (5.0 if name.startswith("turn") else 0.2) for name, value in actions) <= LONGEST_PATH else []
+
+
+def onward(beam: tuple) -> list[tuple[tuple, int]]:
+    """The walks that a step tries from a beam, each with the number of views at its end; a turn is not taken back."""
+    back = {"turn_left": "turn_right", "turn_right": "turn_left"}.get(beam[-1][0]) if beam else None
+    tries = [(name, part, round(whole / part)) for name, whole, part in SEARCH if name != back]
+    return [(beam + ((name, part),) * count, count) for name, part, count in tries]
+
+
+def with_views(record: dict, views: list[tuple[str, str]], ask: str = "") -> dict:
+    """The question with imagined views [(words, picture), ...] behind its own pictures, and `ask` at its end."""
+    *turns, last, told = record["messages"]
+    own, mark, rest = last["content"].rpartition("<image>")
+    shown = "".join(f" Imagined from image 1, after {words}: <image>" for words, _ in views)
+    last = last | {"content": own + mark + shown + ("\n" if views else "") + rest + ("\n" + ask if ask else "")}
+    return record | {"messages": [*turns, last, told], "images": record["images"] + [image for _, image in views]}
+
+
+def scores_of(response: str, count: int) -> list[int] | None:
+    """`3, 9, 0` -> [3, 9, 0] when it is `count` whole numbers 0..9 and nothing else; else None."""
+    numbers = re.fullmatch(r"(?:(?:output|scores):)?\s*\[?(\d(?:[,\s]+\d)*)\]?\.?", response.strip(), re.I)
+    found = [int(digit) for digit in re.findall(r"\d", numbers[1])] if numbers else []
+    return found if len(found) == count else None
+
+
+def rate(student: Student, batch: list[tuple[dict, list]], cfg: Config) -> list[dict]:
+    """The VLM scores the new views of each question, [(question, [(words, picture), ...])], by both criteria: {"explore": [score a view],
+    "helpful": [...], "unparsable": responses without scores, "cost"}."""
+    rated = [{"unparsable": 0, "cost": NOTHING} for _ in batch]
+    for criterion, meaning in CRITERIA.items():
+        begun = time.time()
+        asks = [f"Do not answer it yet. Score each of the {len(views)} imagined views from 0 to 9: {meaning}. Give {len(views)} whole "
+                "numbers in the order of the views, separated by commas, and nothing else." for _, views in batch]
+        records = [with_views(question["record"], views, ask) for (question, views), ask in zip(batch, asks)]
+        prompts = prepare(student, [{"record": record} for record in records], False)
+        good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]  # the others are named when they are asked
+        said = answer(student, [prompts[i] for i in good], 8 + 2 * max(len(views) for _, views in batch)) if good else []
+        for result, (_, views) in zip(rated, batch):
+            result[criterion] = [0] * len(views)
+        for i, (response, generated) in zip(good, said):
+            scores = scores_of(response, len(batch[i][1]))
+            rated[i][criterion] = scores or rated[i][criterion]
+            rated[i]["unparsable"] += scores is None
+            rated[i]["cost"] = plus(rated[i]["cost"], spent(student, prompts[i], generated, (time.time() - begun) / len(good)))
+    return rated
+
+
+def walks_of(question: dict, beams: list[tuple], cfg: Config) -> list[tuple[str, tuple, int]]:
+    """What a step imagines for a question: (picture, actions, how many key frames at the end are views)."""
+    image, motion = question["record"]["images"][0], tuple(stated(question["text"]))
+    if cfg.coupled_stated:
+        return [(image, motion, 1)] if beams and motion else []
+    return [(image, actions, count) for beam in beams for actions, count in onward(beam)]
+
+
+def rate_all(questions: list[dict], states: list[dict], sub: Path, load, cfg: Config) -> list[dict]:
+    """`rate` of every question that has new views, a batch a file in sub/scores, so that a killed search goes on."""
+    asked = [i for i, state in enumerate(states) if state["views"]]
+    rated = [{key: [] for key in CRITERIA} | {"cost": NOTHING, "unparsable": 0} for _ in states]
+    for number, at in enumerate(tqdm(range(0, len(asked), cfg.batch), unit="batch", desc=f"imagined/{sub.name}: scores")):
+        file, batch = sub / "scores" / f"{number:05d}.json", asked[at:at + cfg.batch]
+        if not file.is_file():
+            views = [[(words, frame) for words, (_, frame) in states[i]["views"].items()] for i in batch]
+            save(file, json.dumps(rate(load(), list(zip([questions[i] for i in batch], views)), cfg)))
+        for i, result in zip(batch, json.loads(file.read_text())):
+            rated[i] = result
+    return rated
+
+
+def advance(state: dict, rated: dict, cfg: Config) -> dict:
+    """The state after a step: on from the views best to explore, the most helpful ones shown too; of equals the earlier view."""
+    explore, helpful = (sorted((n for n, score in enumerate(rated[key]) if score >= least), key=lambda n: -rated[key][n])
+                        for key, least in zip(CRITERIA, cfg.search_scores))
+    views = [(words, *view) for words, view in state["views"].items()]  # (words, actions, picture)
+    return state | {"beams": [views[n][1] for n in explore[:cfg.search_beams]], "cost": plus(state["cost"], rated["cost"]),
+                    "shown": state["shown"] | {views[n][0]: views[n][2] for n in helpful[:cfg.search_views]},
+                    "scorings": state["scorings"] + len(CRITERIA) * bool(views), "unparsable": state["unparsable"] + rated["unparsable"]}
+
+
+def rival(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple[list[dict], dict]:
+    """The questions with imagined views among their pictures ("imagined" [[words, picture], ...], their "cost"), and a summary.
+
+    `load()` gives the student, which only unscored views need. Every step is one call of 02 for all questions, in
+    folder/imagined/STEP; when the motion is stated there is one step, and nothing is scored.
+    """
+    starts = {image: origin(Path(image), root) for image in dict.fromkeys(question["record"]["images"][0] for question in questions)}
+    state = {"beams": [], "views": {}, "known": set(), "shown": {}, "cost": NOTHING, "scorings": 0, "unparsable": 0}
+    states = [state | {"beams": [()] if starts[question["record"]["images"][0]] else []} for question in questions]
+    no_network = cfg.coupled in ("simulator", "warp") and "--depth" not in cfg.coupled_args
+    for step in range(1 if cfg.coupled_stated else cfg.search_steps):
+        wanted = [walks_of(question, state["beams"], cfg) for question, state in zip(questions, states)]
+        walks = list(dict.fromkeys(itertools.chain(*wanted)))  # questions about one picture share its walks; each is charged for them
+        if not walks:
+            break
+        seen, seconds = imagine(folder / "imagined" / str(step + 1), walks, starts, root, cfg)
+        for i, own in enumerate(wanted):
+            ends = [(actions[:len(actions) - count + 1 + k], frame) for image, actions, count in own
+                    for k, frame in enumerate(seen[image, actions, count])]
+            price = NOTHING | {"seconds": seconds * len(own), "world_seconds": seconds * len(own), "views": len(ends),
+                               "world_flops": 0 if no_network or not own else None}  # 02 does not count those of its networks
+            views = {in_words(actions): (actions, frame) for actions, frame in ends}
+            new = {words: view for words, view in views.items() if words not in states[i]["known"]}
+            states[i] = states[i] | {"views": new, "known": states[i]["known"] | new.keys(), "cost": plus(states[i]["cost"], price)}
+        if cfg.coupled_stated:
+            states = [state | {"shown": {words: frame for words, (_, frame) in state["views"].items()}} for state in states]
+        else:
+            rated = rate_all(questions, states, folder / "imagined" / str(step + 1), load, cfg)
+            states = [advance(state, result, cfg) for state, result in zip(states, rated)]
+    summary = {"teacher": cfg.coupled, "way": "stated motion" if cfg.coupled_stated else "search",
+               "views": sum(state["cost"]["views"] for state in states), "shown": sum(len(state["shown"]) for state in states),
+               "questions_without": sum(not state["shown"] for state in states),
+               "scorings": sum(state["scorings"] for state in states),
+               "unparsable_scorings": sum(state["unparsable"] for state in states)}
+    return [question | {"record": with_views(question["record"], list(state["shown"].items())), "cost": state["cost"],
+                        "imagined": [[words, str(Path(image).relative_to(folder))] for words, image in state["shown"].items()]}
+            for question, state in zip(questions, states)], summary
+
+
+# ----------------------------------------------------------------------------------------------- all together
+
 def show(exams: list[dict], folder: Path):
     """The last lines of the output: the table and the path of the report."""
     for exam in exams[:-1]:
@@ -1542,6 +2066,11 @@ def show(exams: list[dict], folder: Path):
             print(f"note: {exam['tag']} was examined on other questions than {exams[-1]['tag']}")
         if exam.get("protocol_sha256") != exams[-1].get("protocol_sha256"):
             print(f"note: {exam['tag']} was examined by another protocol than {exams[-1]['tag']}")
+    for exam in exams:
+        if how := exam.get("coupled"):
+            print(f"{exam['tag']}: {how['teacher']} imagined {how['views']} views by {how['way']}, {how['shown']} were shown; "
+                  f"{how['questions_without']} questions had none; "
+                  f"{how['unparsable_scorings']} of {how['scorings']} scorings could not be read")
     print(aligned(compare(exams)))
     print(f"report: {folder / 'report.html'}")
 
@@ -1563,9 +2092,15 @@ def check_settings(cfg: Config) -> tuple[dict, int, int]:
     protocol = {"name": cfg.protocol} | PROTOCOLS[cfg.protocol][cfg.exam] | given
     if min([cfg.batch, *given.values()]) < 1 or cfg.per_task < 0:
         stop("--batch, --frames, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
+    searches = min(cfg.search_steps, cfg.search_beams, cfg.search_views) > 0 and len(cfg.search_scores) == 2
+    if not searches or cfg.coupled_stated and not cfg.coupled:
+        stop("--search_steps, --search_beams and --search_views must be at least 1, --search_scores two numbers; "
+             "--coupled_stated needs --coupled TEACHER")
     shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
+    if cfg.coupled and int(shard[2]) > 1:
+        stop("--coupled imagines for all questions together: leave --shard out")
     return protocol, int(shard[1]), int(shard[2])
 
 
@@ -1587,12 +2122,15 @@ def read_exam(cfg: Config, protocol: dict, run: Path) -> tuple[list[dict], Skipp
 
 def main(cfg: Config):
     started, run = time.time(), Path(cfg.run)
+    if cfg.compare:
+        return compare_two(cfg)
     protocol, shard, shards = check_settings(cfg)
     cfg = replace(cfg, **{key: protocol.get(key, 0) for key in ("frames", "max_new_tokens", "max_pixels")})
     checkpoint = next((path for path in (run / cfg.checkpoint, Path(cfg.checkpoint)) if path.is_dir()), None)
     if checkpoint is None and "/" not in cfg.checkpoint:  # a hub id has an owner
         stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another checkpoint")
-    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name) + ("" if cfg.exam == "heldout" else f"-{cfg.exam}")
+    way = f"-{cfg.exam}" * (cfg.exam != "heldout") + f"-{cfg.coupled}" * bool(cfg.coupled) + "-stated" * cfg.coupled_stated
+    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name) + way
     if not re.fullmatch(r"\w[\w.-]*", tag):
         stop(f"the tag {tag!r} is no folder name: choose another --tag")
     folder = run / "6_eval" / tag
@@ -1625,18 +2163,17 @@ def main(cfg: Config):
             show(beside + [json.loads((folder / "results.json").read_text())], folder)
         raise
 
+    load, summary = cache(lambda: student_of(str(checkpoint or cfg.checkpoint), dtype, device, cfg, protocol)), None
+    if cfg.coupled:
+        questions, summary = rival(questions, load, folder, root, cfg)
     batches = batches_of(questions, cfg.batch)[shard::shards]
     log = folder / ("samples.jsonl" if shards == 1 else f"samples.{shard}of{shards}.jsonl")
     records = answered(folder, log)
-    student, rounds, asked, asking_s = None, 1 + cfg.blank, 0, 0.0
+    rounds, asked, asking_s = 1 + cfg.blank, 0, 0.0
     with tqdm(total=sum(map(len, batches)) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
         for batch in batches:
             if todo := [question for question in batch if question["number"] not in records]:
-                if student is None:
-                    student = load_student(str(checkpoint or cfg.checkpoint), dtype, device, cfg.attention, cfg.max_pixels)
-                    if "min_pixels" in protocol:
-                        enlarge(student, protocol["min_pixels"])
-                begun = time.time()
+                student, begun = load(), time.time()
                 new = ask(student, todo, cfg)
                 with log.open("a") as lines:
                     lines.write("".join(json.dumps(record) + "\n" for record in new))
@@ -1654,13 +2191,13 @@ def main(cfg: Config):
         if json.loads((folder / "meta.json").read_text())["finished"]:
             print(f"{folder} was completed by another shard")
             return
-        results = complete(folder, cfg, tag, protocol, questions, records, skipped, root, beside, asked_of)
+        results = complete(folder, cfg, tag, protocol, questions, records, skipped, root, beside, asked_of, summary)
         finish(folder, meta, {"answers": results["questions"] * rounds, "skipped": results["skipped"]}, started)
     show(beside + [results], folder)
 
 
 def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: list[dict], records: dict, skipped: Skipped, root: Path,
-             beside: list[dict], asked_of: str) -> dict:
+             beside: list[dict], asked_of: str, summary: dict | None) -> dict:
     """Grade all answers and write samples.jsonl, results.json and report.html; the results."""
     run, samples = Path(cfg.run), []
     for question in sorted(questions, key=lambda question: question["number"]):
@@ -1671,7 +2208,9 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
         samples.append({"number": question["number"], "id": question.get("id", question["number"]), "exam": cfg.exam,
                         "task_type": question["task"], "scene_id": question["scene"], "images": question["images"],
                         "question": question["text"], "options": question.get("options"), "truth": question["truth"]}
-                       | {key: record[key] for key in ("response", "blank_response", "seconds", "prompt_tokens", "tokens")})
+                       | {"response": record["response"], "blank_response": record["blank_response"],
+                          "cost": plus(question.get("cost", NOTHING), record["cost"])}
+                       | ({"imagined": question["imagined"]} if cfg.coupled else {}))
     if not samples:
         stop(f"no picture of {skipped.source} can be read: see the lines above")
     results = {"tag": tag, "checkpoint": cfg.checkpoint, "exam": cfg.exam,
@@ -1683,17 +2222,23 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
         train = [run / file if (run / file).is_file() else Path(file) for file in cfg.train]
         if missing := [str(file) for file in train if not file.is_file()]:
             print(f"no constant answers from {', '.join(missing)}: missing", file=sys.stderr)
-        tasks = grade(samples, skipped.tasks, training_answers([file for file in train if file.is_file()]), cfg.seed)
+        candidates = training_answers([file for file in train if file.is_file()])
+        tasks = grade(samples, skipped.tasks, candidates, cfg.seed)
         scenes = [sample["scene_id"] for sample in samples]
         means = {side: interval([sample[side]["reward"] for sample in samples], scenes, cfg.seed)
                  for side in ("scores", "blank_scores") if side in samples[0]}
-        results |= {"mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores")}
+        results |= {"mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"),
+                    "right": right_answers(samples, candidates, cfg.seed)}
     else:
         tasks, results["overall"] = grade_benchmark(cfg.exam, protocol, samples, skipped, cfg.seed)
-    results |= {"unparsable": sum(result["unparsable"] for result in tasks.values()), "tasks": tasks}
+        results["right"] = {key: value["mean"] if isinstance(value, dict) else value for key, value in results["overall"]["score"].items()}
+    results |= {"unparsable": sum(result["unparsable"] for result in tasks.values()), "coupled": summary,
+                "cost": price_list(samples), "tasks": tasks}
     save(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     save(folder / "results.json", json.dumps(results, indent=1))
-    save(folder / "report.html", report_html(results, compare(beside + [results]), samples, root))
+    others = {exam["tag"]: {sample["number"]: sample for sample in read_jsonl(run / "6_eval" / exam["tag"] / "samples.jsonl", "number")}
+              for exam in beside if exam["questions_sha256"] == results["questions_sha256"]}
+    save(folder / "report.html", report_html(beside + [results], samples, others, root, folder))
     for shard in folder.glob("samples.*of*.jsonl"):
         shard.unlink()
     return results

@@ -68,12 +68,12 @@ def run(tmp_path):
     return tmp_path
 
 
-def examine(run: Path, monkeypatch, says, **settings) -> dict:
-    """Run the exam with `says(question, blank) -> response` in place of a student; its results."""
+def examine(run: Path, monkeypatch, says, spent=None, **settings) -> dict:
+    """Run the exam with `says(question, blank) -> response` in place of a student, at the cost `spent`; its results."""
     monkeypatch.setattr(exam, "load_student", lambda *args: None)
     monkeypatch.setattr(exam, "prepare", lambda student, batch, blank: [(question, blank) for question in batch])
-    monkeypatch.setattr(exam, "answer", lambda student, prompts, most: [{"response": says(*prompt), "prompt_tokens": 0, "tokens": 0}
-                                                                        for prompt in prompts])
+    monkeypatch.setattr(exam, "answer", lambda student, prompts, most: [(says(*prompt), 3) for prompt in prompts])
+    monkeypatch.setattr(exam, "spent", spent or (lambda student, prompt, generated, seconds: exam.NOTHING | {"tokens": generated}))
     cfg = exam.Config(**({"run": str(run), "checkpoint": "student", "batch": 16} | settings))
     exam.main(cfg)
     return json.loads((run / "6_eval" / (cfg.tag or "student") / "results.json").read_text())
@@ -171,7 +171,8 @@ def test_hostile_answers_are_shown_harmless(run, monkeypatch):
                "&lt;b&gt; \"'`", "{{7*7}} ${x}", "[1, 2, 3, " + "9" * 150 + "]"]
     results = examine(run, monkeypatch, lambda question, blank: hostile[question["number"] % len(hostile)], blank=False)
     report = (run / "6_eval" / "student" / "report.html").read_bytes().decode()
-    assert "<script" not in report and "onerror=alert(1)>" not in report and "\u202e" not in report and "\0" not in report
+    assert report.count("<script") == 1 and f"<script>{exam.SCRIPT}</script>" in report  # the page's own
+    assert "onerror=alert(1)>" not in report and "\u202e" not in report and "\0" not in report
     assert "&lt;script&gt;" in report and "1,000,000 characters" in report and len(report) < 10_000_000
     assert "http" not in report.replace("http-equiv", "")  # one self-contained file
     assert results["tasks"]["A1"]["metrics"]["direction"]["mean"] == 0 and results["blank_mean_reward"] is None
@@ -182,7 +183,8 @@ def test_questions_and_tags_cannot_inject(run, monkeypatch):
     evil = record("D4", "yes", "<b>room</b>", ["2_views/room_0/t000/000.png"] * 2, "<script>\ud800</script> [5, 5, 9, 9]")
     write(run / "3_qa" / "heldout.jsonl", [evil])
     examine(run, monkeypatch, truth)
-    assert "<script" not in (report := (run / "6_eval" / "student" / "report.html").read_text()) and "<b>room" not in report
+    report = (run / "6_eval" / "student" / "report.html").read_text()
+    assert report.count("<script") == 1 and "<b>room" not in report
     for tag in ("../evil", "a/b", "..", "a b"):
         with pytest.raises(SystemExit) as ended:
             examine(run, monkeypatch, truth, tag=tag)
@@ -202,7 +204,7 @@ def test_resumed_exam_writes_the_same_files(run, monkeypatch):
             return says(question, blank)
         return answers
     def written():
-        samples = [json.loads(line) | {"seconds": 0} for line in (folder / "samples.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) | {"cost": 0} for line in (folder / "samples.jsonl").read_text().splitlines()]
         return samples, *((folder / name).read_bytes() for name in ("results.json", "report.html"))
     examine(run, monkeypatch, says)
     folder = run / "6_eval" / "student"
