@@ -451,7 +451,7 @@ def shard(model: torch.nn.Module, device: str, dtype: str, offload: bool):
     """
     how = {"mesh": init_device_mesh(device.split(":")[0], (dist.get_world_size(),))}
     if dtype == "bfloat16":
-        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary angles stay
     if offload and device != "cpu":
         how["offload_policy"] = CPUOffloadPolicy()
     for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
