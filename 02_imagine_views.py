@@ -2225,6 +2225,7 @@ def plan(cfg: Config) -> tuple[list[tuple[dict, str]], Counter, int]:
     return jobs, left_out, unusable
 
 
+# --- same in 02, 06: shards take turns ---
 @contextmanager
 def alone(folder: Path):
     """Shards take turns inside: a lock on the folder itself, which leaves no file behind and ends with its process."""
@@ -2235,6 +2236,7 @@ def alone(folder: Path):
         yield
     finally:
         os.close(handle)
+# --- end: shards take turns ---
 
 
 def action_text(actions: list) -> str:

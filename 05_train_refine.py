@@ -63,6 +63,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file, logging
 
 from kernels import register, windows_in_one_launch
@@ -861,6 +862,58 @@ def draw_curves(folder: Path, panels: dict[str, list[str]]):
 
 
 # --- same in 05, 06: generation ---
+class Roomy(DynamicLayer):
+    """A copy of `rows` of one layer's keys and values with room for `room` tokens more: a step writes its own keys into place, where a
+    dynamic cache copies all of them. When the room is used up, as much is added once more. What is not written yet is shown to nobody."""
+
+    def __init__(self, layer, rows: torch.Tensor, room: int):
+        super().__init__()
+        self.room, self.written = room, layer.keys.shape[-2]
+        self.storage = [self.enlarged(x[rows]) for x in (layer.keys, layer.values)]                     # [rows, H, T + room, D]
+        self.keys, self.values = (x[:, :, :self.written] for x in self.storage)                         # [rows, H, T, D], views
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+
+    def enlarged(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_empty(*x.shape[:2], self.room, x.shape[3])], 2)
+
+    def update(self, keys, values, *args, **kwargs):
+        start, self.written = self.written, self.written + keys.shape[-2]
+        if self.written > self.storage[0].shape[2]:
+            self.storage = [self.enlarged(x) for x in self.storage]
+        for x, new in zip(self.storage, (keys, values)):
+            x[:, :, start:self.written] = new
+        self.keys, self.values = (x[:, :, :self.written] for x in self.storage)
+        return self.keys, self.values
+
+
+def shared_heads(prompts: list[dict], picture_token: int) -> list[tuple[list[int], int]]:
+    """What is encoded once: [(the prompts that share a head, its length)]. Prompts over the same pictures (the same tensor `pixels`) share
+    the tokens with which they all begin, provided that all pictures are among them; every prompt keeps a token of its own."""
+    same, heads = {}, []
+    for b, prompt in enumerate(prompts):
+        same.setdefault(id(prompt["pixels"]), []).append(b)
+    for members in same.values():
+        ids = [prompts[b]["ids"] for b in members]
+        shortest = min(map(len, ids))
+        equal = torch.stack([one[:shortest] == ids[0][:shortest] for one in ids]).all(0)                # [shortest]
+        n = min(int(equal.long().cumprod(0).sum()), shortest - 1)
+        shared = len(members) > 1 and not any((one[n:] == picture_token).any() for one in ids)
+        heads += [(members, n)] if shared else [([b], len(one)) for b, one in zip(members, ids)]
+    if all(len(members) == 1 for members, _ in heads):
+        return heads
+    return [(members, n if len(members) > 1 else n - 1) for members, n in heads]
+
+
+def left_padded(pieces: list[dict], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [B, T], mask [B, T] and positions [3, B, T] of texts {"ids", "positions"} which all end in the last column."""
+    B, T = len(pieces), max(len(piece["ids"]) for piece in pieces)
+    ids, mask, positions = torch.full((B, T), pad), torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
+    for b, piece in enumerate(pieces):
+        if n := len(piece["ids"]):
+            ids[b, -n:], mask[b, -n:], positions[:, b, -n:] = piece["ids"], 1, piece["positions"]
+    return ids, mask, positions
+
+
 @torch.no_grad()
 def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples: int = 1, temperature: float = 1.0,
              uniforms: torch.Tensor | None = None) -> list[list[list[int]]]:
@@ -868,28 +921,35 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     was reached. Greedy, or drawn at `temperature` with `uniforms` [prompts x samples, max_new_tokens] in 0..1, one number a token, so that
     a response does not depend on which others share its batch.
 
-    Every prompt is encoded once (left-padded: all end in the same column) and its key-value cache repeated for its samples. Picture
-    tokens cannot be generated: the next forward pass would look for a picture behind them.
+    What prompts over the same pictures have in common is encoded once; their tails follow on copies of its key-value cache, at the
+    positions that they would have alone. Left padding: all heads end in one column, and so do all tails. Picture tokens cannot be
+    generated: the next forward pass would look for a picture behind them.
     """
     model, tokenizer = student.model, student.tokenizer
     device, config = model.device, model.config
-    B, T = len(prompts), max(len(prompt["ids"]) for prompt in prompts)
-    ids, mask = torch.full((B, T), tokenizer.pad_token_id), torch.zeros(B, T, dtype=torch.long)
-    positions = torch.zeros(3, B, T, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        n = len(prompt["ids"])
-        ids[b, T - n:], mask[b, T - n:], positions[:, b, T - n:] = prompt["ids"], 1, prompt["positions"]
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True, logits_to_keep=1,
-                pixel_values=torch.cat([prompt["pixels"] for prompt in prompts]).to(device),
-                image_grid_thw=torch.cat([prompt["grids"] for prompt in prompts]).to(device))
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(samples, 0)               # [B x samples, V]
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-    mask = mask.repeat_interleave(samples, 0).to(device)
-    position = (positions.amax((0, 2)) + 1).repeat_interleave(samples).to(device)                       # the next token's, in all three streams
+    heads = shared_heads(prompts, config.image_token_id)
+    firsts = [(prompts[members[0]], n) for members, n in heads]
+    ids, mask, positions = left_padded([{"ids": first["ids"][:n], "positions": first["positions"][:, :n]} for first, n in firsts],
+                                       tokenizer.pad_token_id)
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
+                pixel_values=torch.cat([first["pixels"] for first, _ in firsts]).to(device),
+                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device), logits_to_keep=1)
+    head_of = {b: row for row, (members, _) in enumerate(heads) for b in members}
+    cuts = [heads[head_of[b]][1] for b in range(len(prompts))]
+    rows = torch.tensor([head_of[b] for b in range(len(prompts))]).repeat_interleave(samples)           # [B = prompts x samples]
+    tails = [{"ids": prompt["ids"][n:], "positions": prompt["positions"][:, n:]} for prompt, n in zip(prompts, cuts)]
+    ids, tail_mask, positions = (x.repeat_interleave(samples, -2).to(device) for x in left_padded(tails, tokenizer.pad_token_id))
+    mask, rows, cache = torch.cat([mask[rows].to(device), tail_mask], 1), rows.to(device), out.past_key_values
+    cache.layers = [Roomy(layer, rows, ids.shape[1] + min(max_new_tokens, 128)) for layer in cache.layers]
+    if ids.shape[1] == 0:                                                                               # no tails: nothing was shared
+        logits = out.logits[rows, -1]                                                                   # [B, V]
+    else:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
+    position = torch.tensor([int(prompt["positions"].max()) + 1 for prompt in prompts]).repeat_interleave(samples).to(device)
     banned = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id], device=device)
-    done, tokens = torch.zeros(B * samples, dtype=torch.bool, device=device), []
-    while True:
+    done, tokens = torch.zeros(len(rows), dtype=torch.bool, device=device), []
+    while True:                                                                                         # `position` is the next token's
         logits = logits.float().index_fill(-1, banned, -torch.inf)
         if uniforms is None:
             token = logits.argmax(-1)
@@ -908,7 +968,7 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     responses = torch.stack(tokens, 1).tolist()
     ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in responses]
     responses = [row[:end] for row, end in zip(responses, ends)]
-    return [responses[b * samples:(b + 1) * samples] for b in range(B)]
+    return [responses[b * samples:(b + 1) * samples] for b in range(len(prompts))]
 # --- end: generation ---
 
 

@@ -24,23 +24,33 @@ What an answer costs is counted for the question asked alone: seconds (its share
 peak memory, and the operations of the VLM from its weights, tokens and patches (see vlm_flops). The views of simulator and warp take
 no network; how many operations svc and sana-wm take is not counted, only their seconds are.
 
+The public benchmarks (--exam sat-real, sat-synthesized, vsi-bench, mindcube; --data names their files as published) are asked in the
+words of a protocol (--protocol, see PROTOCOLS) and scored twice: "score" as their public code does, faults included, and "corrected" as
+a person would read the answer. Both stand beside grey pictures and the best constant answer of each question type. Questions about the
+same pictures or video share one prefill. A question that can't be asked is named on stderr and counted by reason, never dropped.
+
 Reads   RUN/3_qa/heldout.jsonl, or any file of the same format (--questions):
         {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>Which way and how far did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "images": ["2_views/room_00007/t001/000.png", ...],
          "scene_id": "room_00007", ...}
+        or DATA of a benchmark: SAT_test.parquet, SAT_val.parquet; test.jsonl and DATASET/SCENE.mp4; MindCube_tinybench.jsonl and pictures
         and a checkpoint folder with the weights and the processor.
-Writes  RUN/6_eval/TAG/results.json   every score with its interval and controls; "cost": means of a question
-        RUN/6_eval/TAG/samples.jsonl  {"number": 12, "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
-            "truth": "turn right 30 degrees", "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
+Writes  RUN/6_eval/TAG/samples.jsonl  grows as answers come (a killed exam goes on behind the last one); at the end one line a question:
+           {"number": 12, "id": 12, "exam": "heldout", "task_type": "A2", "scene_id": "room_00007", "images": [...], "question": "...",
+            "options": null, "truth": "turn right 30 degrees", "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
             "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, "blank_scores": {...},
             "cost": {"seconds": 0.02, "world_seconds": 0.0, "tokens": 4, "prompt_tokens": 61, "vlm_flops": 259000000, "world_flops": 0,
             "views": 0, "peak_gb": 0.7}}, with --coupled also "imagined": [["turn left 20 degrees", "imagined/1/2_views/..."], ...]
+        RUN/6_eval/TAG/results.json   every score with its interval and controls, the protocol and its hash, what was skipped and why;
+                                      "cost": means of a question
         RUN/6_eval/TAG/report.html    one file with plots and example pictures, for any browser
         RUN/6_eval/TAG/imagined/STEP  with --coupled: a run folder with the step's walks (1_trajectories), 02's views (2_views) and scores
         RUN/6_eval/compare.json       with --compare: B minus A on the questions that both answered, 95 % intervals and p-values
         RUN/6_eval/TAG/meta.json      settings, counts, versions, and the checkpoint's own meta
+        RUN/6_eval/pictures/EXAM/     a benchmark's pictures and video frames, cut out once for all checkpoints
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
+    python 06_eval.py --run runs/big --exam vsi-bench --data ~/VSI-Bench --protocol lmms-eval --tag vsi-refined
     python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator                   # or warp, svc, sana-wm
     python 06_eval.py --run runs/demo --checkpoint 4_base --coupled simulator --coupled_stated
     python 06_eval.py --run runs/demo --compare base refined
@@ -62,18 +72,25 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers.cache_utils import DynamicLayer
 
 from kernels import register, windows_in_one_launch
 
@@ -166,17 +183,23 @@ class Config:
     run: str = setting("runs/demo", "folder of the run; picture paths in the questions are relative to it")
     checkpoint: str = setting("5_refine", "student to examine: a folder in the run, any other folder, or a hub id")
     tag: str = setting("", "name of the folder under 6_eval; empty: the checkpoint's name without its stage number")
+    exam: str = setting("heldout", "heldout, or a public benchmark: sat-real, sat-synthesized, vsi-bench, mindcube")
+    data: str = setting("", "a benchmark's files as published: a folder, or, with a network, a hub id such as array/SAT")
+    subset: str = setting("", "vsi-bench: debiased; sat-synthesized: all (of its 4,000 rows); empty: what is usually reported")
+    protocol: str = setting("paper", "how a benchmark is asked and scored: paper, lmms-eval, mindcube, mindjourney; see PROTOCOLS")
     questions: str = setting("3_qa/heldout.jsonl", "a file in the run, or any ms-swift / LLaMA-Factory / World2VLM JSONL file")
     data_root: str = setting("", "folder that picture paths start from and may not leave; empty: the run, or the folder of a "
                              "file outside it")
     train: list[str] = setting(["3_qa/sft.jsonl", "3_qa/static.jsonl"], "questions whose answers are the constants to beat")
     beside: list[str] = setting([], "tags of finished exams to show in the same table, in this order, before this one")
-    tasks: list[str] = setting([], "tasks to ask, such as A1 D1; empty: all that the questions hold")
+    tasks: list[str] = setting([], "tasks or question types to ask, such as A1 D1; empty: all that the questions hold")
     per_task: int = setting(0, "questions a task at most, the first by hash so that the choice never moves; 0: all")
     blank: bool = setting(True, "ask every question again with grey pictures; doubles the time")
     batch: int = setting(64, "questions answered at a time; lower it when memory runs out")
-    max_new_tokens: int = setting(64, "tokens an answer at most; the longest right answer has about 40 in Qwen's vocabulary")
-    max_pixels: int = setting(1003520, "pixels a picture at most, larger ones are shrunk; the paper's setting")
+    frames: int = setting(0, "pictures a video is shown as; 0: as the protocol says")
+    max_new_tokens: int = setting(0, "tokens an answer at most; 0: as the protocol says")
+    max_pixels: int = setting(0, "pixels a picture at most, larger ones are shrunk; 0: as the protocol says")
+    shard: str = setting("0/1", "i/n: this process asks batches i, i+n, i+2n, ...; whichever shard ends last completes the folder")
     coupled: str = setting("", "the rival: imagine with this teacher of 02 while answering (simulator, warp, svc, sana-wm); empty: do not")
     coupled_stated: bool = setting(False, "with --coupled: imagine the motion that the question states, instead of searching")
     coupled_args: str = setting("", "further settings of 02 as one text, such as --coupled_args=\"--depth FOLDER --steps 20\"")
@@ -198,7 +221,80 @@ METRICS = {"A1": ["direction", "error_m"], "A2": ["direction", "error_deg"], "A3
            "D1": ["iou"], "D2": ["accuracy"], "D3": ["exact"], "D4": ["accuracy"],
            "S1": ["iou"], "S2": ["accuracy"], "S3": ["error_m"], "S4": ["error_deg"]}
 WORDS = {"direction": "direction", "error_m": "error (m)", "error_deg": "error (deg)", "exact": "exact", "accuracy": "accuracy",
-         "iou": "IoU", "reward": "reward", "right": "right answers"}
+         "iou": "IoU", "reward": "reward", "score": "score", "corrected": "corrected score",
+         "right": "right answers"}
+
+
+# ----------------------------------------------------------------------------------------------- protocols
+
+# How the public benchmarks are asked and scored, one entry a protocol and exam: frames of a video, picture sizes, longest answer, words,
+# scorer. The one in use goes into results.json with its hash. {pictures} is one `picture` each ({i} counts from 1), {options} the choices
+# one a line, {lettered} the same with "A. " before them. `square`: pictures are cropped to their middle square and resized, in pixels.
+# "paper": World2VLM names its exams but neither prompts nor frames; these are the benchmarks' own, with its training's pixel budget.
+VSI_WORDS = {"choice": "{pictures}These are frames of a video.\n{question}\nOptions:\n{lettered}\n"
+                       "Answer with the option's letter from the given choices directly.",
+             "number": "{pictures}These are frames of a video.\n{question}\nPlease answer the question using a single word or phrase."}
+MINDCUBE_WORDS = {"choice": "{pictures}[Task]\nYour task is to analyze the spatial arrangement of objects in the scene by examining the "
+                            "provided images, which show the scene from different viewpoints.\n[Answer Instruction]\nYou only need to "
+                            "provide *ONE* correct answer selecting from the options listed below. For example, if you think the correct "
+                            "answer is 'A. Above' from 'A. Above B. Under C. Front D. Behind', your response should **only** be "
+                            "'<answer>A. Above</answer>'.\n\n[Question]\n{question}"}
+MINDJOURNEY_WORDS = {"choice": "These are the images that pair with the question.\n\n{pictures}\nImage 1 is your current egocentric view\n"
+                               "\nQuestion: {question}\n\nAnswer Choices:\n{options}\n\nOutput the exact answer from the choices.\n"
+                               "Answer: \n"}
+LETTER_WORDS = {"choice": "{pictures}{question}\nWhen multiple images are provided, You want to realize that when camera moves left, the "
+                          "objects in the image move right, and vice versa. And when you are asked about the movement of the same object "
+                          "captured in different images, you can compare the position of the object relative to other objects in the "
+                          "image to answer the question.\n\n{lettered}\n\nOnly output the letter of the correct option and nothing else."}
+LMMS = {"picture": "<image>", "min_pixels": 200704, "max_pixels": 1605632, "system": "You are a helpful assistant."}
+MINDCUBE = {"picture": "<image>", "max_pixels": 230400, "max_new_tokens": 4096, "words": MINDCUBE_WORDS, "scorer": "mindcube",
+            "not_counted": ["translation"]}
+MINDJOURNEY = {"picture": "Image {i}:\n<image>\n", "max_pixels": 1003520, "max_new_tokens": 1024, "words": MINDJOURNEY_WORDS,
+               "scorer": "sat text", "system": "You are an AI assistant designed to help with spatial reasoning in a 3D indoor scene. You "
+                                               "must analyze any provided images or observations and answer the question.\n\n"}
+PAPER = {"picture": "<image>", "max_pixels": 1003520}
+PROTOCOLS = {
+    "paper": {"heldout": {"max_pixels": 1003520, "max_new_tokens": 64},  # the longest right answer has about 40 tokens of Qwen's
+              "sat-real": MINDJOURNEY | {"square": 512}, "sat-synthesized": MINDJOURNEY,
+              "vsi-bench": PAPER | {"frames": 32, "max_new_tokens": 16, "words": VSI_WORDS, "scorer": "vsi"},
+              "mindcube": MINDCUBE | PAPER},
+    "lmms-eval": {"sat-real": LMMS | {"max_new_tokens": 16, "words": LETTER_WORDS, "scorer": "sat letter"},
+                  "sat-synthesized": LMMS | {"max_new_tokens": 16, "words": LETTER_WORDS, "scorer": "sat letter"},
+                  "vsi-bench": LMMS | {"frames": 32, "max_new_tokens": 16, "words": VSI_WORDS, "scorer": "vsi"},  # vsibench_multiimage
+                  "mindcube": LMMS | {"max_new_tokens": 4096, "words": MINDCUBE_WORDS, "scorer": "mindcube"}},
+    "mindcube": {"mindcube": MINDCUBE},
+    "mindjourney": {"sat-real": MINDJOURNEY | {"square": 512}, "sat-synthesized": MINDJOURNEY}}
+
+HUB = {"sat-real": "array/SAT", "sat-synthesized": "array/SAT", "vsi-bench": "nyu-visionx/VSI-Bench", "mindcube": "MLL-Lab/MindCube"}
+SUBSETS = {"sat-synthesized": ["all"], "vsi-bench": ["debiased"]}  # besides the published choice
+VSI_TYPES = dict.fromkeys(["object_rel_direction_easy", "object_rel_direction_medium", "object_rel_direction_hard", "object_rel_distance",
+                           "route_planning", "obj_appearance_order"], "choice") | dict.fromkeys(
+                          ["object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation"], "number")
+SAT_TYPES = ["action_conseq", "action_consequence", "action_sequence", "ego_movement", "goal_aim", "obj_movement", "perspective"]
+SETTINGS = ["around", "rotation", "translation", "among", "other"]
+TYPES = {"sat-real": SAT_TYPES, "sat-synthesized": SAT_TYPES, "vsi-bench": list(VSI_TYPES), "mindcube": SETTINGS}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# The 500 rows of SAT's val split on which MindJourney and its successors report (its data/val.json).
+SAT_SYNTHESIZED = """
+12 18 22 35 70 75 77 118 144 147 150 152 158 162 167 169 170 189 195 200 204 205 213 219 227 229 230 232 237 244 254 273 289 298 299 301
+324 333 341 352 359 368 369 373 386 408 411 427 434 438 441 443 445 454 455 458 486 491 501 520 533 535 539 543 548 609 613 621 633 635
+644 654 664 683 692 694 697 699 713 720 723 732 743 749 752 755 758 760 769 770 783 791 796 798 801 805 807 814 832 846 850 854 868 871
+872 875 876 884 888 889 890 894 913 919 940 946 950 954 1003 1017 1019 1021 1070 1074 1081 1085 1089 1092 1096 1099 1104 1117 1122 1140
+1163 1186 1198 1200 1205 1216 1221 1243 1257 1266 1269 1292 1294 1298 1307 1324 1326 1343 1353 1376 1384 1385 1387 1402 1408 1412 1423
+1440 1464 1477 1482 1488 1499 1504 1505 1506 1507 1520 1555 1566 1573 1574 1584 1594 1596 1597 1600 1601 1602 1604 1606 1624 1630 1655
+1656 1658 1659 1665 1673 1681 1682 1687 1716 1717 1722 1726 1751 1752 1764 1780 1782 1791 1798 1800 1816 1820 1822 1823 1841 1843 1858
+1859 1860 1862 1874 1895 1901 1907 1909 1931 1932 1935 1937 1942 1944 1946 1948 1949 1959 1969 1987 1988 1995 1998 2001 2003 2012 2015
+2016 2023 2024 2026 2039 2043 2047 2049 2051 2053 2064 2068 2078 2085 2091 2096 2097 2098 2111 2116 2122 2134 2140 2148 2151 2181 2183
+2190 2195 2196 2208 2220 2240 2242 2243 2248 2249 2268 2273 2288 2290 2296 2300 2322 2326 2344 2351 2353 2382 2384 2386 2393 2395 2397
+2399 2408 2447 2455 2458 2460 2469 2474 2481 2495 2515 2522 2546 2548 2560 2562 2584 2585 2586 2589 2598 2608 2610 2617 2619 2630 2634
+2645 2646 2654 2660 2666 2673 2674 2685 2690 2703 2704 2712 2720 2722 2729 2730 2732 2746 2751 2755 2757 2761 2766 2768 2769 2771 2781
+2787 2789 2803 2821 2829 2864 2866 2872 2873 2899 2910 2921 2923 2926 2929 2935 2937 2942 2969 2972 2981 2986 2989 2991 3010 3011 3023
+3030 3041 3051 3068 3083 3086 3090 3117 3133 3140 3146 3157 3168 3181 3189 3193 3213 3232 3233 3258 3281 3288 3291 3296 3297 3299 3301
+3302 3314 3315 3344 3355 3369 3372 3385 3386 3391 3393 3409 3417 3421 3450 3451 3466 3469 3480 3485 3497 3502 3503 3505 3506 3512 3516
+3523 3524 3546 3553 3561 3562 3570 3573 3578 3590 3602 3605 3614 3621 3633 3640 3647 3654 3656 3660 3666 3670 3671 3685 3690 3703 3706
+3712 3713 3720 3726 3728 3735 3736 3737 3740 3753 3762 3770 3781 3789 3795 3797 3829 3835 3838 3842 3848 3862 3863 3874 3876 3882 3883
+3900 3901 3902 3908 3912 3915 3931 3946 3950 3958 3965 3982 3996 3997 3998
+"""
 
 
 # --- same in 05, 06: the answer grammar and the reward ---
@@ -458,6 +554,58 @@ def encode(student: Student, record: dict, grids: torch.Tensor) -> dict:
 
 
 # --- same in 05, 06: generation ---
+class Roomy(DynamicLayer):
+    """A copy of `rows` of one layer's keys and values with room for `room` tokens more: a step writes its own keys into place, where a
+    dynamic cache copies all of them. When the room is used up, as much is added once more. What is not written yet is shown to nobody."""
+
+    def __init__(self, layer, rows: torch.Tensor, room: int):
+        super().__init__()
+        self.room, self.written = room, layer.keys.shape[-2]
+        self.storage = [self.enlarged(x[rows]) for x in (layer.keys, layer.values)]                     # [rows, H, T + room, D]
+        self.keys, self.values = (x[:, :, :self.written] for x in self.storage)                         # [rows, H, T, D], views
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+
+    def enlarged(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_empty(*x.shape[:2], self.room, x.shape[3])], 2)
+
+    def update(self, keys, values, *args, **kwargs):
+        start, self.written = self.written, self.written + keys.shape[-2]
+        if self.written > self.storage[0].shape[2]:
+            self.storage = [self.enlarged(x) for x in self.storage]
+        for x, new in zip(self.storage, (keys, values)):
+            x[:, :, start:self.written] = new
+        self.keys, self.values = (x[:, :, :self.written] for x in self.storage)
+        return self.keys, self.values
+
+
+def shared_heads(prompts: list[dict], picture_token: int) -> list[tuple[list[int], int]]:
+    """What is encoded once: [(the prompts that share a head, its length)]. Prompts over the same pictures (the same tensor `pixels`) share
+    the tokens with which they all begin, provided that all pictures are among them; every prompt keeps a token of its own."""
+    same, heads = {}, []
+    for b, prompt in enumerate(prompts):
+        same.setdefault(id(prompt["pixels"]), []).append(b)
+    for members in same.values():
+        ids = [prompts[b]["ids"] for b in members]
+        shortest = min(map(len, ids))
+        equal = torch.stack([one[:shortest] == ids[0][:shortest] for one in ids]).all(0)                # [shortest]
+        n = min(int(equal.long().cumprod(0).sum()), shortest - 1)
+        shared = len(members) > 1 and not any((one[n:] == picture_token).any() for one in ids)
+        heads += [(members, n)] if shared else [([b], len(one)) for b, one in zip(members, ids)]
+    if all(len(members) == 1 for members, _ in heads):
+        return heads
+    return [(members, n if len(members) > 1 else n - 1) for members, n in heads]
+
+
+def left_padded(pieces: list[dict], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids [B, T], mask [B, T] and positions [3, B, T] of texts {"ids", "positions"} which all end in the last column."""
+    B, T = len(pieces), max(len(piece["ids"]) for piece in pieces)
+    ids, mask, positions = torch.full((B, T), pad), torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
+    for b, piece in enumerate(pieces):
+        if n := len(piece["ids"]):
+            ids[b, -n:], mask[b, -n:], positions[:, b, -n:] = piece["ids"], 1, piece["positions"]
+    return ids, mask, positions
+
+
 @torch.no_grad()
 def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples: int = 1, temperature: float = 1.0,
              uniforms: torch.Tensor | None = None) -> list[list[list[int]]]:
@@ -465,28 +613,35 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     was reached. Greedy, or drawn at `temperature` with `uniforms` [prompts x samples, max_new_tokens] in 0..1, one number a token, so that
     a response does not depend on which others share its batch.
 
-    Every prompt is encoded once (left-padded: all end in the same column) and its key-value cache repeated for its samples. Picture
-    tokens cannot be generated: the next forward pass would look for a picture behind them.
+    What prompts over the same pictures have in common is encoded once; their tails follow on copies of its key-value cache, at the
+    positions that they would have alone. Left padding: all heads end in one column, and so do all tails. Picture tokens cannot be
+    generated: the next forward pass would look for a picture behind them.
     """
     model, tokenizer = student.model, student.tokenizer
     device, config = model.device, model.config
-    B, T = len(prompts), max(len(prompt["ids"]) for prompt in prompts)
-    ids, mask = torch.full((B, T), tokenizer.pad_token_id), torch.zeros(B, T, dtype=torch.long)
-    positions = torch.zeros(3, B, T, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        n = len(prompt["ids"])
-        ids[b, T - n:], mask[b, T - n:], positions[:, b, T - n:] = prompt["ids"], 1, prompt["positions"]
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True, logits_to_keep=1,
-                pixel_values=torch.cat([prompt["pixels"] for prompt in prompts]).to(device),
-                image_grid_thw=torch.cat([prompt["grids"] for prompt in prompts]).to(device))
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(samples, 0)               # [B x samples, V]
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-    mask = mask.repeat_interleave(samples, 0).to(device)
-    position = (positions.amax((0, 2)) + 1).repeat_interleave(samples).to(device)                       # the next token's, in all three streams
+    heads = shared_heads(prompts, config.image_token_id)
+    firsts = [(prompts[members[0]], n) for members, n in heads]
+    ids, mask, positions = left_padded([{"ids": first["ids"][:n], "positions": first["positions"][:, :n]} for first, n in firsts],
+                                       tokenizer.pad_token_id)
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
+                pixel_values=torch.cat([first["pixels"] for first, _ in firsts]).to(device),
+                image_grid_thw=torch.cat([first["grids"] for first, _ in firsts]).to(device), logits_to_keep=1)
+    head_of = {b: row for row, (members, _) in enumerate(heads) for b in members}
+    cuts = [heads[head_of[b]][1] for b in range(len(prompts))]
+    rows = torch.tensor([head_of[b] for b in range(len(prompts))]).repeat_interleave(samples)           # [B = prompts x samples]
+    tails = [{"ids": prompt["ids"][n:], "positions": prompt["positions"][:, n:]} for prompt, n in zip(prompts, cuts)]
+    ids, tail_mask, positions = (x.repeat_interleave(samples, -2).to(device) for x in left_padded(tails, tokenizer.pad_token_id))
+    mask, rows, cache = torch.cat([mask[rows].to(device), tail_mask], 1), rows.to(device), out.past_key_values
+    cache.layers = [Roomy(layer, rows, ids.shape[1] + min(max_new_tokens, 128)) for layer in cache.layers]
+    if ids.shape[1] == 0:                                                                               # no tails: nothing was shared
+        logits = out.logits[rows, -1]                                                                   # [B, V]
+    else:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
+    position = torch.tensor([int(prompt["positions"].max()) + 1 for prompt in prompts]).repeat_interleave(samples).to(device)
     banned = torch.tensor([config.image_token_id, config.video_token_id, config.vision_start_token_id], device=device)
-    done, tokens = torch.zeros(B * samples, dtype=torch.bool, device=device), []
-    while True:
+    done, tokens = torch.zeros(len(rows), dtype=torch.bool, device=device), []
+    while True:                                                                                         # `position` is the next token's
         logits = logits.float().index_fill(-1, banned, -torch.inf)
         if uniforms is None:
             token = logits.argmax(-1)
@@ -505,7 +660,7 @@ def generate(student: Student, prompts: list[dict], max_new_tokens: int, samples
     responses = torch.stack(tokens, 1).tolist()
     ends = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row) for row in responses]
     responses = [row[:end] for row, end in zip(responses, ends)]
-    return [responses[b * samples:(b + 1) * samples] for b in range(B)]
+    return [responses[b * samples:(b + 1) * samples] for b in range(len(prompts))]
 # --- end: generation ---
 
 
@@ -515,35 +670,272 @@ def rng(*key):
 
 # ----------------------------------------------------------------------------------------------- questions
 
-def examinable(path: Path, root: Path, tasks: list[str]) -> tuple[list[dict], Counter]:
-    """Questions in file order and the number of skipped ones a task ("?" where it is unknown); each gets one line on stderr.
+@dataclass
+class Skipped:
+    """What cannot be asked: each question is one line on stderr and is counted, by task and by reason."""
+    source: str
+    tasks: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+
+    def add(self, task: str, number, why: str):
+        """`why` begins with the reason under which it is counted: "missing video: scannet/x.mp4"."""
+        print(f"{self.source}: question {number} skipped: {why}", file=sys.stderr)
+        self.count(task, why)
+
+    def count(self, task: str, why: str, times: int = 1):
+        if times:
+            self.tasks[task] += times
+            self.reasons[why.split(":")[0]] += times
+
+
+def examinable(path: Path, root: Path, tasks: list[str], skipped: Skipped) -> list[dict]:
+    """Questions of our own format in file order; what cannot be asked goes to `skipped`.
 
     A question: {"number" (among those that load), "task", "text" (user text), "truth", "images" (below root), "scene", "record"}.
     """
-    questions, skipped = [], Counter()
+    questions = []
     with path.open("rb") as lines:
         total = len(lines.read().splitlines())
     records = read_questions(path, root)
-    skipped["?"] = total - len(records)  # read_questions has named these
+    skipped.count("?", "unusable line", total - len(records))  # read_questions has named these
     for number, record in enumerate(records, 1):
         task, *turns = record["task_type"], *record["messages"]
         text, truth, fault = "\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"].strip(), ""
         if not isinstance(task, str) or task not in METRICS:
-            fault, task = f"unknown task {str(task)[:20]!r}: known are {' '.join(METRICS)}", "?"
+            fault, task = f"unknown task: {str(task)[:20]!r}, known are {' '.join(METRICS)}", "?"
         elif tasks and task not in tasks:
             continue
         elif reward(task, truth, truth)["overall"] < 1 - 1e-9:
-            fault = f"the answer {truth[:60]!r} is outside the grammar of {task}"
+            fault = f"unusable answer: {truth[:60]!r} is outside the grammar of {task}"
         elif len(text) > LONGEST_QUESTION:
-            fault = f"its text has {len(text)} characters, more than {LONGEST_QUESTION}"
+            fault = f"unusable text: it has {len(text)} characters, more than {LONGEST_QUESTION}"
         if fault:
-            print(f"{path}: question {number} skipped: {fault}", file=sys.stderr)
-            skipped[task] += 1
+            skipped.add(task, number, fault)
             continue
         images = [Path(image).relative_to(root.resolve()).as_posix() for image in record["images"]]
         questions.append({"number": number, "task": task, "text": text, "truth": truth, "images": images,
                           "scene": str(record.get("scene_id", f"question {number}")), "record": record})
-    return questions, skipped
+    return questions
+
+
+# --- same in 02, 06: shards take turns ---
+@contextmanager
+def alone(folder: Path):
+    """Shards take turns inside: a lock on the folder itself, which leaves no file behind and ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+# --- end: shards take turns ---
+
+
+def snapshot(exam: str, data: str, run: Path) -> Path:
+    """The folder with a benchmark's files as published: `data` itself, or the hub's data set of that id, fetched and unzipped there."""
+    if Path(data).is_dir():
+        return Path(data)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
+        stop(f"--data {data!r} is no folder: name the one that holds {HUB[exam]} as published, or the hub id {HUB[exam]}")
+    folder = run / "6_eval" / "data" / Path(data).name
+    wanted = {"sat-real": ["SAT_test.parquet"], "sat-synthesized": ["SAT_val.parquet"]}.get(exam)
+    try:
+        snapshot_download(data, repo_type="dataset", local_dir=folder, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        stop(f"{data} cannot be fetched: {str(error).strip().splitlines()[0]}: fetch it elsewhere and name its folder with --data")
+    for packed in folder.glob("*.zip"):
+        if not (mark := folder / f".{packed.stem}.unzipped").is_file():
+            zipfile.ZipFile(packed).extractall(folder)
+            save(mark, "")
+    return folder
+
+
+def benchmark_question(exam: str, protocol: dict, root: Path, number: int, id: str, task: str, scene: str, images: list[str], text: str,
+                       options: list[str], truth: str) -> dict:
+    """A question as `examinable` gives them, with the protocol's words, and with "id" and "options" for its scorer."""
+    kind = VSI_TYPES.get(task, "choice")
+    lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    words = protocol["words"][kind].format(
+        pictures="".join(protocol["picture"].format(i=i) for i in range(1, len(images) + 1)), question=text.strip(), lettered=lettered,
+        options="\n".join(options))
+    system = [{"role": "system", "content": protocol["system"]}] if protocol.get("system") else []
+    messages = [*system, {"role": "user", "content": words}, {"role": "assistant", "content": truth}]
+    return {"number": number, "id": id, "task": task, "text": text, "truth": truth, "options": options, "images": images, "scene": scene,
+            "exam": exam, "record": {"task_type": task, "messages": messages, "images": [str(root / image) for image in images]}}
+
+
+def read_sat(exam: str, data: Path, subset: str, protocol: dict, root: Path, skipped: Skipped) -> list[dict]:
+    """SAT (array/SAT): SAT_test.parquet is SAT-Real, SAT_val.parquet holds SAT-Synthesized. Columns image_bytes (one or two encoded
+    pictures), question, answers (the choices), correct_answer, question_type. Pictures are written once, under the hash of their bytes."""
+    path = data / ("SAT_test.parquet" if exam == "sat-real" else "SAT_val.parquet")
+    columns = ["image_bytes", "question", "answers", "correct_answer", "question_type"]
+    try:
+        file = ParquetFile(path)
+    except (OSError, ArrowException) as error:
+        stop(f"{path} cannot be read ({str(error).splitlines()[0]}): --data must name a folder with {HUB[exam]} as published")
+    if missing := set(columns) - set(file.schema_arrow.names):
+        stop(f"{path} has no column {', '.join(sorted(missing))}: --data must name a folder with {HUB[exam]} as published")
+    published = exam == "sat-synthesized" and not subset
+    wanted = {int(row) for row in SAT_SYNTHESIZED.split()} if published else range(file.metadata.num_rows)
+    questions, at = [], 0
+    for group in range(file.num_row_groups):
+        at, first = at + file.metadata.row_group(group).num_rows, at
+        rows = [row for row in range(first, at) if row in wanted]
+        try:
+            table = file.read_row_group(group, columns) if rows else None
+        except (OSError, ArrowException) as error:
+            for row in rows:
+                skipped.add("?", row, f"corrupt parquet row: {str(error).splitlines()[0]}")
+            continue
+        for row in rows:
+            values = {}
+            try:
+                values = table.slice(row - first, 1).to_pylist()[0]
+                questions.append(sat_question(exam, protocol, row, values, root))
+            except (OSError, ValueError, TypeError, SyntaxError, ArrowException, Image.DecompressionBombError) as error:
+                known = values.get("question_type") in SAT_TYPES
+                why = f"unknown question type: {str(values['question_type'])[:40]!r}" if values and not known else \
+                    f"corrupt parquet row: {str(error)[:200]}"
+                skipped.add(values["question_type"] if known else "?", row, why)
+    return questions
+
+
+def sat_question(exam: str, protocol: dict, row: int, values: dict, root: Path) -> dict:
+    """One row of SAT as a question; ValueError, TypeError or one of PIL's errors where it is none."""
+    task, text, options, truth = (values[key] for key in ("question_type", "question", "answers", "correct_answer"))
+    if task not in SAT_TYPES or not text.strip() or truth not in options or not values["image_bytes"]:
+        raise ValueError("no question, no pictures, or the correct answer is not among the answers")
+    folder, contents = root / "6_eval" / "pictures" / exam, [entry["bytes"] for entry in values["image_bytes"]]
+    images = [store_picture(content, folder, protocol.get("square")) for content in contents]
+    names = [image.relative_to(root).as_posix() for image in images]
+    truth = LETTERS[options.index(truth)] if protocol["scorer"] == "sat letter" else truth
+    return benchmark_question(exam, protocol, root, row, str(row), task, " ".join(names), names, text, options, truth)
+
+
+def store_picture(content: bytes, folder: Path, square: int | None) -> Path:
+    """Write an encoded picture (`square`: its middle square, resized to so many pixels) under the hash of its bytes; OSError where it is
+    none."""
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:20]}{f'_{square}' if square else ''}.png"
+    if not path.is_file():
+        picture = Image.open(io.BytesIO(content)).convert("RGB")
+        if square:
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side)).resize((square, square), Image.BICUBIC)
+        encoded = io.BytesIO()
+        picture.save(encoded, "PNG", compress_level=1)
+        save(path, encoded.getvalue())
+    return path
+
+
+def read_vsi(exam: str, data: Path, subset: str, protocol: dict, root: Path, skipped: Skipped) -> list[dict]:
+    """VSI-Bench (nyu-visionx/VSI-Bench): test.jsonl, or test-*.parquet of the first release, and DATASET/SCENE.mp4 beside it. The debiased
+    subset leaves out the ids of pruned_ids.txt. The frames are cut when the question is asked (`cut_frames`)."""
+    tables = sorted(data.glob("test-*.parquet"))
+    if (path := data / "test.jsonl").is_file():
+        total = len(path.read_bytes().splitlines())
+        rows = read_jsonl(path, "dataset", "scene_name", "question_type", "question", "ground_truth")
+    elif tables:
+        try:
+            rows = [row for table in tables for row in ParquetFile(table).read().to_pylist()]
+        except (OSError, ArrowException) as error:
+            stop(f"{tables[0]} cannot be read: {str(error).splitlines()[0]}: fetch it again")
+        total = len(rows)
+    else:
+        stop(f"{data} holds no test.jsonl and no test-*.parquet: --data must name a folder with {HUB[exam]} as published")
+    skipped.count("?", "malformed line", total - len(rows))
+    pruned = set()
+    if subset:
+        if not (data / "pruned_ids.txt").is_file():
+            stop(f"{data / 'pruned_ids.txt'} is missing: the debiased subset is published with it")
+        pruned = set((data / "pruned_ids.txt").read_text().split())
+    questions = []
+    for number, row in enumerate(rows):
+        id, task, video = str(row.get("id", number)), str(row["question_type"]), f"{row['dataset']}/{row['scene_name']}.mp4"
+        if id in pruned:
+            continue
+        options = [re.sub(r"^[A-Z]\.\s*", "", str(option)) for option in row.get("options") or []]
+        truth, why = str(row["ground_truth"]).strip(), ""
+        if task not in VSI_TYPES:
+            task, why = "?", f"unknown question type: {task[:40]!r}"
+        elif VSI_TYPES[task] == "choice" and (len(truth) != 1 or truth not in LETTERS[:len(options)]):
+            why = f"corrupt row: the true answer {truth[:20]!r} is none of {len(options)} options"
+        elif VSI_TYPES[task] == "number" and not (re.fullmatch(NUMBER, truth) and float(truth) > 0):
+            why = f"corrupt row: the true answer {truth[:20]!r} is no number above 0"
+        elif not (data / video).resolve().is_relative_to(data.resolve()):
+            why = f"missing video: {video} lies outside {data}"
+        elif not (data / video).is_file():
+            packed = data / f"{row['dataset']}.zip"
+            why = f"missing video: {data / video}" + (f", unzip {packed} there" if packed.is_file() else "")
+        if why:
+            skipped.add(task, id, why)
+            continue
+        frames = [f"6_eval/pictures/{exam}/{video[:-4]}/{protocol['frames']}/{i:03d}.png" for i in range(protocol["frames"])]
+        question = benchmark_question(exam, protocol, root, number, id, task, video[:-4], frames, str(row["question"]), options, truth)
+        questions.append(question | {"video": str(data / video)})
+    return questions
+
+
+def cut_frames(video: str, folder: Path, count: int):
+    """Write `count` frames of a video, linspace(0, n - 1, count) of its n, as 000.png ...; ValueError where it cannot be decoded."""
+    with alone(folder.parent):  # two shards may ask about the same video
+        if folder.is_dir():
+            return
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            with av.open(video) as container:
+                n = sum(packet.size > 0 for packet in container.demux(video=0))
+            wanted, taken, at = np.linspace(0, n - 1, count).astype(int).tolist(), {}, -1
+            with av.open(video) as container:
+                container.streams.video[0].thread_type = "AUTO"
+                for at, frame in enumerate(container.decode(video=0)):
+                    if at in wanted:
+                        taken[at] = frame.to_image()
+        except (av.FFmpegError, IndexError) as error:
+            raise ValueError(str(error)) from error
+        if at < 0 or at + 1 < 0.98 * n:  # an edit list may hide some frames at the end; their place takes the last one shown
+            raise ValueError(f"ends after {at + 1} of its {n} frames")
+        for i, number in enumerate(wanted):  # a video of fewer frames shows some twice
+            (taken[number] if number <= at else frame.to_image()).save(part / f"{i:03d}.png", compress_level=1)
+        os.replace(part, folder)
+
+
+def read_mindcube(exam: str, data: Path, subset: str, protocol: dict, root: Path, skipped: Skipped) -> list[dict]:
+    """MindCube (MLL-Lab/MindCube): MindCube_tinybench.jsonl (id, question with its options, images by relative path, gt_answer)."""
+    paths = [data / below / "MindCube_tinybench.jsonl" for below in ("", "raw", "data/raw")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        stop(f"{data} holds neither MindCube_tinybench.jsonl nor {paths[-1]}: --data must name a folder with {HUB[exam]} as published")
+    base = (path.parents[1] if path.parent.name == "raw" else path.parent).resolve()
+    rows = read_jsonl(path, "id", "question", "images")
+    skipped.count("?", "malformed line", len(path.read_bytes().splitlines()) - len(rows))
+    questions = []
+    for number, row in enumerate(rows):
+        id, truth, text, why = str(row["id"]), row.get("gt_answer"), str(row["question"]).replace("<image>", ""), ""
+        images = [base / str(image) for image in row["images"]] if isinstance(row["images"], list) else []
+        options = [option.strip() for option in re.findall(r"\b[A-E]\.\s*(.*?)(?=\s+[A-E]\.\s|\Z)", text, re.S)]
+        if not truth:
+            why = "no true answer: gt_answer is empty"
+        elif not images:
+            why = "corrupt row: no images"
+        elif truth not in list(LETTERS[:len(options)]):
+            why = f"corrupt row: the true answer {str(truth)[:20]!r} is none of {len(options)} options"
+        elif outside := [image for image in images if not image.resolve().is_relative_to(base)]:
+            why = f"missing picture: {outside[0]} lies outside {base}"
+        elif absent := [image for image in images if not image.is_file()]:
+            why = f"missing picture: {absent[0]}"
+        if why:
+            skipped.add(setting_of(id), id, why)
+            continue
+        questions.append(benchmark_question(exam, protocol, root, number, id, setting_of(id), str(images[0].parent.relative_to(base)),
+                                            [str(image) for image in images], text, options, truth))
+    return questions
+
+
+READERS = {"sat-real": read_sat, "sat-synthesized": read_sat, "vsi-bench": read_vsi, "mindcube": read_mindcube}
 
 
 def by_hash(*key) -> bytes:
@@ -556,10 +948,163 @@ def choose(questions: list[dict], per_task: int) -> list[dict]:
     if not per_task:
         return questions
     kept = []
-    for task in METRICS:
+    for task in dict.fromkeys(q["task"] for q in questions):
         own = [q for q in questions if q["task"] == task]
         kept += sorted(own, key=lambda q: by_hash(q["task"], q["text"], q["images"], q["number"]))[:per_task]
     return sorted(kept, key=lambda q: q["number"])
+
+
+# ----------------------------------------------------------------------------------------------- public scorers
+
+# These do what the published scorers do (lmms-eval 75571cf, MindCube 6d8fd9a, MindJourney aeed003), right or wrong: a published number can
+# only be compared with one scored alike. Beside it stands "corrected", which reads the answer as a person would (`chosen`, ANY_NUMBER).
+NUMBER_WORDS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+                        "eighteen nineteen twenty".split(), range(21))) | dict(zip("thirty forty fifty sixty seventy eighty ninety".split(),
+                                                                               range(30, 100, 10))) | {"hundred": 100, "thousand": 1000}
+PUBLIC_NUMBER = r"-?\d+(?:\.\d+)?"  # ".5" is read as 5, "1,200" as 1
+ANY_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?"
+
+
+def first_number(text: str, digits: str) -> float | None:
+    """The first number of a text, in `digits` (a pattern) or in words ("one hundred and five"); None where there is none."""
+    text = text.lower()
+    written, words = re.search(digits, text), list(re.finditer("[a-z]+", text))
+    spoken = next((i for i, word in enumerate(words) if word[0] in NUMBER_WORDS), None)
+    if written and (spoken is None or written.start() < words[spoken].start()):
+        return float(written[0].replace(",", ""))
+    if spoken is None:
+        return None
+    thousands, rest = 0, 0
+    for word in words[spoken:]:
+        if word[0] == "and":
+            continue
+        if word[0] not in NUMBER_WORDS:
+            break
+        value = NUMBER_WORDS[word[0]]
+        if value == 1000:
+            thousands, rest = thousands + max(rest, 1) * 1000, 0
+        else:
+            rest = max(rest, 1) * 100 if value == 100 else rest + value
+    return float(thousands + rest)
+
+
+def relative_accuracy(said: float | None, true: float) -> float:
+    """MRA, mean relative accuracy (VSI-Bench): the share of the ten thresholds 0.50 ... 0.95 with |said - true| / true <= 1 - threshold."""
+    if said is None or true == 0:
+        return float(said == true)
+    return float(np.mean(abs(said - true) / true <= 1 - np.linspace(0.5, 0.95, 10)))
+
+
+def score_vsi(question_type: str, prediction: str, truth) -> float:
+    """VSI-Bench by lmms-eval's task: choices by the first word without its dots, numbers by MRA. KeyError for an unknown type."""
+    if VSI_TYPES[question_type] == "number":
+        return relative_accuracy(first_number(prediction, PUBLIC_NUMBER), float(truth))
+    return float(prediction.split(" ")[0].rstrip(".").strip().lower() == str(truth).lower())
+
+
+def aggregate_vsi(scored: list[tuple[str, float]]) -> dict[str, float]:
+    """[(question type, score)] -> mean of each of the eight categories and their plain mean "overall".
+
+    The three kinds of direction questions count as one category, the mean of the three means.
+    """
+    types, categories = {}, {}
+    for kind, score in scored:
+        types.setdefault(kind, []).append(score)
+    for kind, scores in types.items():
+        categories.setdefault(vsi_category(kind), []).append(np.mean(scores))
+    result = {category: float(np.mean(means)) for category, means in categories.items()}
+    return result | {"overall": float(np.mean(list(result.values())))}
+
+
+def vsi_category(question_type: str) -> str:
+    return re.sub("_(easy|medium|hard)$", "", question_type)
+
+
+def without_thoughts(text: str) -> str:
+    """What lmms-eval's command line cuts off before any task sees the answer."""
+    for tag in ("think", "analysis"):
+        text = re.sub(rf"<{tag}>.*?</{tag}>", "", text, flags=re.S)
+    return text.strip()
+
+
+def extract_choice(text: str | None) -> str | None:
+    """The letter A to E that MindCube's evaluator reads from a response, or None.
+
+    A letter with a dot behind it wins wherever it stands, the last such one. Else a part <Answer>...< is read (the tag in this spelling
+    only), then the whole text by a list of phrases, and at last the first lone letter of the lowest line that has one.
+    """
+    text = text or ""
+
+    def last(text: str, *patterns: str) -> str | None:
+        return next((found[-1] for pattern in patterns if (found := re.findall(pattern, text))), None)
+
+    if letter := last(text, r"([A-E])\."):
+        return letter
+    section = re.search(r"<Answer>([^<]*)", text)
+    if section and (letter := last(section[1], r"[Mm]y answer is ([A-E])", r"[Tt]he answer is ([A-E])", r"\b([A-E])\b")):
+        return letter
+    if letter := last(text, r"(?:\A|\n)(?:Answer: )?([A-E])(?:\s|\Z)", r'[*"]([A-E])[*"]', r"\bAnswer:?\s*([A-E])\b",
+                      r"[Mm]y answer is ([A-E])", r"answer is ([A-E])"):
+        return letter
+    return next((found[1] for line in reversed(text.split("\n")) if (found := re.search(r"\b([A-E])\b", line))), None)
+
+
+def setting_of(id: str) -> str:
+    """MindCube's setting, by the first of these words inside the id."""
+    return next((setting for setting in ("around", "rotation", "translation", "among") if setting in id.lower()), "other")
+
+
+def score_sat(response: str, choices: list[str], answer: str) -> float:
+    """SAT by MindJourney: 1 where the text behind the last line break holds the true choice, anywhere ("no" is found inside "know")."""
+    response = response.lower()
+    return float(any(choice.lower() in response for choice in choices) and answer.lower() in response.split("\n")[-1])
+
+
+def sat_letter(response: str, question: str) -> str:
+    """What lmms-eval's SAT task compares with the true letter: the first word without punctuation, the letter of a choice's text where the
+    *question* itself lists choices as "A. text"."""
+    clean = re.sub(r"[^\w\s]", "", response).strip()
+    letters = {text.strip(): chr(65 + i) for i, text in enumerate(re.findall(r"\b[A-Z]\.\s+([^\n]*)", question))}
+    found = re.search("|".join(map(re.escape, letters)), clean) if letters else None
+    return letters.get(found[0], clean).split(" ")[0] if found else clean.split(" ")[0]
+
+
+def chosen(response: str, choices: list[str], lettered: bool) -> int | None:
+    """Which of the choices (their texts) an answer names, for `corrected`: it leads with the letter, holds one choice's text as whole words
+    (a choice inside a longer one that is there too does not count), or holds one lone letter. None when nothing or more than one."""
+    if tagged := re.findall(r"<answer>(.*?)(?:</answer>|\Z)", response, re.S | re.I):
+        response = tagged[-1]
+    last, letters = (response.strip().splitlines() or [""])[-1], "".join(chr(65 + i) for i in range(len(choices)))
+    if lettered and (alone := re.match(rf"\W*([{letters}{letters.lower()}])(?:\W*\Z|[.):]|\s*\n)", response.strip())):
+        return ord(alone[1].upper()) - 65
+    text, *plain = (" ".join(["", *re.findall(r"\w+", part.lower()), ""]) for part in [last, *choices])
+    found = {i for i, choice in enumerate(plain) if choice in text}
+    found -= {i for i in found if any(plain[i] in plain[j] and plain[i] != plain[j] for j in found)}
+    if not found and lettered:
+        found = {ord(letter) - 65 for letter in re.findall(rf"\b[{letters}]\b", last)}
+    return found.pop() if len(found) == 1 else None
+
+
+def score_choice(scorer: str, sample: dict, response: str) -> dict:
+    """{"answered", "score" by the protocol's public scorer, "corrected"} of one response to a benchmark's question."""
+    kind, options, truth, text = sample["task_type"], sample["options"], sample["truth"], without_thoughts(response)
+    if scorer == "vsi" and VSI_TYPES[kind] == "number":
+        said = first_number(text, PUBLIC_NUMBER)
+        return {"answered": said is not None, "score": score_vsi(kind, text, truth),
+                "corrected": relative_accuracy(first_number(text, ANY_NUMBER), float(truth))}
+    if scorer == "vsi":
+        answered, score = text.split(" ")[0].rstrip(".").strip().upper() in LETTERS[:len(options)], score_vsi(kind, text, truth)
+    elif scorer == "mindcube":
+        answered, score = extract_choice(response) is not None, float(extract_choice(response) == truth)
+    elif scorer == "sat letter":
+        said = sat_letter(response, sample["question"]).replace("_", "").upper()
+        answered, score = said in LETTERS[:len(options)], float(said == truth)
+    else:
+        answered, score = any(option.lower() in response.lower() for option in options), score_sat(response, options, truth)
+    lettered = scorer != "sat text"
+    named = chosen(text, options, lettered)
+    right = named is not None and truth == (chr(65 + named) if lettered else options[named])
+    return {"answered": bool(answered), "score": score, "corrected": float(right)}
 
 
 # ----------------------------------------------------------------------------------------------- scores
@@ -678,7 +1223,87 @@ def grade(samples: list[dict], skipped: Counter, candidates: dict[str, list[str]
     return tasks
 
 
+def overall_interval(exam: str, samples: list[dict], values, *key, draws: int = 1000) -> dict:
+    """`interval` of a benchmark's one number. VSI-Bench: mean over categories (`aggregate_vsi`), taken anew in every draw of scenes.
+    Others: the plain mean."""
+    scenes, kinds = [sample["scene_id"] for sample in samples], [sample["task_type"] for sample in samples]
+    if exam != "vsi-bench":
+        return interval(values, scenes, *key, draws=draws)
+    names, row = np.unique(np.array(scenes, dtype=object).astype(str), return_inverse=True)
+    types, column = np.unique(kinds, return_inverse=True)
+    categories = [vsi_category(kind) for kind in types]
+    member = np.array([[category == other for other in dict.fromkeys(categories)] for category in categories], float)  # [types, C]
+    sums, counts = np.zeros((2, len(names), len(types)))
+    np.add.at(sums, (row, column), values)
+    np.add.at(counts, (row, column), 1)
+
+    def overall(sums, counts):  # [..., types] -> [...]; what a draw of scenes does not hold is left out of its mean
+        held = (counts > 0).astype(float)
+        means = (sums / np.maximum(counts, 1)) @ member / np.maximum(held @ member, 1)                  # [..., categories]
+        return means.sum(-1) / (held @ member > 0).sum(-1)
+
+    mean = round(float(overall(sums.sum(0), counts.sum(0))), 6)
+    if len(names) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    picked = rng(*key, "bootstrap").integers(len(names), size=(draws, len(names)))                      # [draws, scenes]
+    low, high = np.percentile(overall(sums[picked].sum(1), counts[picked].sum(1)), [2.5, 97.5])
+    return {"mean": mean, "low": round(float(low), 6), "high": round(float(high), 6)}
+
+
+def best_choices(scorer: str, own: list[dict]) -> dict:
+    """{score: (answer, its score for each sample)}: for either score the best constant among a question type's frequent true answers."""
+    counts, best = Counter(sample["truth"] for sample in own), {}
+    candidates = sorted(counts, key=lambda answer: (-counts[answer], answer))[:CONSTANTS]
+    scored = {answer: [score_choice(scorer, sample, answer) for sample in own] for answer in candidates}
+    for metric in ("score", "corrected"):
+        answer = max(candidates, key=lambda answer: sum(scores[metric] for scores in scored[answer]))
+        best[metric] = answer, [scores[metric] for scores in scored[answer]]
+    return best
+
+
+def beside_controls(own: list[dict], mean) -> dict:
+    """{"score", "corrected"}: `mean(values)` of the samples' scores, beside the same of grey pictures and of the best constant answers."""
+    metrics, sides = {}, [side for side in ("scores", "blank_scores", "constant_scores") if side in own[0]]
+    for metric in ("score", "corrected"):
+        values = {side: np.array([sample[side][metric] for sample in own]) for side in sides}
+        metrics[metric] = mean(values["scores"]) | {"constant": {"mean": mean(values["constant_scores"])["mean"]}}
+        if "blank_scores" in values:
+            metrics[metric] |= {"blank": mean(values["blank_scores"]), "above_blank": mean(values["scores"] - values["blank_scores"])}
+    return metrics
+
+
+def grade_benchmark(exam: str, protocol: dict, samples: list[dict], skipped: Skipped, seed: int) -> tuple[dict, dict]:
+    """({question type: {"questions", "skipped", "unparsable", "metrics"}}, {"score", "corrected"} of the whole exam); fills the samples'
+    "scores", "blank_scores" and "constant_scores" in on the way."""
+    tasks = {}
+    for task in TYPES[exam]:
+        own = [sample for sample in samples if sample["task_type"] == task]
+        for sample in own:
+            sample["scores"] = score_choice(protocol["scorer"], sample, sample["response"])
+            if sample["blank_response"] is not None:
+                sample["blank_scores"] = score_choice(protocol["scorer"], sample, sample["blank_response"])
+            sample["constant_scores"] = {}
+        best = best_choices(protocol["scorer"], own) if own else {}
+        for metric, (_, scores) in best.items():
+            for sample, score in zip(own, scores):
+                sample["constant_scores"][metric] = score
+        scenes = [sample["scene_id"] for sample in own]
+        metrics = beside_controls(own, lambda values: interval(values, scenes, seed, task)) if own else {}
+        for metric, (answer, _) in best.items():
+            metrics[metric]["constant"]["answer"] = answer
+        if own or skipped.tasks[task]:
+            tasks[task] = {"questions": len(own), "skipped": skipped.tasks[task], "metrics": metrics,
+                           "unparsable": sum(not sample["scores"]["answered"] for sample in own)}
+    counted = [sample for sample in samples if sample["task_type"] not in protocol.get("not_counted", [])] or samples
+    return tasks, beside_controls(counted, lambda values: overall_interval(exam, counted, values, seed, "overall"))
+
+
 # ----------------------------------------------------------------------------------------------- table and report
+
+def metrics_of(task: str) -> list[str]:
+    """The scores of a task, the main one first; a benchmark's question types have the public score and the corrected one."""
+    return METRICS[task] + ["reward"] if task in METRICS else ["score", "corrected"]
+
 
 def figure(value, metric: str) -> str:
     """A number of a table; a dict with an interval gets ± half its width."""
@@ -704,16 +1329,22 @@ def compare(exams: list[dict]) -> list[list[str]]:
             if metric == "iou" and "copy" in values:
                 copies = [figure(other["copy"]["mean"], metric) if other and "copy" in other else "-" for other in others]
                 rows.append([task, "IoU of copying box 1", str(result["questions"]), "", ""] + copies)
-    blank, right = last["blank_mean_reward"], last.get("right", {})
-    rows.append(["all", "right answers", str(last["questions"])] + [figure(right.get(side), "right") for side in ("constant", "blank")]
-                + [figure(exam.get("right"), "right") for exam in exams])
-    rows.append(["all", "mean reward", str(last["questions"]), "", figure(blank and blank["mean"], "reward")]
-                + [figure(exam["mean_reward"], "reward") for exam in exams])
+    blank, right = last.get("blank_mean_reward"), last.get("right", {})
+    for metric, values in last.get("overall", {}).items():
+        rows.append(["all", WORDS[metric], str(last["questions"])] + [figure(values.get(side), metric) for side in ("constant", "blank")]
+                    + [figure(exam["overall"].get(metric), metric) for exam in exams])
+    if "overall" not in last:
+        rows.append(["all", "right answers", str(last["questions"])] + [figure(right.get(side), "right") for side in ("constant", "blank")]
+                    + [figure(exam.get("right"), "right") for exam in exams])
+        rows.append(["all", "mean reward", str(last["questions"]), "", figure(blank and blank["mean"], "reward")]
+                    + [figure(exam["mean_reward"], "reward") for exam in exams])
     for key, (words, scale) in PRICES.items():
         costs = [exam.get("cost", {}).get(key) for exam in exams]
         rows.append(["cost", words, "", "", ""] + ["-" if cost is None else f"{cost / scale:.3g}" for cost in costs])
     rows.append(["all", "unparsable", "", "", ""] + [str(exam["unparsable"]) for exam in exams])
     rows.append(["all", "skipped", "", "", ""] + [str(exam["skipped"]) for exam in exams])
+    for reason in sorted({reason for exam in exams for reason in exam.get("skipped_by_reason", {})}):
+        rows.append(["", f"skipped, {reason}", "", "", ""] + [str(exam.get("skipped_by_reason", {}).get(reason, 0)) for exam in exams])
     return rows
 
 
@@ -829,8 +1460,8 @@ def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> 
 
 def is_right(task: str, scores: dict) -> bool:
     """Whether an answer counts as right: the main score at least one half; for S3 and S4 a reward of at least 0.95."""
-    main = METRICS[task][0]
-    return scores["reward"] >= 0.95 if SHAPE[task] in ("meters", "degrees") else scores[main] >= 0.5
+    main = metrics_of(task)[0]
+    return scores["reward"] >= 0.95 if SHAPE.get(task) in ("meters", "degrees") else scores[main] >= 0.5
 
 
 def right_answers(samples: list[dict], candidates: dict[str, list[str]], seed: int) -> dict:
@@ -855,7 +1486,7 @@ def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Pat
     boxes = [[] for _ in pictures]
     for i, found in enumerate(BOX.finditer(sample["question"])):  # the boxes that the question names, in picture order
         boxes[min(i, len(boxes) - 1)].append(([float(number) for number in found.groups()], "orange"))
-    if SHAPE[task] == "box":
+    if SHAPE.get(task) == "box":
         boxes[-1].append((parse_box(sample["truth"])[0], "lime"))
         if said := parse_box(sample["response"]):
             boxes[-1].append((said[0], "red"))
@@ -864,7 +1495,7 @@ def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Pat
     lines = ""
     for number, (tag, other) in enumerate(answers):
         if other:
-            scores = ", ".join(f"{WORDS[metric]} {figure(other['scores'][metric], metric)}" for metric in METRICS[task] + ["reward"])
+            scores = ", ".join(f"{WORDS[metric]} {figure(other['scores'][metric], metric)}" for metric in metrics_of(task))
             word = "right" if verdicts[number] else "wrong"
             lines += (f'<li class="{word}"><b>{label(tag)}</b>, {word}: <bdi>{visible(other["response"])}</bdi> '
                       f'<small>{scores}</small>')
@@ -911,10 +1542,10 @@ def report_html(exams: list[dict], samples: list[dict], others: dict[str, dict],
     {tag: {number: sample}}."""
     results = exams[-1]
     tasks = {task: result for task, result in results["tasks"].items() if result["metrics"]}
-    shares = [(task, "reward" if METRICS[task][0].startswith("error") else METRICS[task][0]) for task in tasks]
+    shares = [(task, "reward" if metrics_of(task)[0].startswith("error") else metrics_of(task)[0]) for task in tasks]
     charts = bars(exams, shares, 1.0)
     for unit, metric in (("meters", "error_m"), ("degrees", "error_deg")):
-        wanted = [(task, metric) for task in tasks if metric in METRICS[task]]
+        wanted = [(task, metric) for task in tasks if metric in metrics_of(task)]
         if wanted:
             groups = [exam["tasks"].get(task, {}).get("metrics", {}).get(metric) or {} for task, _ in wanted for exam in exams]
             shown = [value for group in groups for value in (group, group.get("blank"), group.get("constant")) if value]
@@ -1007,10 +1638,12 @@ def compare_two(cfg: Config):
     pairs = paired(*exams)
     if not pairs:
         stop(f"{cfg.compare[0]} and {cfg.compare[1]} have no question in common: examine both on the same questions")
-    groups = {task: [pair for pair in pairs if pair[0]["task_type"] == task] for task in METRICS}
+    groups = {task: [pair for pair in pairs if pair[0]["task_type"] == task]
+              for task in [*METRICS, *VSI_TYPES, *SAT_TYPES, *SETTINGS]}
+    whole = ["right", "reward"] if pairs[0][0]["task_type"] in METRICS else ["score", "corrected"]
     tables, rows = {}, [["task", "score", "n", cfg.compare[0], cfg.compare[1], "difference", "95 % interval", "p"]]
     for task, own in (groups | {"all": pairs}).items():
-        for metric in METRICS.get(task, ["right"]) + ["reward"] if own else []:
+        for metric in (whole if task == "all" else metrics_of(task)) if own else []:
             a, b = (np.array([(sample["scores"] | {"right": is_right(sample["task_type"], sample["scores"])})[metric] for sample in side],
                              dtype=float) for side in zip(*own))
             found = difference(b - a, [sample["scene_id"] for sample, _ in own], cfg.seed, task, metric)
@@ -1097,20 +1730,36 @@ def price_list(samples: list[dict]) -> dict:
 
 # ----------------------------------------------------------------------------------------------- the exam
 
+def sight(student: Student, question: dict, blank: bool) -> tuple | str:
+    """The patches and grids of a question's pictures, or the reason why there are none."""
+    paths = question["record"]["images"]
+    try:
+        if "video" in question:
+            cut_frames(question["video"], Path(paths[0]).parent, len(paths))
+        return look(student, paths, blank)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to say: no picture
+        what = f"unreadable video: {question['video']}" if "video" in question else f"unreadable picture: {', '.join(paths)[-100:]}"
+        return f"{what}: {str(error)[:200]}"
+
+
 def prepare(student: Student, batch: list[dict], blank: bool) -> list[dict | str]:
-    """For each question its prompt, as `generate` takes it, or the reason why there is none."""
+    """For each question its prompt, as `generate` takes it, or the reason why there is none. The same pictures are the same tensor."""
     seen, prompts = {}, []
     for question in batch:
         paths = tuple(question["record"]["images"])
+        if paths not in seen:  # neighbours in a batch ask about the same pictures
+            seen[paths] = sight(student, question, blank)
+        if isinstance(seen[paths], str):
+            prompts.append(seen[paths])
+            continue
+        pixels, grids = seen[paths]
         try:
-            if paths not in seen:  # neighbours in a batch ask about the same pictures
-                seen[paths] = look(student, list(paths), blank)
-            pixels, grids = seen[paths]
             whole = encode(student, question["record"], grids)
-            prompts.append({"ids": whole["ids"][:whole["prompt"]], "positions": whole["positions"][:, :whole["prompt"]],
-                            "pixels": pixels, "grids": grids})
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's ways to say: no picture
-            prompts.append(f"{', '.join(paths)[-100:]}: {str(error)[:200]}")
+        except ValueError as error:
+            prompts.append(f"unusable text: {error}")
+            continue
+        prompts.append({"ids": whole["ids"][:whole["prompt"]], "positions": whole["positions"][:, :whole["prompt"]],
+                        "pixels": pixels, "grids": grids})
     return prompts
 
 
@@ -1120,21 +1769,60 @@ def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[t
     return [(student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip(), len(sampled[0])) for sampled in tokens]
 
 
-def ask(student: Student, batch: list[dict], cfg: Config) -> dict:
-    """What is kept of one batch: {"responses", "blank_responses", "costs", "faults"}; None for a question that can't be asked."""
-    part = {key: [None] * len(batch) for key in ("responses", "blank_responses", "costs", "faults")}
-    for key, blank in (("responses", False), ("blank_responses", True))[:1 + cfg.blank]:
+def ask(student: Student, batch: list[dict], cfg: Config) -> list[dict]:
+    """What is kept of a batch, a record a question: its answers and their cost (an equal share of the batch's seconds), or the "fault" for which it
+    cannot be asked."""
+    records = [{"number": question["number"]} for question in batch]
+    for key, blank in (("response", False), ("blank_response", True))[:1 + cfg.blank]:
         begun = time.time()
         prompts = prepare(student, batch, blank)
-        part["faults"] = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-        said = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
+        answers = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
         seconds = (time.time() - begun) / max(1, len(good))
-        for i, (response, generated) in zip(good, said):
-            part[key][i] = response
+        for record, prompt in zip(records, prompts):
+            if isinstance(prompt, str):
+                record["fault"] = prompt
+        for i, (response, generated) in zip(good, answers):
+            records[i][key] = response
             if not blank:  # the grey pictures are a control, no part of the method
-                part["costs"][i] = spent(student, prompts[i], generated, seconds)
-    return part
+                records[i] |= {"blank_response": None, "cost": spent(student, prompts[i], generated, seconds)}
+    return records
+
+
+def batches_of(questions: list[dict], size: int) -> list[list[dict]]:
+    """Batches of at most `size` questions: those with equally many pictures together, so that little is padding, and those about the same
+    pictures in one batch wherever they fit, so that they share one prefill."""
+    groups, batches = {}, []
+    for question in sorted(questions, key=lambda q: (len(q["record"]["images"]), q["images"], q["number"])):
+        groups.setdefault(tuple(question["record"]["images"]), []).append(question)
+    for pictures, group in groups.items():
+        for part in (group[i:i + size] for i in range(0, len(group), size)):
+            if batches and len(batches[-1]) + len(part) <= size and len(batches[-1][0]["record"]["images"]) == len(pictures):
+                batches[-1] += part
+            else:
+                batches.append(list(part))
+    return batches
+
+
+def student_of(source: str, dtype: torch.dtype, device: str, cfg: Config, protocol: dict) -> Student:
+    """The student; a protocol may have small pictures enlarged, as far as the student's own limit lets them."""
+    student = load_student(source, dtype, device, cfg.attention, cfg.max_pixels)
+    if "min_pixels" in protocol:
+        size = student.image_processor.size
+        student.image_processor.size = size | {"shortest_edge": min(max(size["shortest_edge"], protocol["min_pixels"]), size["longest_edge"])}
+    return student
+
+
+def answered(folder: Path, own: Path) -> dict[int, dict]:
+    """{number: record} of what all shards have written so far. A kill may leave half a line at the end of the `own` file: it is cut off."""
+    records = {}
+    for path in sorted(folder.glob("samples*.jsonl")):
+        content = path.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]
+        if path == own and len(whole) < len(content):
+            os.truncate(path, len(whole))
+        records |= {record["number"]: record for record in map(json.loads, whole.splitlines())}
+    return records
 
 
 # ----------------------------------------------------------------------------------------------- the rival: imagining at test time
@@ -1376,6 +2064,8 @@ def show(exams: list[dict], folder: Path):
     for exam in exams[:-1]:
         if exam["questions_sha256"] != exams[-1]["questions_sha256"] or exam["asked_sha256"] != exams[-1]["asked_sha256"]:
             print(f"note: {exam['tag']} was examined on other questions than {exams[-1]['tag']}")
+        if exam.get("protocol_sha256") != exams[-1].get("protocol_sha256"):
+            print(f"note: {exam['tag']} was examined by another protocol than {exams[-1]['tag']}")
     for exam in exams:
         if how := exam.get("coupled"):
             print(f"{exam['tag']}: {how['teacher']} imagined {how['views']} views by {how['way']}, {how['shown']} were shown; "
@@ -1385,112 +2075,177 @@ def show(exams: list[dict], folder: Path):
     print(f"report: {folder / 'report.html'}")
 
 
-def main(cfg: Config):
-    started, run = time.time(), Path(cfg.run)
-    if cfg.compare:
-        return compare_two(cfg)
-    checkpoint = next((path for path in (run / cfg.checkpoint, Path(cfg.checkpoint)) if path.is_dir()), None)
-    if checkpoint is None and "/" not in cfg.checkpoint:  # a hub id has an owner
-        stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another checkpoint")
-    way = f"-{cfg.coupled}" * bool(cfg.coupled) + "-stated" * cfg.coupled_stated
-    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name) + way
-    if not re.fullmatch(r"\w[\w.-]*", tag):
-        stop(f"the tag {tag!r} is no folder name: choose another --tag")
-    if unknown := set(cfg.tasks) - set(METRICS):
-        stop(f"unknown tasks {' '.join(sorted(unknown))}: known are {' '.join(METRICS)}")
-    if min(cfg.batch, cfg.max_new_tokens, cfg.max_pixels) < 1 or cfg.per_task < 0:
-        stop("--batch, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
+def check_settings(cfg: Config) -> tuple[dict, int, int]:
+    """-> (the protocol as it will be used, the shard i, of n)."""
+    if cfg.exam != "heldout" and cfg.exam not in READERS:
+        stop(f"unknown --exam {cfg.exam}: heldout, {', '.join(READERS)}")
+    if cfg.protocol not in PROTOCOLS or cfg.exam not in PROTOCOLS[cfg.protocol]:
+        stop(f"--protocol {cfg.protocol} says nothing of {cfg.exam}: choose {', '.join(p for p in PROTOCOLS if cfg.exam in PROTOCOLS[p])}")
+    if cfg.exam != "heldout" and not cfg.data:
+        stop(f"--exam {cfg.exam} needs --data: a folder with {HUB[cfg.exam]} as published, or that hub id")
+    if cfg.subset and cfg.subset not in SUBSETS.get(cfg.exam, []):
+        stop(f"--exam {cfg.exam} has no subset {cfg.subset!r}")
+    known = TYPES.get(cfg.exam, list(METRICS))
+    if unknown := set(cfg.tasks) - set(known):
+        stop(f"unknown tasks {' '.join(sorted(unknown))}: known are {' '.join(known)}")
+    given = {key: getattr(cfg, key) for key in ("frames", "max_new_tokens", "max_pixels") if getattr(cfg, key)}
+    protocol = {"name": cfg.protocol} | PROTOCOLS[cfg.protocol][cfg.exam] | given
+    if min([cfg.batch, *given.values()]) < 1 or cfg.per_task < 0:
+        stop("--batch, --frames, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
     searches = min(cfg.search_steps, cfg.search_beams, cfg.search_views) > 0 and len(cfg.search_scores) == 2
     if not searches or cfg.coupled_stated and not cfg.coupled:
         stop("--search_steps, --search_beams and --search_views must be at least 1, --search_scores two numbers; "
              "--coupled_stated needs --coupled TEACHER")
-    folder, path = run / "6_eval" / tag, next((p for p in (run / cfg.questions, Path(cfg.questions)) if p.is_file()), None)
+    shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
+    if not shard or int(shard[1]) >= int(shard[2]):
+        stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
+    if cfg.coupled and int(shard[2]) > 1:
+        stop("--coupled imagines for all questions together: leave --shard out")
+    return protocol, int(shard[1]), int(shard[2])
+
+
+def read_exam(cfg: Config, protocol: dict, run: Path) -> tuple[list[dict], Skipped, Path, str]:
+    """-> (questions, what was skipped, the folder from which their pictures' paths start, a hash of what will be asked)."""
+    if cfg.exam != "heldout":
+        data, root = snapshot(cfg.exam, cfg.data, run), run.resolve()
+        skipped = Skipped(cfg.exam)
+        questions = READERS[cfg.exam](cfg.exam, data, cfg.subset, protocol, root, skipped)
+        questions = [question for question in questions if not cfg.tasks or question["task"] in cfg.tasks]
+        return questions, skipped, root, sha256([[q["number"], q["record"]["messages"]] for q in questions])
+    path = next((p for p in (run / cfg.questions, Path(cfg.questions)) if p.is_file()), None)
     if path is None:
         stop(f"{run / cfg.questions} is missing: run 03_build_qa.py first, or name another file with --questions")
     root = Path(cfg.data_root) if cfg.data_root else run if path.resolve().is_relative_to(run.resolve()) else path.parent
+    skipped = Skipped(str(path))
+    return examinable(path, root, cfg.tasks, skipped), skipped, root, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main(cfg: Config):
+    started, run = time.time(), Path(cfg.run)
+    if cfg.compare:
+        return compare_two(cfg)
+    protocol, shard, shards = check_settings(cfg)
+    cfg = replace(cfg, **{key: protocol.get(key, 0) for key in ("frames", "max_new_tokens", "max_pixels")})
+    checkpoint = next((path for path in (run / cfg.checkpoint, Path(cfg.checkpoint)) if path.is_dir()), None)
+    if checkpoint is None and "/" not in cfg.checkpoint:  # a hub id has an owner
+        stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another checkpoint")
+    way = f"-{cfg.exam}" * (cfg.exam != "heldout") + f"-{cfg.coupled}" * bool(cfg.coupled) + "-stated" * cfg.coupled_stated
+    tag = cfg.tag or re.sub(r"^\d+_", "", Path(cfg.checkpoint).name) + way
+    if not re.fullmatch(r"\w[\w.-]*", tag):
+        stop(f"the tag {tag!r} is no folder name: choose another --tag")
+    folder = run / "6_eval" / tag
     beside = []
     for other in cfg.beside:
         if other != tag and not (run / "6_eval" / other / "results.json").is_file():
             stop(f"{run / '6_eval' / other / 'results.json'} is missing: examine {other} first, or leave it out of --beside")
         if other != tag:
             beside.append(json.loads((run / "6_eval" / other / "results.json").read_text()))
-
+    if apart := [other["tag"] for other in beside if other.get("exam", "heldout") != cfg.exam]:
+        stop(f"{', '.join(apart)} sat another exam than {cfg.exam}: leave it out of --beside")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         stop(f"unknown --dtype {cfg.dtype}: float32, bfloat16 or auto")
     bfloat16 = device != "cpu" and torch.cuda.is_bf16_supported() if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    decides = {key: value for key, value in asdict(cfg).items() if key not in ("run", "tag", "beside")}
-    decides["questions_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    questions, skipped, root, asked_of = read_exam(cfg, protocol, run)
+    questions = choose(questions, cfg.per_task)
+    if not questions:
+        stop(f"{skipped.source} holds no question that can be asked: see the lines above, and --tasks")
+    decides = {key: value for key, value in asdict(cfg).items() if key not in ("run", "tag", "beside", "data", "shard", "batch")}
+    decides["questions_sha256"] = asked_of
     parent = checkpoint if checkpoint and (checkpoint / "meta.json").is_file() else None  # a bare base model has none
     try:
-        meta = begin(folder, decides, parent)
+        with alone(folder):
+            meta = begin(folder, decides, parent)
     except SystemExit as ended:
         if ended.code == 0:  # a finished exam: nothing to do but to show it, perhaps beside others than last time
             show(beside + [json.loads((folder / "results.json").read_text())], folder)
         raise
 
-    questions, skipped = examinable(path, root, cfg.tasks)
-    questions = choose(questions, cfg.per_task)
-    if not questions:
-        stop(f"{path} holds no question that can be asked: see the lines above, and --tasks")
-    load, summary = cache(lambda: load_student(str(checkpoint or cfg.checkpoint), dtype, device, cfg.attention, cfg.max_pixels)), None
+    load, summary = cache(lambda: student_of(str(checkpoint or cfg.checkpoint), dtype, device, cfg, protocol)), None
     if cfg.coupled:
         questions, summary = rival(questions, load, folder, root, cfg)
-    # Questions with equally many pictures share a batch, so that little of it is padding; the same pictures come together.
-    ordered = sorted(questions, key=lambda q: (len(q["record"]["images"]), q["images"], q["number"]))
-    batches = [ordered[i:i + cfg.batch] for i in range(0, len(ordered), cfg.batch)]
+    batches = batches_of(questions, cfg.batch)[shard::shards]
+    log = folder / ("samples.jsonl" if shards == 1 else f"samples.{shard}of{shards}.jsonl")
+    records = answered(folder, log)
     rounds, asked, asking_s = 1 + cfg.blank, 0, 0.0
-    with tqdm(total=len(questions) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
-        for number, batch in enumerate(batches):
-            file = folder / "answers" / f"{number:05d}.json"
-            if not file.is_file():
+    with tqdm(total=sum(map(len, batches)) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
+        for batch in batches:
+            if todo := [question for question in batch if question["number"] not in records]:
                 student, begun = load(), time.time()
-                save(file, json.dumps(ask(student, batch, cfg)))
-                asked, asking_s = asked + len(batch) * rounds, asking_s + time.time() - begun
+                new = ask(student, todo, cfg)
+                with log.open("a") as lines:
+                    lines.write("".join(json.dumps(record) + "\n" for record in new))
+                records |= {record["number"]: record for record in new}
+                asked, asking_s = asked + len(todo) * rounds, asking_s + time.time() - begun
             progress.update(len(batch) * rounds)
+    if asked:
+        print(f"{asked} answers in {asking_s:.1f} s: {asked / asking_s:.0f} a second")
 
-    samples = []
-    for number, batch in enumerate(batches):
-        part = json.loads((folder / "answers" / f"{number:05d}.json").read_text())
-        columns = (part[key] for key in ("responses", "blank_responses", "costs", "faults"))
-        for question, response, blank, cost, fault in zip(batch, *columns):
-            if fault:
-                print(f"{path}: question {question['number']} skipped: {fault}", file=sys.stderr)
-                skipped[question["task"]] += 1
-                continue
-            samples.append({"number": question["number"], "task_type": question["task"], "scene_id": question["scene"],
-                            "images": question["images"], "question": question["text"], "truth": question["truth"],
-                            "response": response, "blank_response": blank, "cost": plus(question.get("cost", NOTHING), cost)}
-                           | ({"imagined": question["imagined"]} if cfg.coupled else {}))
-    samples.sort(key=lambda sample: sample["number"])
+    with alone(folder):  # the shard that ends last finds all answers; should two end together, the second finds the folder finished
+        records = answered(folder, log)
+        if missing := sum(question["number"] not in records for question in questions):
+            print(f"shard {cfg.shard} is done; {missing} answers of other shards are missing, the last shard to end completes the folder")
+            return
+        if json.loads((folder / "meta.json").read_text())["finished"]:
+            print(f"{folder} was completed by another shard")
+            return
+        results = complete(folder, cfg, tag, protocol, questions, records, skipped, root, beside, asked_of, summary)
+        finish(folder, meta, {"answers": results["questions"] * rounds, "skipped": results["skipped"]}, started)
+    show(beside + [results], folder)
+
+
+def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: list[dict], records: dict, skipped: Skipped, root: Path,
+             beside: list[dict], asked_of: str, summary: dict | None) -> dict:
+    """Grade all answers and write samples.jsonl, results.json and report.html; the results."""
+    run, samples = Path(cfg.run), []
+    for question in sorted(questions, key=lambda question: question["number"]):
+        record = records[question["number"]]
+        if "fault" in record:
+            skipped.add(question["task"], question["number"], record["fault"])
+            continue
+        samples.append({"number": question["number"], "id": question.get("id", question["number"]), "exam": cfg.exam,
+                        "task_type": question["task"], "scene_id": question["scene"], "images": question["images"],
+                        "question": question["text"], "options": question.get("options"), "truth": question["truth"]}
+                       | {"response": record["response"], "blank_response": record["blank_response"],
+                          "cost": plus(question.get("cost", NOTHING), record["cost"])}
+                       | ({"imagined": question["imagined"]} if cfg.coupled else {}))
     if not samples:
-        stop(f"no picture of {path} can be read: see the lines above")
-    train = [run / file if (run / file).is_file() else Path(file) for file in cfg.train]
-    if missing := [str(file) for file in train if not file.is_file()]:
-        print(f"no constant answers from {', '.join(missing)}: missing", file=sys.stderr)
-    candidates = training_answers([file for file in train if file.is_file()])
-    tasks = grade(samples, skipped, candidates, cfg.seed)
-    scenes = [sample["scene_id"] for sample in samples]
-    means = {side: interval([sample[side]["reward"] for sample in samples], scenes, cfg.seed)
-             for side in ("scores", "blank_scores") if side in samples[0]}
-    results = {"tag": tag, "checkpoint": cfg.checkpoint, "questions_file": cfg.questions,
-               "questions_sha256": decides["questions_sha256"],
-               "asked_sha256": hashlib.sha256(repr([sample["number"] for sample in samples]).encode()).hexdigest(),
-               "questions": len(samples), "skipped": sum(skipped.values()),
-               "unparsable": sum(result["unparsable"] for result in tasks.values()),
-               "mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"), "coupled": summary,
-               "right": right_answers(samples, candidates, cfg.seed), "cost": price_list(samples), "tasks": tasks}
+        stop(f"no picture of {skipped.source} can be read: see the lines above")
+    results = {"tag": tag, "checkpoint": cfg.checkpoint, "exam": cfg.exam,
+               "questions_file": cfg.questions if cfg.exam == "heldout" else cfg.exam, "questions_sha256": asked_of,
+               "asked_sha256": sha256([sample["number"] for sample in samples]),
+               "protocol": protocol, "protocol_sha256": sha256(protocol), "questions": len(samples), "skipped": skipped.tasks.total(),
+               "skipped_by_reason": dict(sorted(skipped.reasons.items()))}
+    if cfg.exam == "heldout":
+        train = [run / file if (run / file).is_file() else Path(file) for file in cfg.train]
+        if missing := [str(file) for file in train if not file.is_file()]:
+            print(f"no constant answers from {', '.join(missing)}: missing", file=sys.stderr)
+        candidates = training_answers([file for file in train if file.is_file()])
+        tasks = grade(samples, skipped.tasks, candidates, cfg.seed)
+        scenes = [sample["scene_id"] for sample in samples]
+        means = {side: interval([sample[side]["reward"] for sample in samples], scenes, cfg.seed)
+                 for side in ("scores", "blank_scores") if side in samples[0]}
+        results |= {"mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"),
+                    "right": right_answers(samples, candidates, cfg.seed)}
+    else:
+        tasks, results["overall"] = grade_benchmark(cfg.exam, protocol, samples, skipped, cfg.seed)
+        results["right"] = {key: value["mean"] if isinstance(value, dict) else value for key, value in results["overall"]["score"].items()}
+    results |= {"unparsable": sum(result["unparsable"] for result in tasks.values()), "coupled": summary,
+                "cost": price_list(samples), "tasks": tasks}
     save(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     save(folder / "results.json", json.dumps(results, indent=1))
     others = {exam["tag"]: {sample["number"]: sample for sample in read_jsonl(run / "6_eval" / exam["tag"] / "samples.jsonl", "number")}
               for exam in beside if exam["questions_sha256"] == results["questions_sha256"]}
     save(folder / "report.html", report_html(beside + [results], samples, others, root, folder))
-    shutil.rmtree(folder / "answers")
-    finish(folder, meta, {"answers": len(samples) * rounds, "skipped": sum(skipped.values())}, started)
-    if asked:
-        print(f"{asked} answers in {asking_s:.1f} s: {asked / asking_s:.0f} a second")
-    show(beside + [results], folder)
+    for shard in folder.glob("samples.*of*.jsonl"):
+        shard.unlink()
+    return results
+
+
+def sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":
