@@ -7,7 +7,8 @@ the responses hold a word beyond the reward's limit of 200 characters and earn -
 
 Ours and theirs run by turns, each as a process of its own, `repeats` times. A step lasts from the line that reports the step before to the
 line that reports it: reading and preparing the pictures counts on both sides. The first `warm` steps do not count; a run counts as the
-median of the rest, a row of the table as the median of its runs; the ratio's range is over the pairs of neighbouring runs.
+median of the rest, a row of the table as the median of its runs; the ratio's range is over the pairs of neighbouring runs. `cpu` is the
+ratio of the processor seconds of a step, which other work on the machine disturbs less than the clock.
 
 TRL gets what was fastest for it here (PEERS below; --tune measures it again); our scripts run with their defaults. TRL's packing and
 padding-free batches refuse pictures, its continuous batching is not given them, and vLLM has no place on a CPU. Both sides prepare
@@ -158,19 +159,26 @@ def our_command(stage: str, run: Path, data: str, steps: int) -> list:
             "--kl", KL]
 
 
-def timed(command: list, log: Path, warm: int) -> float:
-    """Run a command; the median of the seconds between its lines that begin with `step`, the first `warm` left out."""
+def processor_seconds(pid: int) -> float:
+    """User and system time of a running process and its finished children (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(command: list, log: Path, warm: int) -> tuple[float, float]:
+    """Run a command; the medians of seconds and processor seconds between its lines that begin with `step`, but the first `warm`."""
     times, environment = [], os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [*map(str, command)]
     with open(log, "w") as file, open(log.with_suffix(".err"), "w") as errors, \
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
         for line in process.stdout:
             if line.startswith("step"):
-                times.append(time.perf_counter())
+                times.append((time.perf_counter(), processor_seconds(process.pid)))
             file.write(line)
     if process.returncode:
         sys.exit(f"{HERE.name}: {command[1]} failed: see {log} and {log.with_suffix('.err')}")
-    return statistics.median(after - before for before, after in zip(times[warm - 1:], times[warm:]))
+    steps = [(after[0] - before[0], after[1] - before[1]) for before, after in zip(times[warm - 1:], times[warm:])]
+    return tuple(map(statistics.median, zip(*steps)))
 
 
 def first_step(stage: str, run: Path, log: Path | None) -> float:
@@ -182,14 +190,14 @@ def first_step(stage: str, run: Path, log: Path | None) -> float:
     return float(line["loss" if stage == "sft" else "completions/mean_length"])
 
 
-def run_ours(stage: str, run: Path, data: str, steps: int, warm: int) -> tuple[float, float]:
-    """(seconds of a step, what `first_step` reads)."""
+def run_ours(stage: str, run: Path, data: str, steps: int, warm: int) -> tuple[tuple[float, float], float]:
+    """((seconds, processor seconds) of a step, what `first_step` reads)."""
     shutil.rmtree(run / "ours", ignore_errors=True)
     seconds = timed([sys.executable, *our_command(stage, run, data, steps)], run / "ours.log", warm)
     return seconds, first_step(stage, run, None)
 
 
-def run_theirs(stage: str, run: Path, data: str, steps: int, warm: int, settings: dict) -> tuple[float, float]:
+def run_theirs(stage: str, run: Path, data: str, steps: int, warm: int, settings: dict) -> tuple[tuple[float, float], float]:
     seconds = timed([PEER_PYTHON, HERE, "--theirs", stage, "--run", run, "--data", data, "--steps", steps,
                      "--settings", json.dumps(settings)], run / "theirs.log", warm)
     return seconds, first_step(stage, run, run / "theirs.log")
@@ -206,11 +214,13 @@ def compare(name: str, run: Path, steps: int, warm: int, repeats: int) -> dict:
         if abs(our_first - trl_first) > 1e-4 * abs(trl_first):
             sys.exit(f"{HERE.name}: {name}: the first step gives {our_first} here and {trl_first} in TRL: not the same work")
         pairs.append((ours, trl))
-        print(f"  {name}, {k + 1} of {repeats}: {ours:.3f} s a step, TRL {trl:.3f} s", flush=True)
-    ours, trl = (statistics.median(side) for side in zip(*pairs))
-    ratios = [theirs / mine for mine, theirs in pairs]
+        print(f"  {name}, {k + 1} of {repeats}: {ours[0]:.3f} s a step, TRL {trl[0]:.3f} s; processor {ours[1]:.2f} s, {trl[1]:.2f} s",
+              flush=True)
+    (ours, our_cpu), (trl, trl_cpu) = (map(statistics.median, zip(*side)) for side in zip(*pairs))
+    ratios = [theirs[0] / mine[0] for mine, theirs in pairs]
     return {"row": name, "unit": unit, "ours": count / ours, "trl": count / trl, "ratio": trl / ours, "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "target": target, "seconds": pairs, "first_step": [our_first, trl_first]}
+            "ratio_max": max(ratios), "cpu_ratio": trl_cpu / our_cpu, "target": target,
+            "seconds": pairs, "first_step": [our_first, trl_first]}
 
 
 def tune(run: Path, steps: int, warm: int):
@@ -218,7 +228,7 @@ def tune(run: Path, steps: int, warm: int):
     for name, (stage, a_pair, *_) in ROWS.items():
         for change in [{}, *TUNE]:
             seconds, _ = run_theirs(stage, run, f"3_qa/{stage}{a_pair}.jsonl", steps, warm, PEERS | change)
-            print(f"  TRL, {name}: {seconds:.3f} s a step with {PEERS | change}", flush=True)
+            print(f"  TRL, {name}: {seconds[0]:.3f} s a step, processor {seconds[1]:.2f} s, with {PEERS | change}", flush=True)
 
 
 def versions() -> dict:
@@ -253,11 +263,11 @@ def main():
     result = {"rows": rows, "versions": versions(), "peer_settings": PEERS, "cores": os.cpu_count(),
               "threads": os.environ.get("OMP_NUM_THREADS", "one a core")}
     (run / "peers.json").write_text(json.dumps(result, indent=1))
-    print(f"\n{'':26}{'':14}{'ours':>8}{'TRL':>8}{'ratio':>8}  {'range':<14}target")
+    print(f"\n{'':26}{'':14}{'ours':>8}{'TRL':>8}{'ratio':>8}  {'range':<14}{'cpu':>6}  target")
     for row in rows:
         spread, met = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}", "met" if row["ratio"] >= row["target"] else "missed"
         print(f"{row['row']:<26}{row['unit']:<14}{row['ours']:>8.2f}{row['trl']:>8.2f}{row['ratio']:>8.2f}  "
-              f"{spread:<14}{row['target']:>6.1f}  {met}")
+              f"{spread:<14}{row['cpu_ratio']:>6.2f}{row['target']:>8.1f}  {met}")
     print(", ".join(f"{name} {number}" for name, number in result["versions"].items())
           + f"; {result['cores']} cores, threads: {result['threads']}; written to {run / 'peers.json'}")
 
