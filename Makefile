@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench peers clean
 
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84 --same_label_share 1 --heldout 0.06 --shares 0.7 0.15 0.15
@@ -32,6 +32,16 @@ bench: $(VENV)/ready
 	$(PY) 04_train_sft.py --run $(RUN) --out bench_shared --student 4_base --steps 30 --val_share 0 $(TINY)
 	$(PY) 04_train_sft.py --run $(RUN) --out bench_alone --student 4_base --steps 30 --val_share 0 $(TINY) --no_share
 
+# Seconds of a step of 04 and 05 beside those of TRL's trainers, which live in an environment of their own (20 minutes).
+peers: $(VENV)/ready .venv-peers/ready
+	$(PY) tests/peers.py
+
+.venv-peers/ready: $(VENV)/ready
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0 trl==1.16.0 datasets accelerate pillow \
+		transformers==$$($(PY) -c "import transformers; print(transformers.__version__)")
+	touch $@
+
 test: $(VENV)/ready
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
@@ -41,4 +51,4 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-peers runs
