@@ -66,7 +66,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file, logging
 
-from kernels import register, windows_in_one_launch
+from kernels import patches_in_one_product, register, windows_in_one_launch
 
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process say so each time
@@ -236,6 +236,7 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
         stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
+    patches_in_one_product(model)
     if attention == "world2vlm":
         windows_in_one_launch(model)
     return Student(model.to(device), tokenizer, image_processor, source)

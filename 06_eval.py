@@ -92,7 +92,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 from transformers.cache_utils import DynamicLayer
 
-from kernels import register, windows_in_one_launch
+from kernels import patches_in_one_product, register, windows_in_one_launch
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
@@ -481,6 +481,7 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
         stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
+    patches_in_one_product(model)
     if attention == "world2vlm":
         windows_in_one_launch(model)
     return Student(model.to(device), tokenizer, image_processor, source)

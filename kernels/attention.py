@@ -93,7 +93,9 @@ def windows_attention(q, k, v, causal, scale, lengths, prefix):
     streams = [x[0].transpose(0, 1) for x in (q, k, v)] + ([] if prefix is None else [prefix[0]])      # [S, ...]
 
     def attend(rows, own):  # N x longest x ...
-        o = visible_attention(*(x.transpose(1, 2) for x in rows[:3]), causal, scale, own, rows[3] if prefix is not None else None)
+        plain = prefix is None or rows[3].max() <= 1 and prefix.min() >= 0  # a prefix and one question behind it are causal, no more
+        segments = None if plain else rows[3]
+        o = visible_attention(*(x.transpose(1, 2) for x in rows[:3]), causal, scale, own, segments)
         return o.transpose(1, 2)                                                                       # [N, longest, H, D]
 
     if len(set(lengths)) == 1:  # equal windows lie side by side as they are
@@ -106,7 +108,8 @@ def windows_attention(q, k, v, causal, scale, lengths, prefix):
                 for i, x in enumerate(streams)]
         sizes = [lengths[n] for n in windows]
         own = torch.arange(max(sizes), device=q.device) < torch.tensor(sizes, device=q.device)[:, None]
-        for n, o in zip(windows, attend(rows, None if own.all() else own)[own].split(sizes)):
+        mask = None if own.all() or causal else own  # causal: padding stands on the right, where no one looks
+        for n, o in zip(windows, attend(rows, mask)[own].split(sizes)):
             outputs[n] = o
     return torch.cat(outputs).transpose(0, 1)[None]
 
@@ -116,6 +119,8 @@ def visible_attention(q, k, v, causal, scale, own, segments):
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     S, Sk = q.shape[2], k.shape[2]
+    if causal and S == Sk and own is None and segments is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     visible = None
     if causal and Sk > 1:
         visible = torch.ones(S, Sk, dtype=torch.bool, device=q.device).tril(Sk - S)[None]

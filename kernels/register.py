@@ -11,6 +11,7 @@ reach the attention function. Whoever packs rows behind one another passes `docu
 length too: each attends within itself. Rotary encodings were applied by the model before it calls us.
 """
 import torch
+import torch.nn.functional as F
 
 from kernels.attention import attention
 
@@ -52,6 +53,18 @@ def register():
     for name in ("world2vlm", "world2vlm_flash"):
         AttentionInterface.register(name, forward)
         AttentionMaskInterface.register(name, padding_mask)
+
+
+class PatchEmbedding(torch.nn.Conv3d):
+    """A convolution whose stride is its window is one matrix product: several times faster than as a Conv3d, on CPUs and, in bfloat16, on GPUs."""
+
+    def forward(self, patches):  # [P, channels, frames, rows, columns] -> [P, width]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def patches_in_one_product(model):
+    """Turn the vision tower's patch embedding into a matrix product, in place; its weights stay as they are."""
+    model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
 
 
 def windows_in_one_launch(model):

@@ -105,3 +105,21 @@ def test_what_it_cannot_do_is_an_error():
         ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.ones(1, 3), prefix=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="no dropout"):
         ours_in_transformers.forward(torch.nn.Module(), x, x, x, None, dropout=0.1)
+
+
+def test_the_patch_embedding_as_a_product_is_the_convolution(run, tmp_path):
+    """Outputs and gradients, and a deep copy keeps weights of its own."""
+    import copy
+    for model in (sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6).model, tiny_qwen25(run, tmp_path, "eager").model):
+        proj = model.model.visual.patch_embed.proj
+        plain = torch.nn.Conv3d(proj.in_channels, proj.out_channels, proj.kernel_size, stride=proj.stride, bias=proj.bias is not None)
+        plain.load_state_dict(proj.state_dict())
+        patches = torch.randn(50, proj.in_channels, *proj.kernel_size)
+        got, want = proj(patches), plain(patches).flatten(1)
+        assert torch.allclose(got, want, atol=1e-5)
+        got.square().sum().backward(), want.square().sum().backward()
+        assert torch.allclose(proj.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+        twin = copy.deepcopy(proj)
+        with torch.no_grad():
+            proj.weight.zero_()
+        assert torch.allclose(twin(patches), want, atol=1e-5)
