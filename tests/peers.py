@@ -1,7 +1,7 @@
 """Ours against TRL's trainers: the seconds of a step of 04_train_sft.py and SFTTrainer, of 05_train_refine.py and GRPOTrainer.
 
-Same machine, threads, checkpoint (3 million parameters, random), questions, batch, AdamW and learning rate, float32, every weight trained,
-no gradient checkpointing. Every step trains on the whole question file, so that the loss of the first step must be the same number on both
+Same machine, threads, checkpoint (3 million parameters, random), questions, batch, AdamW and learning rate, float32, every weight trained
+(in the rows "tower frozen", as the paper's SFT has it, those of the language model), no gradient checkpointing. Every step trains on the whole question file, so that the loss of the first step must be the same number on both
 sides; in GRPO no response ever ends early, so that both generate the same number of tokens. Both are checked in every run. About half of
 the responses hold a word beyond the reward's limit of 200 characters and earn -1, the others nothing: advantages and gradients are not 0.
 
@@ -10,7 +10,7 @@ line that reports it: reading and preparing the pictures counts on both sides. T
 median of the rest, a row of the table as the median of its runs; the ratio's range is over the pairs of neighbouring runs. `cpu` is the
 ratio of the processor seconds of a step, which other work on the machine disturbs less than the clock.
 
-TRL gets what was fastest for it here (PEERS below; --tune measures it again); our scripts run with their defaults. TRL's packing and
+TRL gets what was fastest for it here (PEERS below; --tune measures it again); our scripts run with --tokens 4096. TRL's packing and
 padding-free batches refuse pictures, its continuous batching is not given them, and vLLM has no place on a CPU. Both sides prepare
 pictures with transformers' PIL processor (torchvision has no build for this torch).
 
@@ -34,9 +34,11 @@ LR, BETAS, WEIGHT_DECAY, KL = 1e-6, (0.9, 0.95), 0.1, 1e-2
 PEERS = {"attention": "sdpa", "sft_rows": 24, "grpo_rows": 32, "workers": 0}
 TUNE = [{"attention": "eager"}, {"sft_rows": 6, "grpo_rows": 8}, {"sft_rows": 2, "grpo_rows": 4}, {"workers": 1},
         {"workers": 2}]
-ROWS = {"SFT, 6 questions a pair": ("sft", 6, "questions/s", QUESTIONS, 4.0),  # stage, questions a pair, unit, how many a step, target
-        "SFT, 1 question a pair": ("sft", 1, "questions/s", QUESTIONS, 1.2),
-        f"GRPO, {PROMPTS} prompts x {GROUP}": ("grpo", 1, "responses/s", PROMPTS * GROUP, 2.5)}
+ROWS = {"SFT, 6 questions a pair, tower frozen": ("sft", 6, True, "questions/s", QUESTIONS, 4.0),  # stage, questions a pair, frozen, unit,
+        "SFT, 6 questions a pair": ("sft", 6, False, "questions/s", QUESTIONS, 4.0),               # how many a step, target
+        "SFT, 1 question a pair, tower frozen": ("sft", 1, True, "questions/s", QUESTIONS, 1.2),
+        "SFT, 1 question a pair": ("sft", 1, False, "questions/s", QUESTIONS, 1.2),
+        f"GRPO, {PROMPTS} prompts x {GROUP}": ("grpo", 1, False, "responses/s", PROMPTS * GROUP, 2.5)}
 
 # The words of stage 3: questions of about 30 tokens, answers of 2 to 10.
 TEXTS = [("A3", "Which 2 or 3 actions did the camera do from image 1 to image 2, in order?",
@@ -137,6 +139,7 @@ def theirs(stage: str, run: Path, data: str, steps: int, settings: dict):
     if stage == "sft":
         trainer = SFTTrainer(str(run / "checkpoint"), SFTConfig(max_length=None, completion_only_loss=True, **common),
                              train_dataset=dataset, callbacks=[Report()])
+        trainer.model.model.visual.requires_grad_(not settings["frozen"])
     else:
         def overlong(completions, **_):  # what 05's reward comes to for responses of random words
             return [-1.0 if len(said[0]["content"].strip()) > 200 else 0.0 for said in completions]
@@ -149,11 +152,11 @@ def theirs(stage: str, run: Path, data: str, steps: int, settings: dict):
 
 # The measurement -------------------------------------------------------------------------------------------------------------------------
 
-def our_command(stage: str, run: Path, data: str, steps: int) -> list:
+def our_command(stage: str, run: Path, data: str, steps: int, frozen: bool) -> list:
     common = ["--run", run, "--out", "ours", "--student", "checkpoint", "--data", data, "--steps", steps, "--train", "full", "--lr", LR,
               "--warmup", 0, "--weight_decay", WEIGHT_DECAY, "--save_every", 10**6, "--log_every", 1, "--checkpointing", "False", "--tokens", 4096]  # as TRL's rows: the fastest of those tried
     if stage == "sft":
-        return [next(HERE.parents[1].glob("04*.py")), *common, "--batch", QUESTIONS, "--freeze_vision", "False", "--schedule", "constant",
+        return [next(HERE.parents[1].glob("04*.py")), *common, "--batch", QUESTIONS, "--freeze_vision", frozen, "--schedule", "constant",
                 "--val_share", 0]
     return [next(HERE.parents[1].glob("05*.py")), *common, "--prompts", PROMPTS, "--group", GROUP, "--max_new_tokens", NEW_TOKENS,
             "--kl", KL]
@@ -190,10 +193,10 @@ def first_step(stage: str, run: Path, log: Path | None) -> float:
     return float(line["loss" if stage == "sft" else "completions/mean_length"])
 
 
-def run_ours(stage: str, run: Path, data: str, steps: int, warm: int) -> tuple[tuple[float, float], float]:
+def run_ours(stage: str, run: Path, data: str, steps: int, warm: int, frozen: bool) -> tuple[tuple[float, float], float]:
     """((seconds, processor seconds) of a step, what `first_step` reads)."""
     shutil.rmtree(run / "ours", ignore_errors=True)
-    seconds = timed([sys.executable, *our_command(stage, run, data, steps)], run / "ours.log", warm)
+    seconds = timed([sys.executable, *our_command(stage, run, data, steps, frozen)], run / "ours.log", warm)
     return seconds, first_step(stage, run, None)
 
 
@@ -205,12 +208,12 @@ def run_theirs(stage: str, run: Path, data: str, steps: int, warm: int, settings
 
 def compare(name: str, run: Path, steps: int, warm: int, repeats: int) -> dict:
     """One row: ours and theirs by turns."""
-    stage, a_pair, unit, count, target = ROWS[name]
+    stage, a_pair, frozen, unit, count, target = ROWS[name]
     data = f"3_qa/{stage}{a_pair}.jsonl"
     pairs = []
     for k in range(repeats):
-        ours, our_first = run_ours(stage, run, data, steps, warm)
-        trl, trl_first = run_theirs(stage, run, data, steps, warm, PEERS)
+        ours, our_first = run_ours(stage, run, data, steps, warm, frozen)
+        trl, trl_first = run_theirs(stage, run, data, steps, warm, PEERS | {"frozen": frozen})
         if abs(our_first - trl_first) > 1e-4 * abs(trl_first):
             sys.exit(f"{HERE.name}: {name}: the first step gives {our_first} here and {trl_first} in TRL: not the same work")
         pairs.append((ours, trl))
@@ -225,9 +228,9 @@ def compare(name: str, run: Path, steps: int, warm: int, repeats: int) -> dict:
 
 def tune(run: Path, steps: int, warm: int):
     """TRL's seconds a step with PEERS and with each of TUNE's changes to it."""
-    for name, (stage, a_pair, *_) in ROWS.items():
+    for name, (stage, a_pair, frozen, *_) in ROWS.items():
         for change in [{}, *TUNE]:
-            seconds, _ = run_theirs(stage, run, f"3_qa/{stage}{a_pair}.jsonl", steps, warm, PEERS | change)
+            seconds, _ = run_theirs(stage, run, f"3_qa/{stage}{a_pair}.jsonl", steps, warm, PEERS | change | {"frozen": frozen})
             print(f"  TRL, {name}: {seconds[0]:.3f} s a step, processor {seconds[1]:.2f} s, with {PEERS | change}", flush=True)
 
 
