@@ -258,7 +258,7 @@ def main():
     run = args.run.resolve()
     shutil.rmtree(run, ignore_errors=True)
     write_checkpoint(run / "checkpoint")
-    for stage, a_pair, _, count, _ in ROWS.values():
+    for stage, a_pair, _, _, count, _ in ROWS.values():
         write_questions(run, f"{stage}{a_pair}", count if stage == "sft" else PROMPTS, a_pair)
     if args.tune:
         return tune(run, args.steps, args.warm)
@@ -266,10 +266,10 @@ def main():
     result = {"rows": rows, "versions": versions(), "peer_settings": PEERS, "cores": os.cpu_count(),
               "threads": os.environ.get("OMP_NUM_THREADS", "one a core")}
     (run / "peers.json").write_text(json.dumps(result, indent=1))
-    print(f"\n{'':26}{'':14}{'ours':>8}{'TRL':>8}{'ratio':>8}  {'range':<14}{'cpu':>6}  target")
+    print(f"\n{'':40}{'':14}{'ours':>8}{'TRL':>8}{'ratio':>8}  {'range':<14}{'cpu':>6}  target")
     for row in rows:
         spread, met = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}", "met" if row["ratio"] >= row["target"] else "missed"
-        print(f"{row['row']:<26}{row['unit']:<14}{row['ours']:>8.2f}{row['trl']:>8.2f}{row['ratio']:>8.2f}  "
+        print(f"{row['row']:<40}{row['unit']:<14}{row['ours']:>8.2f}{row['trl']:>8.2f}{row['ratio']:>8.2f}  "
               f"{spread:<14}{row['cpu_ratio']:>6.2f}{row['target']:>8.1f}  {met}")
     print(", ".join(f"{name} {number}" for name, number in result["versions"].items())
           + f"; {result['cores']} cores, threads: {result['threads']}; written to {run / 'peers.json'}")
