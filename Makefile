@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
 
-.PHONY: demo test bench peers clean
+.PHONY: demo test bench peers rival clean
 
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84 --same_label_share 1 --heldout 0.06 --shares 0.7 0.15 0.15
@@ -41,6 +41,18 @@ peers: $(VENV)/ready .venv-peers/ready
 	.venv-peers/bin/pip install --quiet torch==2.13.0 trl==1.16.0 datasets accelerate pillow \
 		transformers==$$($(PY) -c "import transformers; print(transformers.__version__)")
 	touch $@
+
+# The students of make demo beside one that asks a world model while it answers: right answers, seconds and operations a question.
+RIVAL := --checkpoint 4_base --per_task 25 --blank False --tasks A1 A2 A3 A4 D1 D2 D3 D4
+rival: $(VENV)/ready
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-base
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-simulator --coupled simulator
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-warp --coupled warp
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-stated --coupled simulator --coupled_stated
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-sft --checkpoint 4_sft
+	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-refined --checkpoint 5_refine --blank True \
+		--beside rival-base rival-simulator rival-warp rival-stated rival-sft
+	$(PY) 06_eval.py --run $(RUN) --compare rival-base rival-refined
 
 test: $(VENV)/ready
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
