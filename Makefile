@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
 
-.PHONY: demo test bench peers clean
+.PHONY: demo test bench peers fire clean
 
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84 --same_label_share 1 --heldout 0.06 --shares 0.7 0.15 0.15
@@ -41,6 +41,10 @@ peers: $(VENV)/ready .venv-peers/ready
 	.venv-peers/bin/pip install --quiet torch==2.13.0 trl==1.16.0 datasets accelerate pillow \
 		transformers==$$($(PY) -c "import transformers; print(transformers.__version__)")
 	touch $@
+
+# Kills, full disks, bad pictures, bad lines, bad weights, a long run against every stage: one table of what survived (20 minutes).
+fire: $(VENV)/ready
+	$(PY) tests/fire/run.py
 
 test: $(VENV)/ready
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
