@@ -33,6 +33,7 @@ Writes  RUN/1_trajectories/rooms/room_00000.json (world axes: x right, y down, z
 Every draw is seeded by (seed, scene, trajectory, purpose): more rooms or trajectories leave the earlier ones as they were.
 """
 import argparse
+import fcntl
 import hashlib
 import io
 import itertools
@@ -41,6 +42,7 @@ import math
 import os
 import re
 import resource
+import socket
 import struct
 import sys
 import time
@@ -53,6 +55,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -82,6 +85,15 @@ def stop(why: str):
     raise SystemExit(2)
 
 
+def run(main, config_class):
+    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
+    cfg = parse(config_class)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
+
+
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,26 +102,49 @@ def save(path: Path, content: str | bytes):
     os.replace(part, path)
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+def read_lines(path: Path, *keys: str):
+    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
                 raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-            records.append(record)
-        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-    return records
+        else:
+            yield number, record
 
 
-def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records alone."""
+    return [record for _, record in read_lines(path, *keys)]
+
+
+def hold(folder: Path, part: str):
+    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def let_go(folder: Path):
+    """A finished folder needs no locks."""
+    for lock in folder.glob(".lock*"):
+        lock.unlink()
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
     """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
+    that share a folder each hold a `part` of it.
     """
     inherited = None
     if parent is not None:
@@ -117,6 +152,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
             stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
         print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
     path = folder / "meta.json"
+    if not (path.is_file() and json.loads(path.read_text())["finished"]):
+        hold(folder, part)  # and look again below: another process may have finished it meanwhile
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -127,6 +164,7 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
+            let_go(folder)  # a kill may have come between the folder's last file and this
             print(f"{folder} is finished: nothing to do")
             raise SystemExit(0)
     save(path, json.dumps(meta, indent=1))
@@ -136,8 +174,9 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    let_go(folder)
     peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
@@ -369,24 +408,27 @@ def list_photos(source: str) -> tuple[list[tuple[Path, float | None]], int]:
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
-        return [(p, None) for p in found], 0
+        inside = [p for p in found if p.resolve().is_relative_to(path.resolve())]
+        for p in sorted({*found} - {*inside}):  # a stranger's archive could so reach any picture of yours
+            print(f"{p}: a link that leaves {path}, copy the picture there or name it in a manifest; skipped", file=sys.stderr)
+        return [(p, None) for p in inside], len(found) - len(inside)
     if path.suffix.lower() in SUFFIXES:
         return [(path, None)], 0
     if path.suffix.lower() not in (".jsonl", ".json"):
         stop(f"--images {source}: no such folder, and neither a jpg, png or webp picture nor a manifest.jsonl")
-    photos, records = [], read_jsonl(path, "image")
-    for record in records:
+    photos = []
+    for number, record in read_lines(path, "image"):
         image, fov = record["image"], record.get("fov_x_deg")
         if not isinstance(image, str) or not image:
-            print(f"{path}: \"image\": {image!r} is not a path; skipped", file=sys.stderr)
+            print(f"{path}:{number}: \"image\": {image!r} is not a path; skipped", file=sys.stderr)
         elif fov is not None and (isinstance(fov, bool) or not isinstance(fov, (int, float)) or not 1 <= fov <= 170):
-            print(f"{path}: {image}: fov_x_deg {fov!r} is not a number from 1 to 170; skipped", file=sys.stderr)
+            print(f"{path}:{number}: {image}: fov_x_deg {fov!r} is not a number from 1 to 170; skipped", file=sys.stderr)
         else:
             photo = Path(os.path.abspath(path.parent / image))
-            if os.path.isabs(image) or path.parent in photo.parents:
+            if os.path.isabs(image) or path.parent in photo.parents and photo.resolve().is_relative_to(path.parent.resolve()):
                 photos.append((photo, fov))
             else:  # "../x.jpg" is a slip or a trick; an absolute path is meant
-                print(f"{path}: {image}: leaves the manifest's folder, name it by its absolute path; skipped", file=sys.stderr)
+                print(f"{path}:{number}: {image}: leaves the manifest's folder, name it by its absolute path; skipped", file=sys.stderr)
     return photos, len(path.read_bytes().splitlines()) - len(photos)
 
 
@@ -605,7 +647,7 @@ def check(cfg: Config):
 
 
 def main(cfg: Config):
-    started, folder = time.time(), Path(cfg.run) / "1_trajectories"
+    started, folder = time.perf_counter(), Path(cfg.run) / "1_trajectories"
     check(cfg)
     photos, broken = list_photos(cfg.images) if cfg.images else ([], 0)
     config = {key: value for key, value in asdict(cfg).items() if key != "run"}
@@ -645,4 +687,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    run(main, Config)

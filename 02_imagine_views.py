@@ -73,6 +73,8 @@ import multiprocessing
 import os
 import re
 import resource
+import socket
+import struct
 import sys
 import threading
 import time
@@ -123,6 +125,15 @@ def stop(why: str):
     raise SystemExit(2)
 
 
+def run(main, config_class):
+    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
+    cfg = parse(config_class)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
+
+
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,26 +142,49 @@ def save(path: Path, content: str | bytes):
     os.replace(part, path)
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+def read_lines(path: Path, *keys: str):
+    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
                 raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-            records.append(record)
-        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-    return records
+        else:
+            yield number, record
 
 
-def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records alone."""
+    return [record for _, record in read_lines(path, *keys)]
+
+
+def hold(folder: Path, part: str):
+    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def let_go(folder: Path):
+    """A finished folder needs no locks."""
+    for lock in folder.glob(".lock*"):
+        lock.unlink()
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
     """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
+    that share a folder each hold a `part` of it.
     """
     inherited = None
     if parent is not None:
@@ -158,6 +192,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
             stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
         print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
     path = folder / "meta.json"
+    if not (path.is_file() and json.loads(path.read_text())["finished"]):
+        hold(folder, part)  # and look again below: another process may have finished it meanwhile
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -168,6 +204,7 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
+            let_go(folder)  # a kill may have come between the folder's last file and this
             print(f"{folder} is finished: nothing to do")
             raise SystemExit(0)
     save(path, json.dumps(meta, indent=1))
@@ -177,8 +214,9 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    let_go(folder)
     peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
@@ -1070,6 +1108,28 @@ def svc_scene(seen: list[tuple[torch.Tensor, torch.Tensor]], c2w: torch.Tensor, 
 # imagine(anchor, c2w [N,4,4], K, kept) -> frames uint8 [n,H,W,3], those of the indices `kept` (all N unless given). It leaves behind what stage 2
 # records of them: `objects` (visible ones per frame, or None), `holes` (bool [n,H,W], or None), `K` (of the frames), `settings`.
 
+# --- same in 02, 04, 05, 06: a picture as a viewer shows it ---
+def read_picture(path: str | Path) -> Image.Image:
+    """RGB, turned as its EXIF tag says, 16 bits a channel brought to 8, transparent parts on white. ValueError, with the reason, for what is none."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no such file")  # a named pipe would be waited for
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers without a known white: save it with 8 or 16 bits")
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:  # PIL raises each of these on one damaged file or another
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+# --- end: a picture ---
+
+
 class Unusable(Exception):
     """This trajectory cannot be imagined; the text says why and what would help."""
 
@@ -1086,11 +1146,10 @@ def load_room(path: Path) -> Room:
 def load_photo(path: Path, width: int = 0, height: int = 0) -> np.ndarray:
     """uint8 [H,W,3], the right way up; in its own size unless another is given."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(image.resize((width, height), Image.LANCZOS) if width else image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # what PIL raises for damaged files
-        raise Unusable(f"{path}: {error}") from None
+        picture = read_picture(path)
+    except ValueError as error:
+        raise Unusable(error) from None
+    return np.asarray(picture.resize((width, height), Image.LANCZOS) if width else picture)
 
 
 @lru_cache(maxsize=4)
@@ -2125,7 +2184,7 @@ def calibration_picture(all_moves: dict[str, list[dict]], path: Path):
 
 def calibrate(cfg: Config):
     """--calibrate: RUN/2_calibration/<teacher>/ holds the measured moves; calibration.json and .png sum up all teachers measured so far."""
-    started, run, name = time.time(), Path(cfg.run), cfg.teacher[0]
+    started, run, name = time.perf_counter(), Path(cfg.run), cfg.teacher[0]
     folder, top = run / "2_calibration" / name, run / "2_calibration"
     moves = [trajectory for trajectory, _ in plan(cfg)[0]
              if trajectory["room"] and len(trajectory["actions"]) == 1 and not only_turns(trajectory)]
@@ -2193,10 +2252,10 @@ def read_gains(cfg: Config) -> dict[str, float]:
 def plan(cfg: Config) -> tuple[list[tuple[dict, str]], Counter, int]:
     """(jobs: trajectory and its teacher's name, reasons why others are left out, number of unusable lines), before anything is written."""
     path = Path(cfg.run) / "1_trajectories/trajectories.jsonl"
-    records = read_jsonl(path, "scene_id", "traj_id", "source", "anchor", "room", "split", "width", "height", "fov_x_deg", "actions", "keyframes", "c2w")
-    unusable = path.read_bytes().count(b"\n") - len(records)
+    lines = dict(read_lines(path, "scene_id", "traj_id", "source", "anchor", "room", "split", "width", "height", "fov_x_deg", "actions", "keyframes", "c2w"))
+    unusable = len(path.read_bytes().splitlines()) - len(lines)
     teachers, jobs, left_out, seen = {name: TEACHERS[name](cfg) for name in cfg.teacher}, [], Counter(), set()
-    for trajectory in records:
+    for number, trajectory in lines.items():
         name = (trajectory["scene_id"], trajectory["traj_id"])
         room = trajectory["room"]
         if not all(isinstance(part, str) and re.fullmatch(r"[^./\\\0][^/\\\0]*", part) for part in name) or name in seen:
@@ -2217,11 +2276,11 @@ def plan(cfg: Config) -> tuple[list[tuple[dict, str]], Counter, int]:
                 left_out[refusals[cfg.teacher[-1]]] += 1
             continue
         unusable += 1
-        print(f"{path}: {name[0]}/{name[1]} skipped: {why}", file=sys.stderr)
+        print(f"{path}:{number}: skipped, {why}", file=sys.stderr)
     for reason, number in left_out.items():
-        print(f"left out {number} of {len(records)} trajectories: {reason}")
+        print(f"left out {number} of {len(lines)} trajectories: {reason}")
     if not jobs:
-        stop(f"teacher {' '.join(cfg.teacher)} can take none of the {len(records)} trajectories of {path}")
+        stop(f"teacher {' '.join(cfg.teacher)} can take none of the {len(lines)} trajectories of {path}")
     return jobs, left_out, unusable
 
 
@@ -2317,7 +2376,7 @@ def complete(folder: Path, meta: dict, jobs: list[tuple[dict, str]], left_out: C
     for key in ("skipped", "left out"):
         if counts[key]:
             print(f"  {counts[key]:9,}  {key}")
-    print(f"{time.time() - started:.0f} s; look at {folder / 'contact_sheet.png'} and qc.png\nnext: python 03_build_qa.py --run {cfg.run}")
+    print(f"{time.perf_counter() - started:.0f} s; look at {folder / 'contact_sheet.png'} and qc.png\nnext: python 03_build_qa.py --run {cfg.run}")
 
 
 # --- benchmark ---
@@ -2393,7 +2452,7 @@ def settings_of(cfg: Config) -> dict:
 
 
 def main(cfg: Config):
-    started, (shard, shards) = time.time(), check_settings(cfg)
+    started, (shard, shards) = time.perf_counter(), check_settings(cfg)
     if cfg.benchmark:
         return benchmark(cfg)
     if cfg.calibrate:
@@ -2405,7 +2464,7 @@ def main(cfg: Config):
     if not (folder / "meta.json").is_file():
         read_networks(cfg)  # what is wrong with their files is said before anything is begun
     with alone(folder):
-        meta = begin(folder, settings, run / "1_trajectories")
+        meta = begin(folder, settings, run / "1_trajectories", f"_{shard}_of_{shards}")
 
     share = jobs[shard::shards]
     todo = [job for job in share if not (run / folder_of(job[0]) / "view.json").is_file()]
@@ -2437,4 +2496,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    run(main, Config)

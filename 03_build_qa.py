@@ -39,6 +39,7 @@ what is trained on; heldout.jsonl stays the same, so that ablated students sit t
 Measured on one core of a busy machine, after `01 --rooms 200 --heldout 0.3` and `02`: 15,163 questions, 17,000 a second
 """
 import argparse
+import fcntl
 import hashlib
 import io
 import json
@@ -47,6 +48,7 @@ import os
 import random
 import re
 import resource
+import socket
 import sys
 import time
 from collections import Counter, defaultdict
@@ -57,6 +59,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -83,6 +86,15 @@ def stop(why: str):
     raise SystemExit(2)
 
 
+def run(main, config_class):
+    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
+    cfg = parse(config_class)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
+
+
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,26 +103,49 @@ def save(path: Path, content: str | bytes):
     os.replace(part, path)
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+def read_lines(path: Path, *keys: str):
+    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
                 raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-            records.append(record)
-        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-    return records
+        else:
+            yield number, record
 
 
-def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records alone."""
+    return [record for _, record in read_lines(path, *keys)]
+
+
+def hold(folder: Path, part: str):
+    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def let_go(folder: Path):
+    """A finished folder needs no locks."""
+    for lock in folder.glob(".lock*"):
+        lock.unlink()
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
     """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
+    that share a folder each hold a `part` of it.
     """
     inherited = None
     if parent is not None:
@@ -118,6 +153,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
             stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
         print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
     path = folder / "meta.json"
+    if not (path.is_file() and json.loads(path.read_text())["finished"]):
+        hold(folder, part)  # and look again below: another process may have finished it meanwhile
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -128,6 +165,7 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
+            let_go(folder)  # a kill may have come between the folder's last file and this
             print(f"{folder} is finished: nothing to do")
             raise SystemExit(0)
     save(path, json.dumps(meta, indent=1))
@@ -137,8 +175,9 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    let_go(folder)
     peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
@@ -283,7 +322,7 @@ def load_views(run: Path, keep_c2w: bool) -> tuple[list[dict], Counter]:
             try:
                 check_view(view := json.loads(line))
                 small = slim(view, keep_c2w and view["objects"] is None)
-            except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:  # what a wrong record can raise above
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:  # what a wrong record can raise above
                 skipped["broken record"] += 1
                 why = f"key {error} is missing" if isinstance(error, KeyError) else error
                 print(f"{path}:{number}: skipped, {why}; delete the line, or 2_views and run 02 again", file=sys.stderr)
@@ -818,7 +857,7 @@ def wrap(text: str, font, width_px: int) -> list[str]:
 
 
 def main(cfg: Config):
-    started, run = time.time(), Path(cfg.run)
+    started, run = time.perf_counter(), Path(cfg.run)
     choices = {"directions": ("forward", "inverse", "both"), "sources": ("real", "simulated", "both"),
                "pairs": ("ends", "keyframes")}
     for name, allowed in choices.items():
@@ -840,7 +879,7 @@ def main(cfg: Config):
             view["objects"] = track(view, detect([run / frame for frame in view["frames"]]))
             del view["c2w"]
 
-    asking = time.time()
+    asking = time.perf_counter()
     asker = Asker(cfg, views)
     candidates = [question for view in tqdm(views, desc="questions", unit="trajectory") for question in asker.ask(view)]
     directed = {"forward": FORWARD, "inverse": INVERSE, "both": EIGHT}[cfg.directions]
@@ -856,7 +895,7 @@ def main(cfg: Config):
         stop(f"none of {len(views)} views gives a question with these settings; choose other --tasks, --directions or --sources")
     for name, questions in files.items():
         save(folder / f"{name}.jsonl", "".join(json.dumps(as_record(q), ensure_ascii=False) + "\n" for q in questions))
-    seconds = time.time() - asking
+    seconds = time.perf_counter() - asking
 
     boxless = sum(view["objects"] is None for view in views)
     summary = {"views": {"used": len(views), "skipped": dict(skipped), "without_boxes": boxless}} | card(files, asker)
@@ -882,4 +921,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    run(main, Config)

@@ -34,6 +34,7 @@ LoRA: the condition in `choose_trained`. Another loss, say a weight by task: a n
 `loss_of`. Another order of questions, a curriculum: `batches`, which yields lists of groups for ever. Other optimisers: `make_optimizers`.
 """
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -42,6 +43,8 @@ import os
 import re
 import resource
 import shutil
+import socket
+import struct
 import sys
 import time
 import warnings
@@ -57,7 +60,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
-from PIL import Image
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -100,6 +104,15 @@ def stop(why: str):
     raise SystemExit(2)
 
 
+def run(main, config_class):
+    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
+    cfg = parse(config_class)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
+
+
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,26 +121,49 @@ def save(path: Path, content: str | bytes):
     os.replace(part, path)
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+def read_lines(path: Path, *keys: str):
+    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
                 raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-            records.append(record)
-        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-    return records
+        else:
+            yield number, record
 
 
-def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records alone."""
+    return [record for _, record in read_lines(path, *keys)]
+
+
+def hold(folder: Path, part: str):
+    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def let_go(folder: Path):
+    """A finished folder needs no locks."""
+    for lock in folder.glob(".lock*"):
+        lock.unlink()
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
     """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
+    that share a folder each hold a `part` of it.
     """
     inherited = None
     if parent is not None:
@@ -135,6 +171,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
             stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
         print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
     path = folder / "meta.json"
+    if not (path.is_file() and json.loads(path.read_text())["finished"]):
+        hold(folder, part)  # and look again below: another process may have finished it meanwhile
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -145,6 +183,7 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
+            let_go(folder)  # a kill may have come between the folder's last file and this
             print(f"{folder} is finished: nothing to do")
             raise SystemExit(0)
     save(path, json.dumps(meta, indent=1))
@@ -154,8 +193,9 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    let_go(folder)
     peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
@@ -217,7 +257,32 @@ def recipe() -> list[str]:
     return RECIPES[parser.parse_known_args()[0].recipe].split()
 
 
+# --- same in 02, 04, 05, 06: a picture as a viewer shows it ---
+def read_picture(path: str | Path) -> Image.Image:
+    """RGB, turned as its EXIF tag says, 16 bits a channel brought to 8, transparent parts on white. ValueError, with the reason, for what is none."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no such file")  # a named pipe would be waited for
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers without a known white: save it with 8 or 16 bits")
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:  # PIL raises each of these on one damaged file or another
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+# --- end: a picture ---
+
+
 # --- same in 04, 05, 06: a student and what it reads ---
+LONGEST_TEXT = 40_000  # characters of a question and its answer; a longer one is none, and would fill the memory of a whole batch
+
+
 @dataclass
 class Student:
     model: torch.nn.Module
@@ -233,10 +298,17 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
     """
     register()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit the configuration
-        stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
+        if remote_code := AutoConfig.from_pretrained(source, trust_remote_code=False).to_dict().get("auto_map"):
+            raise ValueError(f"it asks for code of its own to be run ({', '.join(map(str, remote_code.values()))})")
+        model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention,
+                                                                    trust_remote_code=False, output_loading_info=True)
+        if wrong := [f"{kind.split('_')[0]} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]:
+            raise ValueError(f"its weights are not those of its configuration: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
+        if wrong := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+            raise ValueError(f"{wrong[0]} holds values that are not finite")
+        tokenizer, image_processor = (kind.from_pretrained(source, trust_remote_code=False) for kind in (AutoTokenizer, AutoImageProcessor))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, StrictDataclassError, SafetensorError) as error:  # wrong files
+        stop(f"{source} does not load as an image-text-to-text checkpoint: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
     patches_in_one_product(model)
@@ -246,7 +318,8 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
 
 def read_questions(path: Path, root: Path) -> list[dict]:
-    """Records with `images` resolved inside `root`; what cannot be used is named, with the remedy, and skipped."""
+    """Records with `images` resolved inside `root` and `written`, the same as they stand in the file: what is drawn or split by a question
+    shall not depend on where the run lies. What cannot be used is named, with the remedy, and skipped."""
     questions, root, faults = [], root.resolve(), {}  # faults: picture -> what is wrong with it, or ""; a picture is asked about often
 
     def fault(image: Path) -> str:
@@ -254,12 +327,15 @@ def read_questions(path: Path, root: Path) -> list[dict]:
             return f"{image} lies outside the data root {root}: copy it there or set --data_root"
         return "" if image.is_file() else f"{image} is missing"
 
-    for record in read_jsonl(path, "task_type", "messages", "images"):
+    for number, record in read_lines(path, "task_type", "messages", "images"):
         try:
-            texts = [message["content"] for message in record["messages"]]
+            texts = [message["content"] for message in record["messages"] if message["role"]]
             images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
+            "".join(texts).encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
+            if sum(map(len, texts)) > LONGEST_TEXT:
+                raise ValueError(f"its text has {sum(map(len, texts))} characters, more than {LONGEST_TEXT}")
             if not images or "".join(texts).count("<image>") != len(images):
                 raise ValueError(f"{len(images)} images but {''.join(texts).count('<image>')} <image> marks")
             for image in images:
@@ -268,15 +344,15 @@ def read_questions(path: Path, root: Path) -> list[dict]:
                 if faults[image]:
                     raise ValueError(faults[image])
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            print(f"{path}: {record['task_type']} question skipped: {error}", file=sys.stderr)
+            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
             continue
-        questions.append(record | {"images": images})
+        questions.append(record | {"images": images, "written": record["images"]})
     return questions
 
 
 def look(student: Student, paths: list[str], blank: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Picture files -> patches [P, channels x patch] and their grids [pictures, 3] (frames, rows, columns). Blank ones are mean grey."""
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [read_picture(path) for path in paths]
     if blank:
         pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
     seen = student.image_processor(images=pictures, return_tensors="pt")
@@ -786,11 +862,12 @@ def say_peak(device: str, rank: int):
 def on_meta(source: str, cfg) -> torch.nn.Module:
     """The student as it will be trained, without its weights: shapes only."""
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=weights_dtype(cfg))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=weights_dtype(cfg))
         choose_trained(model, cfg)
     return model
 
@@ -960,13 +1037,18 @@ def rows_of(student: Student, groups: list[list[dict]], shared: bool, most: int)
     """Look at each group's pictures once, encode its questions, share their prefix. A picture that does not open costs its group, by name."""
     rows = []
     for group in groups:
+        encoded = []
         try:
             pixels, grids = look(student, group[0]["images"])
-            encoded = [encode(student, question, grids) | {"name": name_of(question)} for question in group]
         except (OSError, ValueError) as error:
-            print(f"{group[0]['images'][0]}: {len(group)} questions skipped: {error}", file=sys.stderr)
+            print(f"{len(group)} questions skipped: {error}", file=sys.stderr)
             continue
-        for part in [encoded] if shared else [[one] for one in encoded]:
+        for question in group:
+            try:
+                encoded.append(encode(student, question, grids) | {"name": name_of(question)})
+            except ValueError as error:
+                print(f"{name_of(question)}: skipped, {error}", file=sys.stderr)
+        for part in ([encoded] if encoded else []) if shared else [[one] for one in encoded]:
             rows += share(part, pixels, grids, student.model.config.image_token_id, most)
     return rows
 
@@ -990,7 +1072,7 @@ def ahead(items):
 
 def in_validation(question: dict, share_of_scenes: float) -> bool:
     """By scene, by a hash: the same scenes whatever else is in the file."""
-    scene = str(question.get("scene_id", question["images"][0]))
+    scene = str(question["scene_id"] if "scene_id" in question else question["written"][0])
     return int(hashlib.sha256(scene.encode()).hexdigest(), 16) % 10_000 < 10_000 * share_of_scenes
 
 
@@ -1030,7 +1112,7 @@ def validate(student: Student, parts: list[list[dict]], cfg: Config, device: str
 
 
 def main(cfg: Config):
-    started, run = time.time(), Path(cfg.run)
+    started, run = time.perf_counter(), Path(cfg.run)
     folder, data = run / cfg.out, run / cfg.data
     rank, world, device = start_processes(folder, cfg.offload)
     root = Path(cfg.data_root) if cfg.data_root else run if data.resolve().is_relative_to(run.resolve()) else data.parent
@@ -1051,7 +1133,7 @@ def main(cfg: Config):
         meta = begin(folder, config, parent)
         if cfg.student == "tiny" and not (folder / "tiny").is_dir():
             texts = [message["content"] for path in sorted(data.parent.glob("*.jsonl")) if path.stem != "heldout"
-                     for record in read_jsonl(path, "messages") for message in record["messages"]]
+                     for question in read_questions(path, root) for message in question["messages"]]
             shutil.rmtree(folder / "tiny.part", ignore_errors=True)
             build_tiny(folder / "tiny.part", texts, cfg.seed)
             os.replace(folder / "tiny.part", folder / "tiny")
@@ -1092,10 +1174,10 @@ def main(cfg: Config):
         print(f"{device} x {world}, {cfg.dtype}; {len(questions):,} questions about {len(groups):,} picture lists, {len(validation):,} for validation; "
               f"{steps:,} steps" + (f", resumed after step {first:,}" if first else ""), flush=True)
 
-    clock, answered, norms = time.time(), 0, []
+    clock, answered, norms = time.perf_counter(), 0, []
     rows_of_steps = (rows_of(student, batch[rank::world], cfg.share, cfg.tokens) for batch in itertools.islice(plan, first, steps))
     for step, rows in enumerate(ahead(rows_of_steps), first):
-        tick = time.time()
+        tick = time.perf_counter()
         count = torch.tensor([sum(len(row["target"]) for row in rows), sum(row["questions"] for row in rows), sum(len(row["ids"]) for row in rows),
                               flops(student.model, rows, cfg.train, cfg.freeze_vision)], dtype=torch.float64, device=device)
         all_sum(count)
@@ -1112,7 +1194,7 @@ def main(cfg: Config):
             save_step(folder, step, student, optimizers, cfg, rank)
         factor = rate(cfg, step, steps)
         take_step(optimizers, factor)
-        seconds = time.time() - tick
+        seconds = time.perf_counter() - tick
         line = {"step": step + 1, "loss": float(loss), "lr": cfg.lr * factor, "grad_norm": norms[-1], "questions": int(asked), "answers": int(answers),
                 "tokens": int(tokens), "seconds": round(seconds, 3)} | speed(operations, int(tokens), seconds, device, world)
         last = step + 1 == steps
@@ -1122,9 +1204,9 @@ def main(cfg: Config):
             answered += int(asked)
             append(folder / "metrics.jsonl", line)
             if last or (step + 1) % cfg.log_every == 0 or "val_loss" in line:
-                pace = (time.time() - clock) / (step + 1 - first)
+                pace = (time.perf_counter() - clock) / (step + 1 - first)
                 print(f"step {step + 1:>6}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {norms[-1]:6.3f}  "
-                      f"{answered / (time.time() - clock):6.1f} questions/s  {line['tokens_s']:8.0f} tokens/s  "
+                      f"{answered / (time.perf_counter() - clock):6.1f} questions/s  {line['tokens_s']:8.0f} tokens/s  "
                       + (f"MFU {line['mfu']:.3f}  " if "mfu" in line else "") + f"ETA {pace * (steps - step - 1) / 60:5.1f} min"
                       + (f"  validation {line['val_loss']:.4f}" if "val_loss" in line else ""), flush=True)
 
@@ -1141,4 +1223,4 @@ def main(cfg: Config):
 
 if __name__ == "__main__":
     sys.argv[1:1] = recipe()
-    main(parse(Config))
+    run(main, Config)

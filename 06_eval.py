@@ -69,6 +69,8 @@ import re
 import resource
 import shlex
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -84,12 +86,13 @@ import av
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageDraw
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image, ImageDraw, ImageOps
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 from transformers.cache_utils import DynamicLayer
 
 from kernels import patches_in_one_product, register, windows_in_one_launch
@@ -118,6 +121,15 @@ def stop(why: str):
     raise SystemExit(2)
 
 
+def run(main, config_class):
+    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
+    cfg = parse(config_class)
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
+
+
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,26 +138,49 @@ def save(path: Path, content: str | bytes):
     os.replace(part, path)
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSONL file that hold all `keys`; every other line is named on stderr, with the reason, and skipped."""
+def read_lines(path: Path, *keys: str):
+    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    records = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
                 raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-            records.append(record)
-        except ValueError as error:  # malformed JSON and bad UTF-8 are ValueErrors too
+        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-    return records
+        else:
+            yield number, record
 
 
-def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The records alone."""
+    return [record for _, record in read_lines(path, *keys)]
+
+
+def hold(folder: Path, part: str):
+    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def let_go(folder: Path):
+    """A finished folder needs no locks."""
+    for lock in folder.glob(".lock*"):
+        lock.unlink()
+
+
+def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
     """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads.
+    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
+    that share a folder each hold a `part` of it.
     """
     inherited = None
     if parent is not None:
@@ -153,6 +188,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
             stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
         print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
     path = folder / "meta.json"
+    if not (path.is_file() and json.loads(path.read_text())["finished"]):
+        hold(folder, part)  # and look again below: another process may have finished it meanwhile
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -163,6 +200,7 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
+            let_go(folder)  # a kill may have come between the folder's last file and this
             print(f"{folder} is finished: nothing to do")
             raise SystemExit(0)
     save(path, json.dumps(meta, indent=1))
@@ -172,8 +210,9 @@ def begin(folder: Path, config: dict, parent: Path | None = None) -> dict:
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.time() - started, 1), "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
     save(folder / "meta.json", json.dumps(meta, indent=1))
+    let_go(folder)
     peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
@@ -459,7 +498,32 @@ def reward(task_type, answer, response) -> dict:
 # --- end of the reward block ---
 
 
+# --- same in 02, 04, 05, 06: a picture as a viewer shows it ---
+def read_picture(path: str | Path) -> Image.Image:
+    """RGB, turned as its EXIF tag says, 16 bits a channel brought to 8, transparent parts on white. ValueError, with the reason, for what is none."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no such file")  # a named pipe would be waited for
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers without a known white: save it with 8 or 16 bits")
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError, struct.error,
+            Image.DecompressionBombError) as error:  # PIL raises each of these on one damaged file or another
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+# --- end: a picture ---
+
+
 # --- same in 04, 05, 06: a student and what it reads ---
+LONGEST_TEXT = 40_000  # characters of a question and its answer; a longer one is none, and would fill the memory of a whole batch
+
+
 @dataclass
 class Student:
     model: torch.nn.Module
@@ -475,10 +539,17 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
     """
     register()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention)
-        tokenizer, image_processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit the configuration
-        stop(f"{source} does not load as an image-text-to-text checkpoint: {str(error).strip().splitlines()[0]}")
+        if remote_code := AutoConfig.from_pretrained(source, trust_remote_code=False).to_dict().get("auto_map"):
+            raise ValueError(f"it asks for code of its own to be run ({', '.join(map(str, remote_code.values()))})")
+        model, report = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, attn_implementation=attention,
+                                                                    trust_remote_code=False, output_loading_info=True)
+        if wrong := [f"{kind.split('_')[0]} {name}" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]:
+            raise ValueError(f"its weights are not those of its configuration: {', '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
+        if wrong := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+            raise ValueError(f"{wrong[0]} holds values that are not finite")
+        tokenizer, image_processor = (kind.from_pretrained(source, trust_remote_code=False) for kind in (AutoTokenizer, AutoImageProcessor))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, StrictDataclassError, SafetensorError) as error:  # wrong files
+        stop(f"{source} does not load as an image-text-to-text checkpoint: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     size = image_processor.size
     image_processor.size = {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}
     patches_in_one_product(model)
@@ -488,7 +559,8 @@ def load_student(source: str, dtype: torch.dtype, device: str, attention: str, m
 
 
 def read_questions(path: Path, root: Path) -> list[dict]:
-    """Records with `images` resolved inside `root`; what cannot be used is named, with the remedy, and skipped."""
+    """Records with `images` resolved inside `root` and `written`, the same as they stand in the file: what is drawn or split by a question
+    shall not depend on where the run lies. What cannot be used is named, with the remedy, and skipped."""
     questions, root, faults = [], root.resolve(), {}  # faults: picture -> what is wrong with it, or ""; a picture is asked about often
 
     def fault(image: Path) -> str:
@@ -496,12 +568,15 @@ def read_questions(path: Path, root: Path) -> list[dict]:
             return f"{image} lies outside the data root {root}: copy it there or set --data_root"
         return "" if image.is_file() else f"{image} is missing"
 
-    for record in read_jsonl(path, "task_type", "messages", "images"):
+    for number, record in read_lines(path, "task_type", "messages", "images"):
         try:
-            texts = [message["content"] for message in record["messages"]]
+            texts = [message["content"] for message in record["messages"] if message["role"]]
             images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
+            "".join(texts).encode()  # a lone surrogate is no text: UnicodeEncodeError, a ValueError
+            if sum(map(len, texts)) > LONGEST_TEXT:
+                raise ValueError(f"its text has {sum(map(len, texts))} characters, more than {LONGEST_TEXT}")
             if not images or "".join(texts).count("<image>") != len(images):
                 raise ValueError(f"{len(images)} images but {''.join(texts).count('<image>')} <image> marks")
             for image in images:
@@ -510,15 +585,15 @@ def read_questions(path: Path, root: Path) -> list[dict]:
                 if faults[image]:
                     raise ValueError(faults[image])
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            print(f"{path}: {record['task_type']} question skipped: {error}", file=sys.stderr)
+            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
             continue
-        questions.append(record | {"images": images})
+        questions.append(record | {"images": images, "written": record["images"]})
     return questions
 
 
 def look(student: Student, paths: list[str], blank: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Picture files -> patches [P, channels x patch] and their grids [pictures, 3] (frames, rows, columns). Blank ones are mean grey."""
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [read_picture(path) for path in paths]
     if blank:
         pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
     seen = student.image_processor(images=pictures, return_tensors="pt")
@@ -1483,7 +1558,7 @@ def right_answers(samples: list[dict], candidates: dict[str, list[str]], seed: i
 def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
     """A card: pictures with boxes (first box orange, truth green, this exam's answer red), imagined views, question, truth, and what
     every exam's student said, [(tag, its sample or None)]."""
-    pictures, task = [Image.open(root / image).convert("RGB") for image in sample["images"][:8]], sample["task_type"]
+    pictures, task = [read_picture(root / image) for image in sample["images"][:8]], sample["task_type"]
     boxes = [[] for _ in pictures]
     for i, found in enumerate(BOX.finditer(sample["question"])):  # the boxes that the question names, in picture order
         boxes[min(i, len(boxes) - 1)].append(([float(number) for number in found.groups()], "orange"))
@@ -1775,11 +1850,11 @@ def ask(student: Student, batch: list[dict], cfg: Config) -> list[dict]:
     cannot be asked."""
     records = [{"number": question["number"]} for question in batch]
     for key, blank in (("response", False), ("blank_response", True))[:1 + cfg.blank]:
-        begun = time.time()
+        begun = time.perf_counter()
         prompts = prepare(student, batch, blank)
         good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
         answers = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
-        seconds = (time.time() - begun) / max(1, len(good))
+        seconds = (time.perf_counter() - begun) / max(1, len(good))
         for record, prompt in zip(records, prompts):
             if isinstance(prompt, str):
                 record["fault"] = prompt
@@ -1970,7 +2045,7 @@ def rate(student: Student, batch: list[tuple[dict, list]], cfg: Config) -> list[
     "helpful": [...], "unparsable": responses without scores, "cost"}."""
     rated = [{"unparsable": 0, "cost": NOTHING} for _ in batch]
     for criterion, meaning in CRITERIA.items():
-        begun = time.time()
+        begun = time.perf_counter()
         asks = [f"Do not answer it yet. Score each of the {len(views)} imagined views from 0 to 9: {meaning}. Give {len(views)} whole "
                 "numbers in the order of the views, separated by commas, and nothing else." for _, views in batch]
         records = [with_views(question["record"], views, ask) for (question, views), ask in zip(batch, asks)]
@@ -1983,7 +2058,7 @@ def rate(student: Student, batch: list[tuple[dict, list]], cfg: Config) -> list[
             scores = scores_of(response, len(batch[i][1]))
             rated[i][criterion] = scores or rated[i][criterion]
             rated[i]["unparsable"] += scores is None
-            rated[i]["cost"] = plus(rated[i]["cost"], spent(student, prompts[i], generated, (time.time() - begun) / len(good)))
+            rated[i]["cost"] = plus(rated[i]["cost"], spent(student, prompts[i], generated, (time.perf_counter() - begun) / len(good)))
     return rated
 
 
@@ -2122,7 +2197,7 @@ def read_exam(cfg: Config, protocol: dict, run: Path) -> tuple[list[dict], Skipp
 
 
 def main(cfg: Config):
-    started, run = time.time(), Path(cfg.run)
+    started, run = time.perf_counter(), Path(cfg.run)
     if cfg.compare:
         return compare_two(cfg)
     protocol, shard, shards = check_settings(cfg)
@@ -2158,7 +2233,7 @@ def main(cfg: Config):
     parent = checkpoint if checkpoint and (checkpoint / "meta.json").is_file() else None  # a bare base model has none
     try:
         with alone(folder):
-            meta = begin(folder, decides, parent)
+            meta = begin(folder, decides, parent, f"_{shard}_of_{shards}")
     except SystemExit as ended:
         if ended.code == 0:  # a finished exam: nothing to do but to show it, perhaps beside others than last time
             show(beside + [json.loads((folder / "results.json").read_text())], folder)
@@ -2174,12 +2249,12 @@ def main(cfg: Config):
     with tqdm(total=sum(map(len, batches)) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
         for batch in batches:
             if todo := [question for question in batch if question["number"] not in records]:
-                student, begun = load(), time.time()
+                student, begun = load(), time.perf_counter()
                 new = ask(student, todo, cfg)
                 with log.open("a") as lines:
                     lines.write("".join(json.dumps(record) + "\n" for record in new))
                 records |= {record["number"]: record for record in new}
-                asked, asking_s = asked + len(todo) * rounds, asking_s + time.time() - begun
+                asked, asking_s = asked + len(todo) * rounds, asking_s + time.perf_counter() - begun
             progress.update(len(batch) * rounds)
     if asked:
         print(f"{asked} answers in {asking_s:.1f} s: {asked / asking_s:.0f} a second")
@@ -2250,4 +2325,4 @@ def sha256(value) -> str:
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    run(main, Config)

@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
 
-.PHONY: demo test bench peers rival clean
+.PHONY: demo test bench peers rival fire clean
 
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84 --same_label_share 1 --heldout 0.06 --shares 0.7 0.15 0.15
@@ -54,8 +54,12 @@ rival: $(VENV)/ready
 		--beside rival-base rival-simulator rival-warp rival-stated rival-sft
 	$(PY) 06_eval.py --run $(RUN) --compare rival-base rival-refined
 
+# Kills, full disks, bad pictures, bad lines, bad weights, a long run against every stage: one table of what survived (20 minutes).
+fire: $(VENV)/ready
+	$(PY) tests/fire/run.py
+
 test: $(VENV)/ready
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_kernels.py tests
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -180,7 +180,7 @@ def test_hostile_answers_are_shown_harmless(run, monkeypatch):
 
 
 def test_questions_and_tags_cannot_inject(run, monkeypatch):
-    evil = record("D4", "yes", "<b>room</b>", ["2_views/room_0/t000/000.png"] * 2, "<script>\ud800</script> [5, 5, 9, 9]")
+    evil = record("D4", "yes", "<b>room</b>", ["2_views/room_0/t000/000.png"] * 2, "<script></script> [5, 5, 9, 9]")
     write(run / "3_qa" / "heldout.jsonl", [evil])
     examine(run, monkeypatch, truth)
     report = (run / "6_eval" / "student" / "report.html").read_text()
@@ -262,7 +262,7 @@ def test_bad_questions_are_named_counted_and_skipped(run, monkeypatch, capsys):
            good | {"messages": good["messages"][:1] + [{"role": "assistant", "content": "perhaps"}]},
            record("A1", "move left 1 meters; move left 2 meters", "room_0", good["images"]),
            record("D1", "[300, 300, 100, 100]", "room_0", good["images"]),
-           record("D2", "yes", "r", good["images"], "long " * 5000)]
+           record("D2", "yes", "r", good["images"], "long " * 5000), record("D2", "yes", "r", good["images"], "half a character \ud800")]
     write(run / "3_qa" / "heldout.jsonl", bad + [good, good | {"scene_id": "room_1"}])
     results = examine(run, monkeypatch, truth)
     assert results["questions"] == 2 and results["skipped"] == len(bad)

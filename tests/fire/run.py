@@ -1,0 +1,86 @@
+"""make fire: every attack on every stage, and one table of what survived. Exit status 1 unless all did, and nothing was lost.
+
+    python tests/fire/run.py [--short] [--only PART ...] [--jobs 2]        parts: kill disk pictures jsonl weights properties long_run
+"""
+import argparse
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # one thread: forks lose the others
+sys.path.insert(0, str(Path(__file__).parent))
+
+import disk  # noqa: E402
+import harness  # noqa: E402
+import jsonl  # noqa: E402
+import kill  # noqa: E402
+import long_run  # noqa: E402
+import pictures  # noqa: E402
+import weights  # noqa: E402
+
+ALL, READERS, STUDENTS = ("01", "02", "03", "04", "05", "06"), ("02", "03", "04", "05", "06"), ("04", "05", "06")
+
+
+def attack(part: str, name: str, stage: str, whole: Path, place: Path, count: int) -> harness.Row:
+    """One row of the table, in a folder of its own."""
+    import properties  # loads the scripts as modules: not in the process that forks
+    module = {"properties": properties}.get(part) or globals()[part]
+    arguments = {"whole": whole, "place": place, "stage": stage, "times": count, "most": count, "count": count, "examples": count}
+    function = getattr(module, name)
+    with tempfile.TemporaryDirectory(dir=place) as own:
+        arguments["place"] = Path(own)
+        wanted = function.__code__.co_varnames[:function.__code__.co_argcount]
+        return function(**{key: arguments[key] for key in wanted})
+
+
+def plan(short: bool) -> list[tuple[str, str, str, int]]:
+    """(part, function, stage, how many cases) of every row; the short one is what `make test` has time for."""
+    def n(many, few):
+        return few if short else many
+    rows = [("long_run", "steps", "04", n(2000, 0)), ("long_run", "rooms", "02", n(5000, 0))]
+    rows += [("kill", "at_random_moments", stage, n(20, 1)) for stage in ALL]
+    rows += [("kill", "inside_every_write", stage, n({"01": 999, "02": 60, "03": 999}.get(stage, 40), 1)) for stage in ALL]
+    rows += [("disk", "trouble", stage, n(5, 1)) for stage in ALL] + [("disk", "deleted_input", stage, n(6, 1)) for stage in READERS]
+    rows += [("disk", "two_at_once", stage, n(1, 0 if stage in ("04", "05") else 1)) for stage in ALL]
+    rows += [("disk", "clock", stage, n(1, 0)) for stage in ALL] + [("disk", "real_disk", "", 1)]
+    rows += [("pictures", "through_01", "01", 1), ("pictures", "through_02", "02", 1)]
+    rows += [("pictures", "through_training", stage, 1) for stage in STUDENTS]
+    rows += [("jsonl", "trajectories", "02", n(200, 60)), ("jsonl", "views", "03", n(200, 60))]
+    rows += [("jsonl", "questions", stage, n(200, 60)) for stage in STUDENTS]
+    rows += [("weights", "refused", stage, n(99, 3)) for stage in STUDENTS] + [("properties", "check", "", n(300, 10))]
+    return [row for row in rows if row[3]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a few cases of each")
+    parser.add_argument("--only", nargs="*", default=[], help="these parts only")
+    parser.add_argument("--jobs", type=int, default=2, help="attacks at a time")
+    options, started = parser.parse_args(), time.time()
+    todo = [row for row in plan(options.short) if not options.only or row[0] in options.only]
+    harness.warm_up()
+    with tempfile.TemporaryDirectory() as place:
+        whole = harness.build(Path(place) / "whole")
+        with ProcessPoolExecutor(options.jobs, get_context("fork")) as pool:
+            rows = []
+            coming = [pool.submit(attack, part, name, stage, whole, Path(place), count) for part, name, stage, count in todo]
+            for future in coming:
+                rows.append(row := future.result())
+                print(f"{time.time() - started:6.0f} s  {row.attack}: {row.survived} of {row.tried}", file=sys.stderr, flush=True)
+    width = max(len(row.attack) for row in rows)
+    print(f"\n{'attack':{width}}{'tried':>9}{'survived':>10}{'lost':>7}{'tracebacks':>12}")
+    for row in rows:
+        print(f"{row.attack:{width}}{row.tried:9,}{row.survived:10,}{row.lost:7,}{row.tracebacks:12,}")
+    total = [sum(getattr(row, key) for row in rows) for key in ("tried", "survived", "lost", "tracebacks")]
+    print(f"{'all':{width}}{total[0]:9,}{total[1]:10,}{total[2]:7,}{total[3]:12,}\n{time.time() - started:.0f} s")
+    complaints = [complaint for row in rows for complaint in row.complaints]
+    print("\n".join(complaints), file=sys.stderr)
+    sys.exit(bool(complaints) or total[0] != total[1] or any(total[2:]))
+
+
+if __name__ == "__main__":
+    main()
