@@ -13,13 +13,13 @@ from PIL import Image
 TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3", "--no_checkpointing"]
 
 
-def test_a_few_of_every_attack_survive(tmp_path):
+def test_a_few_of_every_attack_survive():
     """What `make fire` does in full. One table, its last line: everything survived, nothing lost, no traceback."""
     done = subprocess.run([sys.executable, ROOT / "tests/fire/run.py", "--short", "--jobs", "1"], capture_output=True, text=True)
     table = [line for line in done.stdout.splitlines() if line.startswith("all ")]
     assert done.returncode == 0 and len(table) == 1, done.stdout + done.stderr[-6000:]
     tried, survived, lost, tracebacks = (int(number.replace(",", "")) for number in table[0].split()[1:])
-    assert tried == survived > 700 and lost == tracebacks == 0
+    assert tried == survived > 500 and lost == tracebacks == 0
 
 
 # --- 01, 02, 03 ---

@@ -4,8 +4,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -98,7 +98,6 @@ def two_at_once(stage: str, whole: Path, place: Path) -> Row:
                 goes_on.recv()
         changes(folder / WRITTEN[stage], meet)
 
-    import threading
     first = []
     thread = threading.Thread(target=lambda: first.append(run(stage, "--run", folder, *STAGES[stage], plant=wait)))
     thread.start()

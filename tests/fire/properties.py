@@ -1,8 +1,6 @@
 """Properties that hold for every input (hypothesis): geometry, the answers' grammar, the reward, boxes, splits and shards."""
-import hashlib
 import importlib.util
 import math
-import random
 import sys
 from pathlib import Path
 
