@@ -2259,7 +2259,7 @@ def plan(cfg: Config) -> tuple[list[tuple[dict, str]], Counter, int]:
         name = (trajectory["scene_id"], trajectory["traj_id"])
         room = trajectory["room"]
         if not all(isinstance(part, str) and re.fullmatch(r"[^./\\\0][^/\\\0]*", part) for part in name) or name in seen:
-            why = "its scene_id and traj_id are not names of a new folder"
+            why = f"its scene_id and traj_id, {str(name)[:100]}, are not names of a new folder"
         elif room and (not isinstance(room, str) or PurePosixPath(room).is_absolute() or ".." in PurePosixPath(room).parts):
             why = f"room {room!r} is not inside the run"
         elif not room and not isinstance(trajectory["anchor"], str):
