@@ -251,18 +251,18 @@ def before(stage: str, whole: Path, folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, less what time and speed decide: seconds in meta.json and metrics.jsonl, the picture of the curves."""
+    """Every file below `folder`, less what time and speed decide: seconds, an answer's cost, and the pictures and plots of both."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name, data = str(path.relative_to(folder)), path.read_bytes()
-            if path.name in ("meta.json", "metrics.jsonl"):
-                data = json.dumps([timeless(json.loads(line)) for line in ([data] if path.name == "meta.json" else data.splitlines())]).encode()
-            found[name] = b"" if path.name == "curves.png" else data
+            if path.name in ("meta.json", "results.json", "metrics.jsonl", "samples.jsonl"):
+                data = json.dumps([timeless(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]).encode()
+            found[name] = b"" if path.name in ("curves.png", "report.html") else data
     return found
 
 
-SPEEDS = ("seconds", "rollout_seconds", "tokens_s", "tflops", "mfu")
+SPEEDS = ("seconds", "rollout_seconds", "tokens_s", "tflops", "mfu", "cost")
 
 
 def timeless(record):
