@@ -1,8 +1,8 @@
 """Stage 3: turn imagined views into questions whose answers are known.
 
 A trajectory knows its actions and a view knows its objects, so one pair of pictures (frame 0 and the last) answers questions in
-both directions: inverse, outcome -> action (A1-A4, D3), and forward, action -> outcome (D1, D2, D4). S1-S4 ask about a single
-picture; they are for the tiny student, which starts from nothing. An answer is only worth learning if it is the one right answer:
+both directions: inverse, outcome -> action (A1-A4, D3), and forward, action -> outcome (D1, D2, D4). S1-S6 name no
+motion (S1-S4 ask about one picture, S5 and S6 compare two); they are for the tiny student, which starts from nothing. An answer is only worth learning if it is the one right answer:
 two action sequences a, b are the same question when
 
     pose(a) = pose(b),   pose([(name, value), ...]) = (x_m, z_m, yaw_deg mod 360) in frame 0's axes,
@@ -23,7 +23,7 @@ Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the fram
    "keyframes": [0, 8], "kept": [0, 8], "start": [0.4, -1.2, 30], "c2w": [...], "teacher": "simulator", "qc": {"passed": true},
    "frames": ["2_views/room_00000/t000/000.png", "2_views/room_00000/t000/008.png"],
    "objects": [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41}], []]}
-Writes  RUN/3_qa/static.jsonl (S1-S4), sft.jsonl (the eight tasks), grpo.jsonl (a subset of sft.jsonl, 125 a task: stage 5 refines
+Writes  RUN/3_qa/static.jsonl (S1-S6), sft.jsonl (the eight tasks), grpo.jsonl (a subset of sft.jsonl, 125 a task: stage 5 refines
 on what stage 4 has seen), heldout.jsonl (all tasks, held-out scenes only), one question a line:
   {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>Which way and how far did the camera turn from image
    1 to image 2? Answer: turn <direction> <number> degrees."}, {"role": "assistant", "content": "turn left 40 degrees"}],
@@ -182,9 +182,10 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
     print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
 # --- end of the common block ---
 
-FORWARD, INVERSE, STATIC = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3"), ("S1", "S2", "S3", "S4")
+FORWARD, INVERSE, STATIC = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3"), ("S1", "S2", "S3", "S4", "S5", "S6")
 EIGHT = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
-YES_NO = {"A4": ("true", "false"), "D2": ("yes", "no"), "D4": ("yes", "no"), "S2": ("yes", "no")}  # first: the statement holds
+YES_NO = {"A4": ("true", "false"), "D2": ("yes", "no"), "D4": ("yes", "no"), "S2": ("yes", "no"),
+          "S6": ("yes", "no")}  # first: the statement holds
 ONE_ANSWER = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # lengths among which the answer must be the only sequence
 
 
@@ -194,10 +195,10 @@ class Config:
     seed: int = setting(0, "seeds every draw, together with scene, trajectory and task")
     directions: str = setting("both", "forward (D1 D2 D4), inverse (A1-A4 D3) or both: the paper's ablation; training files only")
     sources: str = setting("both", "real (photographs), simulated (rooms) or both: another ablation; training files only")
-    tasks: list[str] = setting([*EIGHT, *STATIC], "tasks to train on; the held-out file always has all twelve")
+    tasks: list[str] = setting([*EIGHT, *STATIC], "tasks to train on; the held-out file always has all fourteen")
     pairs: str = setting("ends", "ends: frame 0 with the last one, as in the paper; keyframes: every two kept keyframes")
-    caps: list[str] = setting(["A4=1", "D1=2", "D2=2", "D3=1", "D4=2", "S1=1", "S2=2", "S3=1"], "most questions of a task on one "
-                              "pair (S1-S4: on one picture; tasks not named: 1), else scenes full of objects rule the set; 0.2: one on a "
+    caps: list[str] = setting(["A4=1", "D1=2", "D2=2", "D3=1", "D4=2", "S1=1", "S2=2", "S3=1", "S5=2", "S6=2"], "most questions of a task on "
+                              "one pair (S1-S4: on one picture; tasks not named: 1), else scenes full of objects rule the set; 0.2: one on a "
                               "fifth of the pairs")
     box_step: int = setting(1, "box coordinates (thousandths of the picture) are rounded to this; 10: one token each for `tiny`")
     min_area: float = setting(0.01, "smallest usable box, share of the picture: smaller ones are a few pixels")
@@ -264,6 +265,12 @@ def shared_poses(max_move_m: float, max_turn_deg: float, lengths: tuple) -> tupl
             keys.append(pose_key(x, z, yaw))
     poses, count = np.unique(np.concatenate(keys), return_counts=True)
     return set(poses[count > 1].tolist()), sum(map(len, keys))
+
+
+def difficulty(actions: list) -> str:
+    """How many steps and how far, "2 far": far is more than a metre or more than 40 degrees in all."""
+    moved_m, turned_deg = (sum(value for name, value in actions if name in kind) for kind in (MOVES, TURNS))
+    return f"{len(actions)} {'far' if moved_m > 1 or turned_deg > 40 else 'near'}"
 
 
 def alternate(actions: list) -> bool:
@@ -519,6 +526,10 @@ TEMPLATES = {  # the words after the <image> marks. None may hold its answer: A1
                   "What is the distance along the floor to the {label} at {box}? Answer: <number> meters."],
     "S4": ["Which way does the camera look? Answer: <number> degrees.",
            "What is the heading of the camera? Answer: <number> degrees."],
+    "S5": [f"The {{label}} is at {{box}} in image 1. Where is it in image 2? Answer: {BOX}.",
+           f"An object is at {{box}} in image 1. Find it in image 2. Answer: {BOX}."],
+    "S6": ["One {label} is at {box} in image 1, one at {box2} in image 2. Are they the same one? Answer yes or no.",
+           "Is the {label} at {box} in image 1 the {label} at {box2} in image 2? Answer yes or no."],
 }
 
 
@@ -528,8 +539,10 @@ class Question(NamedTuple):
     answer: str
     images: tuple
     label: str  # within which answers are balanced: object label, A4: first action named
+    size: str  # D2: and within how far the camera goes and how large the object is, which the words tell
     order: float  # 0..1, hashed: what is dropped or drawn goes by it, so that nothing depends on the order of the views
     view: dict
+    difficulty: str = ""  # of a pair: see `difficulty`
 
 
 class Seen(NamedTuple):
@@ -637,16 +650,17 @@ class Asker:
         return questions
 
     def ask_pair(self, view: dict, pair: tuple, actions: list, images: tuple, before: dict, after: dict) -> list[Question]:
-        """The eight tasks on one pair; `before` and `after` hold the objects of its two pictures by id."""
+        """The eight tasks on one pair, S5 and S6; `before` and `after` hold the objects of its two pictures by id."""
         questions, words = [], say(actions)
         caps = self.caps_of(view, pair)
 
         def generator(task):
             return rng(self.cfg.seed, view["scene_id"], view["traj_id"], pair, task)
 
-        def add(task, draw, answer, label="", **words):
+        def add(task, draw, answer, label="", size="", **words):
             prompt = "<image>" * (1 if task == "D2" else 2) + draw.choice(TEMPLATES[task]).format(label=label, **words)
-            questions.append(Question(task, prompt, answer, images[:1] if task == "D2" else images, label, draw.random(), view))
+            questions.append(Question(task, prompt, answer, images[:1] if task == "D2" else images, label, size, draw.random(), view,
+                                      difficulty(actions)))
 
         task = "A3" if len(actions) > 1 else "A2" if actions[0][0] in TURNS else "A1"
         if not caps[task]:
@@ -672,13 +686,19 @@ class Asker:
             draw = generator("D1")
             for key in draw.sample(moved, min(caps["D1"], len(moved))):
                 add("D1", draw, after[key].text, before[key].label, box=before[key].text, actions=words)
+        if moved and caps["S5"]:
+            draw = generator("S5")
+            for key in draw.sample(moved, min(caps["S5"], len(moved))):
+                add("S5", draw, after[key].text, before[key].label, box=before[key].text)
 
         gone = [key for key in usable if (not after[key].visible if key in after else view["exact"])]
         self.dropped["D2: partly visible afterwards, or unknown"] += len(usable) - len(both) - len(gone)
         if (gone or both) and caps["D2"]:
             draw = generator("D2")
             for key in mixed(draw, gone, both, caps["D2"]):
-                add("D2", draw, "no" if key in both else "yes", before[key].label, box=before[key].text, actions=words)
+                width, height = (before[key].box[i + 2] - before[key].box[i] for i in (0, 1))
+                size = f"{difficulty(actions)} {'large' if width * height > 40_000 else 'small'}"
+                add("D2", draw, "no" if key in both else "yes", before[key].label, size, box=before[key].text, actions=words)
 
         if both and caps["D3"]:
             if self.only_answer("D3", actions):
@@ -688,18 +708,17 @@ class Asker:
             elif len(actions) <= 2:
                 self.dropped["D3: not the only sequence to its pose"] += 1
 
-        # D4: for `yes` as for `no` the pictures show a second object of that label, so neither the words nor the label tell
+        # D4, S6: for `yes` as for `no` the pictures show a second object of that label, so neither the words nor the label tell
         same, other = [], []
         for key in usable:
             first, second = ([k for k, one in seen.items() if k != key and one.visible and one.label == before[key].label]
                              for seen in (before, after))
             same += [(key, key)] * (key in both and bool(first or second))
             other += [(key, k) for k in second if after[k].usable]
-        if (same or other) and caps["D4"]:
-            draw = generator("D4")
-            for key, k in mixed(draw, same, other, caps["D4"]):
-                add("D4", draw, "yes" if key == k else "no", before[key].label, box=before[key].text, box2=after[k].text,
-                    actions=words)
+        for task in ("D4", "S6"):
+            draw = generator(task)
+            for key, k in mixed(draw, same, other, caps[task]):
+                add(task, draw, "yes" if key == k else "no", before[key].label, box=before[key].text, box2=after[k].text, actions=words)
         return questions
 
     def ask_picture(self, view: dict, k: int, image: str, seen: dict, yaw: float) -> list[Question]:
@@ -708,7 +727,7 @@ class Asker:
 
         def add(task, answer, label="", box="", template=None):
             words = draw.choice(TEMPLATES[template or task]).format(label=label, box=box)
-            questions.append(Question(task, "<image>" + words, answer, (image,), label, draw.random(), view))
+            questions.append(Question(task, "<image>" + words, answer, (image,), label, "", draw.random(), view))
 
         shown = Counter(one.label for one in seen.values() if one.visible)
         usable = [one for one in seen.values() if one.usable]
@@ -743,10 +762,10 @@ def read_caps(pairs: list[str]) -> dict[str, float]:
 # ---- balancing and drawing -----------------------------------------------------------------------------------------------------
 
 def balanced_pairs(questions: list[Question]) -> list[tuple[Question, Question]]:
-    """Yes/no questions of one task -> pairs of a yes and a no with one label; what is left over is dropped, by hashed order."""
+    """Yes/no questions of one task -> pairs of a yes and a no with one label and size; what is left over is dropped, by hashed order."""
     sides = defaultdict(lambda: ([], []))
     for question in sorted(questions, key=lambda q: q.order):
-        sides[question.label][YES_NO[question.task].index(question.answer)].append(question)
+        sides[question.label, question.size][YES_NO[question.task].index(question.answer)].append(question)
     return [pair for label in sorted(sides) for pair in zip(*sides[label])]
 
 
@@ -763,7 +782,8 @@ def draw_questions(questions: list[Question], most: int = 0) -> list[Question]:
 
 def as_record(q: Question) -> dict:
     return {"task_type": q.task, "messages": [{"role": "user", "content": q.prompt}, {"role": "assistant", "content": q.answer}],
-            "images": list(q.images)} | {key: q.view[key] for key in ("scene_id", "traj_id", "split", "source", "teacher")}
+            "images": list(q.images)} | {key: q.view[key] for key in ("scene_id", "traj_id", "split", "source", "teacher")} \
+        | ({"difficulty": q.difficulty} if q.difficulty else {})
 
 
 # ---- what was made: card.json, examples.png ------------------------------------------------------------------------------------
@@ -772,6 +792,8 @@ def card(files: dict[str, list[Question]], asker: Asker) -> dict:
     """Counts, balances and audits. The audits look at the finished questions again, they don't trust the code that wrote them."""
     counts = {name: dict(sorted(Counter(q.task for q in questions).items())) for name, questions in files.items()}
     sources = {name: dict(sorted(Counter(q.view["source"] for q in questions).items())) for name, questions in files.items()}
+    difficulties = {name: {task: dict(sorted(Counter(q.difficulty for q in questions if q.task == task).items())) for task in EIGHT}
+                    for name, questions in files.items() if name != "static"}
     leak, twin, tilt = "prompt holds its answer", "A1-A3, D3 not the only sequence", "yes/no off balance by over 2 points"
     balance, audits = {}, {leak: 0, twin: 0, tilt: 0}
     for name, questions in files.items():
@@ -798,7 +820,7 @@ def card(files: dict[str, list[Question]], asker: Asker) -> dict:
         answers[task] = {"shapes": dict(shapes)} | ({"smallest": min(numbers), "mean": round(float(np.mean(numbers)), 2),
                                                      "largest": max(numbers)} if numbers else {})
     grid = {"longest_move_m": asker.max_move_m, "widest_turn_deg": asker.max_turn_deg, "sequences_enumerated": asker.enumerated}
-    return {"counts": counts, "sources": sources, "audits_must_be_0": audits,
+    return {"counts": counts, "sources": sources, "difficulties": difficulties, "audits_must_be_0": audits,
             "dropped": dict(sorted(asker.dropped.items())), "grid": grid, "answers": answers, "balance": balance}
 
 

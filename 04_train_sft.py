@@ -42,6 +42,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import socket
 import struct
@@ -54,6 +55,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ from kernels import patches_in_one_product, register, windows_in_one_launch
 
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # checkpoints of one process say so each time
-BY_THE_WAY = ("run", "recipe", "tokens", "checkpointing", "offload", "explode", "estimate", "save_every", "log_every")  # settings that do not change the result
+BY_THE_WAY = ("run", "recipe", "tokens", "checkpointing", "offload", "explode", "estimate", "until", "save_every", "log_every")  # settings that do not change the result
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
 def setting(default, help: str):
@@ -206,7 +208,7 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 @dataclass
 class Config:
-    recipe: str = setting("paper", "paper (the defaults below) or tiny (RECIPES below): flags that your own override")
+    recipe: Literal["paper", "tiny"] = setting("paper", "paper (the defaults below) or tiny (RECIPES below): flags that your own override")
     run: str = setting("runs/demo", "run folder; reads 3_qa/ in it")
     out: str = setting("4_sft", "folder written inside the run: another name for another stage of training, e.g. 4_base")
     student: str = setting("tiny", "checkpoint folder, hub id, or tiny: a Qwen3-VL of 3 million parameters built here from random weights")
@@ -214,7 +216,7 @@ class Config:
     data_root: str = setting("", "folder that picture paths start from and may not leave; default: the run, for a file outside it that file's folder")
     rehearse: str = setting("", "second question file mixed in, so that what it taught is not forgotten (the demo rehearses the static questions)")
     rehearse_share: float = setting(0.33, "share of each batch that comes from --rehearse")
-    train: str = setting("lora", "lora (rank and alpha below, on the language model's linear layers, as in the paper) or full")
+    train: Literal["lora", "full"] = setting("lora", "lora (rank and alpha below, on the language model's linear layers, as in the paper) or full")
     lora_rank: int = setting(256, "LoRA rank; the paper's")
     lora_alpha: int = setting(512, "LoRA alpha: the update is scaled by alpha / rank; the paper's")
     freeze_vision: bool = setting(True, "keep the vision tower as it is, as in the paper's first stage")
@@ -224,22 +226,24 @@ class Config:
     tokens: int = setting(16384, "tokens in one forward pass, rows packed behind one another; bounds memory, does not change the result")
     epochs: float = setting(1.0, "passes over --data")
     steps: int = setting(0, "optimiser steps; 0: as --epochs says")
-    optimizer: str = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest; learns a student from random weights several times faster")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest; learns a student from random weights several times faster")
     lr: float = setting(1e-5, "peak learning rate of AdamW; the paper's")
     muon_lr: float = setting(3e-3, "peak learning rate of Muon")
-    schedule: str = setting("cosine", "cosine (to zero) or constant after the warm-up; constant suits a base that another stage goes on training")
+    schedule: Literal["cosine", "constant"] = setting("cosine", "cosine (to zero) or constant after the warm-up; constant suits a base that another stage goes on training")
     warmup: float = setting(0.05, "share of the steps in which the learning rate rises from zero")
     weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.95, "AdamW")
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
-    dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    save_dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "of the weights written: bfloat16 (half the size), float32, or auto (as they are kept here)")
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
     checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, about a third more time")
     offload: bool = setting(False, "keep weights, gradients and optimiser state in host memory (FSDP2); each layer is copied when it is needed")
     explode: float = setting(100.0, "stop when the gradient's norm passes this many times the median of the last 100 steps")
     estimate: bool = setting(False, "print the memory estimate and stop; the student's config.json is enough")
+    until: int = setting(0, "leave off after this step, as a kill would: the same command without it goes on; 0: train to the end")
     val_share: float = setting(0.01, "share of the scenes kept out of training for the validation loss")
     val_every: int = setting(200, "steps between validation losses; 0: never")
     save_every: int = setting(200, "steps between states to resume from")
@@ -569,7 +573,7 @@ def save_student(student: Student, folder: Path, cfg, rank: int):
     weights = {}
     for name, tensor in merged(student.model):  # every process gathers, the first one keeps
         if rank == 0 and not (name == "lm_head.weight" and student.model.config.tie_word_embeddings):
-            weights[name] = tensor.to(weights_dtype(cfg)).cpu()
+            weights[name] = tensor.to(weights_dtype(cfg) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)).cpu()
     adapter = {f"base_model.model.{name}.weight": whole(p.detach()).cpu() for name, p in student.model.named_parameters()
                if name.endswith((".lora_A", ".lora_B"))}  # the names of the peft package
     if rank:
@@ -1209,12 +1213,17 @@ def main(cfg: Config):
                       f"{answered / (time.perf_counter() - clock):6.1f} questions/s  {line['tokens_s']:8.0f} tokens/s  "
                       + (f"MFU {line['mfu']:.3f}  " if "mfu" in line else "") + f"ETA {pace * (steps - step - 1) / 60:5.1f} min"
                       + (f"  validation {line['val_loss']:.4f}" if "val_loss" in line else ""), flush=True)
+        if step + 1 == cfg.until:
+            return rank == 0 and print(f"left off after step {step + 1}, as --until says")
 
     save_end(folder, student, cfg, rank)
     say_peak(device, rank)
     if rank == 0:
         draw_curves(folder, {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"], "tokens/s": ["tokens_s"]})
-        finish(folder, meta, {"steps": steps, "questions": len(questions), "parameters trained": trained}, started)
+        sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.safetensors", "metrics.jsonl")
+                if (folder / name).is_file()}  # a large student's weights lie in several files
+        finish(folder, meta | {"command": shlex.join(sys.argv), "sha256": sums}, {"steps": steps, "questions": len(questions),
+                                                                                  "parameters trained": trained}, started)
         drop_steps(folder)
         print(f"next: python 05_train_refine.py --run {cfg.run}")
     if sharded:

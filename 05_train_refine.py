@@ -51,6 +51,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -202,13 +203,13 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 @dataclass
 class Config:
-    recipe: str = setting("paper", "paper (the defaults below) or tiny (RECIPES below): flags that your own override")
+    recipe: Literal["paper", "tiny"] = setting("paper", "paper (the defaults below) or tiny (RECIPES below): flags that your own override")
     run: str = setting("runs/demo", "run folder; reads 3_qa/ and the student in it")
     out: str = setting("5_refine", "folder written inside the run")
     student: str = setting("4_sft", "the student to refine: a folder in the run, any checkpoint folder, or a hub id")
     data: str = setting("3_qa/grpo.jsonl", "questions: a file in the run, or any ms-swift / LLaMA-Factory / World2VLM JSONL file")
     data_root: str = setting("", "folder that picture paths start from and may not leave; default: the run, for a file outside it that file's folder")
-    train: str = setting("lora", "lora (a new one, beside the language model's linear layers) or full")
+    train: Literal["lora", "full"] = setting("lora", "lora (a new one, beside the language model's linear layers) or full")
     lora_rank: int = setting(256, "LoRA rank; the paper's")
     lora_alpha: int = setting(512, "LoRA alpha: the update is scaled by alpha / rank; the paper's")
     freeze_vision: bool = setting(False, "keep the vision tower as it is; the paper trains it in this stage")
@@ -223,7 +224,7 @@ class Config:
     updates: int = setting(1, "optimiser steps on each step's responses; from the second on, the ratio is clipped")
     clip_ratio: float = setting(0.2, "the ratio of new to old probability counts within 1 +- this")
     kl: float = setting(1e-2, "weight of the KL divergence from the student that came in; the paper's")
-    optimizer: str = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest")
     lr: float = setting(1e-6, "peak learning rate of AdamW; the paper's")
     muon_lr: float = setting(3e-4, "peak learning rate of Muon")
     warmup: float = setting(0.05, "share of the steps in which the learning rate rises from zero; constant afterwards")
@@ -232,7 +233,8 @@ class Config:
     beta2: float = setting(0.95, "AdamW")
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
-    dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    save_dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "of the weights written: bfloat16 (half the size), float32, or auto (as they are kept here)")
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
     checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, about a third more time")
     offload: bool = setting(False, "keep weights, gradients and optimiser state in host memory (FSDP2); each layer is copied when it is needed")
@@ -566,7 +568,7 @@ def save_student(student: Student, folder: Path, cfg, rank: int):
     weights = {}
     for name, tensor in merged(student.model):  # every process gathers, the first one keeps
         if rank == 0 and not (name == "lm_head.weight" and student.model.config.tie_word_embeddings):
-            weights[name] = tensor.to(weights_dtype(cfg)).cpu()
+            weights[name] = tensor.to(weights_dtype(cfg) if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)).cpu()
     adapter = {f"base_model.model.{name}.weight": whole(p.detach()).cpu() for name, p in student.model.named_parameters()
                if name.endswith((".lora_A", ".lora_B"))}  # the names of the peft package
     if rank:
@@ -1059,8 +1061,8 @@ BOX = re.compile(r"(?:bbox\s*)?\[" + ",".join([rf"\s*(-?{NUMBER})\s*"] * 4) + r"
 SECOND_ANSWER = re.compile(r"\d|°|move|turn|forward|back|left|right|met(?:er|re)|deg|\b(?:or|not|never|no|yes)\b|n['’]t", re.I)
 LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
 YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-SHAPE = {"A1": "one action", "A2": "one action", "A3": "actions", "D3": "actions", "D1": "box", "S1": "box",
-         "A4": "yes or no", "D2": "yes or no", "D4": "yes or no", "S2": "yes or no", "S3": "meters", "S4": "degrees"}
+SHAPE = {"A1": "one action", "A2": "one action", "A3": "actions", "D3": "actions", "D1": "box", "S1": "box", "S5": "box",
+         "A4": "yes or no", "D2": "yes or no", "D4": "yes or no", "S2": "yes or no", "S6": "yes or no", "S3": "meters", "S4": "degrees"}
 
 
 def parse_actions(text) -> list[tuple[str, float]] | None:
@@ -1171,8 +1173,8 @@ def reward(task_type, answer, response) -> dict:
     """{"overall": 0..1, parts...} of a response to a question with the true `answer`; overall -1 beyond 200 characters.
 
     A1 A2     0.10 format + 0.35 action + 0.55 numeric     (the name; the closeness of the value where the name is right)
-    A3 D3     sequence_reward        D1 S1  box_reward
-    A4 D2 D4 S2  0.20 format + 0.80 accuracy               (yes = true, no = false)
+    A3 D3     sequence_reward        D1 S1 S5  box_reward
+    A4 D2 D4 S2 S6  0.20 format + 0.80 accuracy               (yes = true, no = false)
     S3 S4     0.10 format + 0.90 numeric                   (S4: the error around the circle)
     For one well-formed answer this is the published reward. That one takes the best of several actions, the first of several
     boxes, an action out of the middle of a word; here a response that is not ONE answer earns 0, less than an honest wrong one,

@@ -9,7 +9,7 @@ bootstrap over scenes, since the questions of one room share its pictures:
 
 Scores: A1 A2 direction right (share) and the error: in A1 the distance between the two displacements in the plane, in A2 the
 difference of the signed angles (left 30 instead of right 40 is 70 degrees off); A3 D3 names and values exactly right; D1 S1
-intersection over union; A4 D2 D4 S2 share right; S3 error in meters; S4 error in degrees around the circle; and the reward of
+S5 intersection over union; A4 D2 D4 S2 S6 share right; S3 error in meters; S4 error in degrees around the circle; and the reward of
 stage 5 for every task. A response that is not one answer (or is longer than 200 characters) scores 0, its error is that of the
 worst answer which the questions of its task hold, and it is counted as unparsable. D1 also shows the score of repeating the box
 of the first picture. An answer is right when its main score is at least one half (S3, S4: its reward at least 0.95).
@@ -81,6 +81,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -249,7 +250,7 @@ class Config:
     compare: list[str] = setting([], "only compare two finished exams, tags or folders, on the questions that both answered")
     seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    dtype: str = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
 
 
@@ -258,7 +259,7 @@ LONGEST_QUESTION = 20_000  # characters; a longer one is no question, and would 
 # Scores a task besides its reward, the main one first. Errors are better when lower, all others when higher.
 METRICS = {"A1": ["direction", "error_m"], "A2": ["direction", "error_deg"], "A3": ["exact"], "A4": ["accuracy"],
            "D1": ["iou"], "D2": ["accuracy"], "D3": ["exact"], "D4": ["accuracy"],
-           "S1": ["iou"], "S2": ["accuracy"], "S3": ["error_m"], "S4": ["error_deg"]}
+           "S1": ["iou"], "S2": ["accuracy"], "S3": ["error_m"], "S4": ["error_deg"], "S5": ["iou"], "S6": ["accuracy"]}
 WORDS = {"direction": "direction", "error_m": "error (m)", "error_deg": "error (deg)", "exact": "exact", "accuracy": "accuracy",
          "iou": "IoU", "reward": "reward", "score": "score", "corrected": "corrected score",
          "right": "right answers"}
@@ -345,8 +346,8 @@ BOX = re.compile(r"(?:bbox\s*)?\[" + ",".join([rf"\s*(-?{NUMBER})\s*"] * 4) + r"
 SECOND_ANSWER = re.compile(r"\d|°|move|turn|forward|back|left|right|met(?:er|re)|deg|\b(?:or|not|never|no|yes)\b|n['’]t", re.I)
 LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
 YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-SHAPE = {"A1": "one action", "A2": "one action", "A3": "actions", "D3": "actions", "D1": "box", "S1": "box",
-         "A4": "yes or no", "D2": "yes or no", "D4": "yes or no", "S2": "yes or no", "S3": "meters", "S4": "degrees"}
+SHAPE = {"A1": "one action", "A2": "one action", "A3": "actions", "D3": "actions", "D1": "box", "S1": "box", "S5": "box",
+         "A4": "yes or no", "D2": "yes or no", "D4": "yes or no", "S2": "yes or no", "S6": "yes or no", "S3": "meters", "S4": "degrees"}
 
 
 def parse_actions(text) -> list[tuple[str, float]] | None:
@@ -457,8 +458,8 @@ def reward(task_type, answer, response) -> dict:
     """{"overall": 0..1, parts...} of a response to a question with the true `answer`; overall -1 beyond 200 characters.
 
     A1 A2     0.10 format + 0.35 action + 0.55 numeric     (the name; the closeness of the value where the name is right)
-    A3 D3     sequence_reward        D1 S1  box_reward
-    A4 D2 D4 S2  0.20 format + 0.80 accuracy               (yes = true, no = false)
+    A3 D3     sequence_reward        D1 S1 S5  box_reward
+    A4 D2 D4 S2 S6  0.20 format + 0.80 accuracy               (yes = true, no = false)
     S3 S4     0.10 format + 0.90 numeric                   (S4: the error around the circle)
     For one well-formed answer this is the published reward. That one takes the best of several actions, the first of several
     boxes, an action out of the middle of a word; here a response that is not ONE answer earns 0, less than an honest wrong one,
@@ -1555,6 +1556,16 @@ def right_answers(samples: list[dict], candidates: dict[str, list[str]], seed: i
     return shares["scores"] | {"blank": blank and blank["mean"], "constant": round(constant / len(samples), 6)}
 
 
+def by_difficulty(samples: list[dict]) -> dict:
+    """{task: {difficulty, how many steps and how far as 03 writes it: {"questions", main score: mean}}}"""
+    groups = {}
+    for sample in samples:
+        if "difficulty" in sample:
+            groups.setdefault(sample["task_type"], {}).setdefault(sample["difficulty"], []).append(sample["scores"])
+    return {task: {kind: {"questions": len(own), (main := METRICS[task][0]): round(float(np.mean([scores[main] for scores in own])), 6)}
+                   for kind, own in sorted(kinds.items())} for task, kinds in sorted(groups.items())}
+
+
 def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
     """A card: pictures with boxes (first box orange, truth green, this exam's answer red), imagined views, question, truth, and what
     every exam's student said, [(tag, its sample or None)]."""
@@ -2219,8 +2230,6 @@ def main(cfg: Config):
     if apart := [other["tag"] for other in beside if other.get("exam", "heldout") != cfg.exam]:
         stop(f"{', '.join(apart)} sat another exam than {cfg.exam}: leave it out of --beside")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    if cfg.dtype not in ("auto", "float32", "bfloat16"):
-        stop(f"unknown --dtype {cfg.dtype}: float32, bfloat16 or auto")
     bfloat16 = device != "cpu" and torch.cuda.is_bf16_supported() if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     dtype = torch.bfloat16 if bfloat16 else torch.float32
 
@@ -2286,6 +2295,7 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
                         "question": question["text"], "options": question.get("options"), "truth": question["truth"]}
                        | {"response": record["response"], "blank_response": record["blank_response"],
                           "cost": plus(question.get("cost", NOTHING), record["cost"])}
+                       | {key: question["record"][key] for key in ("difficulty",) if key in question["record"]}
                        | ({"imagined": question["imagined"]} if cfg.coupled else {}))
     if not samples:
         stop(f"no picture of {skipped.source} can be read: see the lines above")
@@ -2304,7 +2314,7 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
         means = {side: interval([sample[side]["reward"] for sample in samples], scenes, cfg.seed)
                  for side in ("scores", "blank_scores") if side in samples[0]}
         results |= {"mean_reward": means["scores"], "blank_mean_reward": means.get("blank_scores"),
-                    "right": right_answers(samples, candidates, cfg.seed)}
+                    "right": right_answers(samples, candidates, cfg.seed), "difficulties": by_difficulty(samples)}
     else:
         tasks, results["overall"] = grade_benchmark(cfg.exam, protocol, samples, skipped, cfg.seed)
         results["right"] = {key: value["mean"] if isinstance(value, dict) else value for key, value in results["overall"]["score"].items()}

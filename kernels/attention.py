@@ -104,10 +104,11 @@ def windows_attention(q, k, v, causal, scale, lengths, prefix):
     outputs = list(streams[0])  # an empty window stays empty
     for size in {length.bit_length() for length in lengths if length}:
         windows = [n for n, length in enumerate(lengths) if length.bit_length() == size]
-        rows = [torch.nn.utils.rnn.pad_sequence([x[n] for n in windows], batch_first=True, padding_value=-1 if i == 3 else 0)  # segment -1: padding
-                for i, x in enumerate(streams)]
         sizes = [lengths[n] for n in windows]
         own = torch.arange(max(sizes), device=q.device) < torch.tensor(sizes, device=q.device)[:, None]
+        places = own.flatten().nonzero()[:, 0]  # one copy: pad_sequence's copy a window costs as much again in the backward pass
+        rows = [x[0].new_full((own.numel(), *x[0].shape[1:]), -1 if i == 3 else 0).index_copy(0, places, torch.cat([x[n] for n in windows]))
+                .unflatten(0, own.shape) for i, x in enumerate(streams)]  # segment -1: padding
         mask = None if own.all() or causal else own  # causal: padding stands on the right, where no one looks
         for n, o in zip(windows, attend(rows, mask)[own].split(sizes)):
             outputs[n] = o

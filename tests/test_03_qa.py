@@ -27,7 +27,7 @@ BOX = r"\[\d+, \d+, \d+, \d+\]"
 GRAMMAR = {"A1": rf"move (forward|backward|left|right) {NUMBER} meters", "A2": rf"turn (left|right) {NUMBER} degrees",
            "A3": rf"{ACTION}; {ACTION}(; {ACTION})?", "A4": "true|false", "D1": BOX, "D2": "yes|no",
            "D3": rf"{ACTION}(; {ACTION})?", "D4": "yes|no", "S1": BOX, "S2": "yes|no", "S3": rf"{NUMBER} meters",
-           "S4": r"\d+ degrees"}
+           "S4": r"\d+ degrees", "S5": BOX, "S6": "yes|no"}
 ALL = sorted(GRAMMAR)
 EIGHT = [task for task in ALL if task[0] != "S"]
 
@@ -150,9 +150,10 @@ def test_all_tasks_are_there_and_every_answer_is_of_the_grammar(built):
     for record in everything(files):
         assert re.fullmatch(GRAMMAR[record["task_type"]], answer(record)), record
         marks, words = re.fullmatch(r"((?:<image>)+)(.*)", prompt(record)).groups()
-        assert len(record["images"]) == marks.count("<image>") == (1 if record["task_type"] in ("D2", *qa.STATIC) else 2)
+        assert len(record["images"]) == marks.count("<image>") == (1 if record["task_type"] in ("D2", "S1", "S2", "S3", "S4") else 2)
         assert "<image>" not in words and all((run / path).is_file() for path in record["images"])
-        assert set(record) == {"task_type", "messages", "images", "scene_id", "traj_id", "split", "source", "teacher"}
+        about_a_pair = {"difficulty"} if record["task_type"] not in ("S1", "S2", "S3", "S4") else set()
+        assert {*record} - about_a_pair == {"task_type", "messages", "images", "scene_id", "traj_id", "split", "source", "teacher"}
         assert "{" not in words and "  " not in words
 
 
@@ -167,7 +168,7 @@ def test_several_phrasings_a_task_each_of_them_used(built):
 def test_no_prompt_holds_its_answer(built):
     for record in everything(built[2]):
         task, words = record["task_type"], prompt(record)
-        if task in ("A4", "D2", "D4", "S2"):  # these name both answers
+        if task in qa.YES_NO:  # these name both answers
             assert all(f" {word}" in words for word in qa.YES_NO[task])
         else:
             assert answer(record) not in words
@@ -180,7 +181,7 @@ def test_the_form_of_the_answer_is_stated(built):
         form = prompt(record).rpartition("Answer")[2]
         for word in ("meters", "degrees"):
             assert word not in answer(record) or word in form
-        assert ("x1, y1, x2, y2" in form) == (record["task_type"] in ("D1", "S1"))
+        assert ("x1, y1, x2, y2" in form) == (record["task_type"] in ("D1", "S1", "S5"))
 
 
 def test_yes_and_no_are_equal_for_every_task_and_label(built):
@@ -189,17 +190,22 @@ def test_yes_and_no_are_equal_for_every_task_and_label(built):
         tally = defaultdict(Counter)
         for record in records:
             task, view = record["task_type"], views[record["scene_id"], record["traj_id"]]
-            if task in ("A4", "D2", "D4", "S2"):
+            if task in qa.YES_NO:
                 box = re.search(BOX, prompt(record))
                 label = object_at(view, 0, box.group())["label"] if box else re.findall(r"any (\w+ \w+)|$", prompt(record))[0]
                 label = re.search(ACTION, prompt(record)).group().split()[1] if task == "A4" else label
                 tally[task, label][answer(record)] += 1
                 tally[task, "all"][answer(record)] += 1
-        assert {task for task, _ in tally} == {"static": {"S2"}, "heldout": {*qa.YES_NO}}.get(name, {"A4", "D2", "D4"})
+        assert {task for task, _ in tally} == {"static": {"S2", "S6"}, "heldout": {*qa.YES_NO}}.get(name, {"A4", "D2", "D4"})
         for (task, label), count in tally.items():
             yes, no = (count[word] for word in qa.YES_NO[task])
             odd = name == "grpo" and abs(yes - no) == 1  # 125 is odd: its last question has no partner
             assert yes == no > 0 or odd, (name, task, label, count)
+    sizes = defaultdict(Counter)  # D2: nor do the length of the way and the size of the box tell
+    for record in (r for r in built[2]["sft"] if r["task_type"] == "D2"):
+        x1, y1, x2, y2 = json.loads(re.search(BOX, prompt(record)).group())
+        sizes[record["difficulty"], (x2 - x1) * (y2 - y1) > 40_000][answer(record)] += 1
+    assert len(sizes) > 3 and all(count["yes"] == count["no"] for count in sizes.values())
     card = json.loads((built[0] / "3_qa/card.json").read_text())
     assert set(card["audits_must_be_0"].values()) == {0} and {*card["balance"]["sft"]} == {"A4", "D2", "D4"}
 
@@ -250,15 +256,19 @@ def is_usable(box):
 
 def test_answers_of_pairs_agree_with_the_views(built):
     views = by_view(built[1])
-    for record in built[2]["sft"] + built[2]["heldout"]:
+    for record in everything(built[2]):
         task, view, said = record["task_type"], views[record["scene_id"], record["traj_id"]], answer(record)
-        if task[0] == "S":
+        if task in ("S1", "S2", "S3", "S4"):
             continue
         truth, boxes = words_of(view["actions"]), re.findall(BOX, prompt(record))
         assert record["images"] == [view["frames"][0], view["frames"][-1]][:len(record["images"])]
         assert all(is_usable(json.loads(box)) for box in boxes + re.findall(BOX, said))
         if task in ("D1", "D2", "D4"):
             assert truth in prompt(record)
+        if task in ("S5", "S6"):  # they compare two pictures and name no motion
+            assert not re.search(ACTION, prompt(record))
+        moved, turned = (sum(v for n, v in view["actions"] if n.startswith("turn") == turns) for turns in (False, True))
+        assert record["difficulty"] == f"{len(view['actions'])} {'far' if moved > 1 or turned > 40 else 'near'}"
         if boxes:
             first = object_at(view, 0, boxes[0])
             last = [e for e in view["objects"][-1] if e["id"] == first["id"]]
@@ -271,13 +281,13 @@ def test_answers_of_pairs_agree_with_the_views(built):
                 one, two = walk(actions_of(statement))[-1], walk(actions_of(truth))[-1]
                 turned = np.degrees(np.arccos(np.clip((np.trace(one[:3, :3].T @ two[:3, :3]) - 1) / 2, -1, 1)))
                 assert np.linalg.norm(one[:3, 3] - two[:3, 3]) >= 0.3 - 1e-6 or turned >= 20 - 1e-3
-        if task == "D1":
+        if task in ("D1", "S5"):
             assert json.loads(said) == last[0]["box"]
         if task == "D2":
             assert (said == "yes") == (not last) and (said == "yes" or is_usable(last[0]["box"]))
         if task == "D3":
             assert json.loads(boxes[1]) == last[0]["box"]
-        if task == "D4":
+        if task in ("D4", "S6"):
             assert (said == "yes") == (object_at(view, -1, boxes[1])["id"] == first["id"])
             like = {e["id"] for k in (0, -1) for e in view["objects"][k] if e["label"] == first["label"]}
             assert len(like) >= 2 and object_at(view, -1, boxes[1])["label"] == first["label"]
@@ -285,7 +295,7 @@ def test_answers_of_pairs_agree_with_the_views(built):
 
 def test_answers_about_one_picture_agree_with_the_views(built):
     frames = {path: (view, k) for view in built[1] for k, path in enumerate(view["frames"])}
-    for record in [r for r in everything(built[2]) if r["task_type"][0] == "S"]:
+    for record in [r for r in everything(built[2]) if r["task_type"] in ("S1", "S2", "S3", "S4")]:
         task, said, (view, k) = record["task_type"], answer(record), frames[record["images"][0]]
         label = re.search("(red|green|blue) (ball|crate)", prompt(record))
         those = [e for e in view["objects"][k] if label and e["label"] == label.group()]

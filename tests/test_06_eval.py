@@ -30,7 +30,7 @@ ANSWERS = {"A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1
            "D1": ["[100, 100, 300, 300]", "[500, 200, 700, 800]"], "D2": ["yes", "no"],
            "D3": ["move left 1 meters", "turn left 30 degrees"],
            "D4": ["yes", "no"], "S1": ["[100, 100, 300, 300]"], "S2": ["yes", "no"], "S3": ["1 meters", "3.5 meters"],
-           "S4": ["350 degrees", "20 degrees"]}
+           "S4": ["350 degrees", "20 degrees"], "S5": ["[100, 100, 300, 300]"], "S6": ["yes", "no"]}
 
 
 def record(task: str, answer: str, scene: str, images: list[str], words: str = "") -> dict:
@@ -277,8 +277,7 @@ def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
     results = examine(run, monkeypatch, truth, per_task=2, tasks=["A1", "D1"], tag="few", train=["absent.jsonl"])
     assert {task: result["questions"] for task, result in results["tasks"].items()} == {"A1": 2, "D1": 2}
     assert results["tasks"]["A1"]["metrics"]["direction"]["constant"] is None and "absent.jsonl" in capsys.readouterr().err
-    for settings in ({"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}, {"dtype": "float8"},
-                     {"checkpoint": "4_none"}):
+    for settings in ({"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}, {"checkpoint": "4_none"}):
         with pytest.raises(SystemExit) as ended:
             examine(run, monkeypatch, truth, tag="bad", **settings)
         assert ended.value.code == 2
@@ -287,7 +286,7 @@ def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
 def test_a_tiny_student_sits_the_exam(run):
     """The real model code, on a checkpoint without training: batches equal single questions, a broken picture is skipped."""
     texts = [text for answers in ANSWERS.values() for text in answers]
-    texts += ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 : object at [100, 100, 300, 400]. Case 012."]
+    texts += ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 S5 S6 : object at [100, 100, 300, 400]. Case 012."]
     load("04_train_sft").build_tiny(run / "student", texts, 0)
     picture = run / "2_views" / "room_3" / "t000" / "001.png"
     picture.write_bytes(picture.read_bytes()[:500])
@@ -295,7 +294,7 @@ def test_a_tiny_student_sits_the_exam(run):
     exam.main(exam.Config(**settings, tag="many", batch=64))
     exam.main(exam.Config(**settings, tag="one", batch=1, per_task=6))
     many, one = (json.loads((run / "6_eval" / tag / "results.json").read_text()) for tag in ("many", "one"))
-    two_pictures = sum(len(ANSWERS[task]) for task in ("A1", "A2", "A3", "A4", "D1", "D3", "D4"))
+    two_pictures = sum(len(ANSWERS[task]) for task in ("A1", "A2", "A3", "A4", "D1", "D3", "D4", "S5", "S6"))
     assert many["skipped"] == two_pictures and many["tasks"]["A1"]["skipped"] == 3 and many["tasks"]["S1"]["questions"] == 4
     said = {tag: [json.loads(line) for line in (run / "6_eval" / tag / "samples.jsonl").read_text().splitlines()]
             for tag in ("many", "one")}

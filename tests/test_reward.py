@@ -30,7 +30,8 @@ def paid(task: str, answer, response) -> float:
 
 HONEST = {"A1": "move forward 1.2 meters", "A2": "turn left 40 degrees", "A3": "turn right 30 degrees; move forward 1 meters",
           "A4": "true", "D1": "[412, 300, 530, 611]", "D2": "no", "D3": "move left 0.8 meters; turn left 20 degrees", "D4": "yes",
-          "S1": "[10, 20, 300, 400]", "S2": "yes", "S3": "2.3 meters", "S4": "350 degrees"}
+          "S1": "[10, 20, 300, 400]", "S2": "yes", "S3": "2.3 meters", "S4": "350 degrees", "S5": "[10, 20, 300, 400]",
+          "S6": "no"}
 
 
 @pytest.mark.parametrize("task", HONEST)
