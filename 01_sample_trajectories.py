@@ -206,6 +206,7 @@ class Config:
     room_side_m: list[float] = setting([5.0, 9.0], "range of a room's width and of its depth, metres")
     objects: list[int] = setting([4, 7], "fewest and most objects a room")
     same_label_share: float = setting(0.33, "share of rooms in which two objects bear the same label; task D4 needs them")
+    twins: int = setting(1, "pairs of objects with one label in those rooms")
     camera_height_m: float = setting(1.5, "height of the camera, metres: one for all rooms, so that the floor tells distances")
     margin_m: float = setting(0.3, "least distance of any frame's camera to walls and objects, metres")
     long_side_px: int = setting(576, "longer side of photographs' frames, pixels (never enlarged): Stable Virtual Camera's")
@@ -315,8 +316,9 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
             "camera_height_m": cfg.camera_height_m, "texture_seed": int(g.integers(2 ** 31)), "objects": []}
     labels = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     labels = [labels[i] for i in g.permutation(len(labels))[:g.integers(cfg.objects[0], cfg.objects[1] + 1)]]
-    if g.random() < cfg.same_label_share and len(labels) > 1:
-        labels[1] = labels[0]
+    if g.random() < cfg.same_label_share:
+        for k in range(1, min(2 * cfg.twins, len(labels)), 2):
+            labels[k] = labels[k - 1]
     for label in labels:
         twin = next((other for other in room["objects"] if other["label"] == label), None)
         thing = draw_object(g, label, twin)
@@ -626,7 +628,7 @@ def check(cfg: Config):
     need(cfg.actions in ("all", "turns", "moves"), f"--actions {cfg.actions}: choose all, turns or moves")
     need(len(cfg.shares) == 3 and min(cfg.shares) >= 0 < sum(cfg.shares),
          f"--shares {cfg.shares}: three numbers, none below 0, not all 0")
-    for name in ("rooms", "room_trajectories", "photo_trajectories", "margin_m", "min_side_px"):
+    for name in ("rooms", "twins", "room_trajectories", "photo_trajectories", "margin_m", "min_side_px"):
         need(getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)}: it cannot be below 0")
     for name in ("move_grid_m", "turn_grid_deg", "max_step_m", "max_step_deg", "camera_height_m", "max_megapixels"):
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: it must be above 0")

@@ -586,8 +586,8 @@ def sample(image: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return upper * (1 - down) + (image[bottom, left] * (1 - along) + image[bottom, right] * along) * down
 
 
-def look_back(picture: np.ndarray, c2w: np.ndarray, K: np.ndarray, z: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """The equation of the docstring: picture uint8 [H,W,3] as seen from c2w at depth z [H,W] -> view uint8 [H,W,3], holes bool [H,W]."""
+def came_from(c2w: np.ndarray, K: np.ndarray, z: np.ndarray | float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The equation of the docstring: for each pixel of the view from c2w at depth z [H,W], its place u, v in frame 0; holes bool [H,W]: none."""
     x, y = rays_of(K)
     known = np.isfinite(z)
     z = np.where(known, z, 1)
@@ -595,7 +595,13 @@ def look_back(picture: np.ndarray, c2w: np.ndarray, K: np.ndarray, z: np.ndarray
     with np.errstate(divide="ignore", invalid="ignore"):
         u, v = K[0, 0] * X / Z + K[0, 2], K[1, 1] * Y / Z + K[1, 2]
     holes = ~(known & (Z > 0) & (u >= 0) & (u <= 2 * K[0, 2]) & (v >= 0) & (v <= 2 * K[1, 2]))
-    view = sample(picture.astype(np.float32), np.where(holes, 0, u), np.where(holes, 0, v)) + 0.5
+    return np.where(holes, 0, u), np.where(holes, 0, v), holes
+
+
+def look_back(picture: np.ndarray, c2w: np.ndarray, K: np.ndarray, z: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Picture uint8 [H,W,3] as seen from c2w at depth z [H,W] -> view uint8 [H,W,3], holes bool [H,W]."""
+    u, v, holes = came_from(c2w, K, z)
+    view = sample(picture.astype(np.float32), u, v) + 0.5
     view[holes] = FILL
     return view.astype(np.uint8), holes
 
@@ -1339,10 +1345,11 @@ def only_turns(trajectory: dict) -> bool:
 
 
 class Warp:
-    """Moves the pixels of one picture. An anchor is (picture uint8 [H,W,3], depth float [H,W] or None). In a room both are the simulator's frame 0."""
+    """Moves the pixels of one picture. An anchor is (picture uint8 [H,W,3], depth float [H,W] or None). In a room both are the simulator's frame 0,
+    whose objects move with their pixels: a box is that of what the view shows."""
 
     def __init__(self, cfg: Config):
-        self.depth_dir, self.rooms, self.network = cfg.depth_dir, Simulator(cfg), None
+        self.depth_dir, self.rooms, self.network, self.shown = cfg.depth_dir, Simulator(cfg), None, None
         if cfg.depth:
             device, _ = network_place(cfg)
             load_depth_network(cfg.depth, device)  # so that a fault of the checkpoint stops the run at its beginning
@@ -1362,10 +1369,11 @@ class Warp:
         width, height = trajectory["width"], trajectory["height"]
         if trajectory["room"]:
             room, start = self.rooms.anchor(trajectory)
-            picture, _, depth = render(room, start_pose(room, start), intrinsics(width, height, trajectory["fov_x_deg"]))
-            self.settings = {"depth": "exact"}
+            picture, ids, depth = render(room, start_pose(room, start), intrinsics(width, height, trajectory["fov_x_deg"]))
+            self.settings, self.shown = {"depth": "exact"}, (room, start_pose(room, start), ids)
             return picture, depth
-        path, photo, depth, self.settings = self.depth_path(trajectory), Path(trajectory["anchor"]), None, {"depth": None}
+        path, photo, depth = self.depth_path(trajectory), Path(trajectory["anchor"]), None
+        self.settings, self.shown = {"depth": None}, None
         if path.is_file():
             depth, self.settings = load_depth(path, width, height), {"depth": path.name}
         elif self.network and not only_turns(trajectory):
@@ -1374,11 +1382,16 @@ class Warp:
         return load_photo(photo, width, height), depth
 
     def imagine(self, anchor: tuple[np.ndarray, np.ndarray | None], c2w: np.ndarray, K: np.ndarray, kept=slice(None)) -> np.ndarray:
-        (picture, depth), views = anchor, []
+        (picture, depth), views, objects = anchor, [], []
         for pose in c2w[kept]:
-            moves = np.abs(pose[:3, 3]).max() > 1e-6
-            views.append(look_back(picture, pose, K, splat_depth(depth, pose, K) if moves else 1.0))
-        self.objects, self.holes, self.K = None, np.stack([holes for _, holes in views]), K
+            z = splat_depth(depth, pose, K) if np.abs(pose[:3, 3]).max() > 1e-6 else 1.0
+            views.append(look_back(picture, pose, K, z))
+            if self.shown:
+                room, start, ids = self.shown
+                u, v, holes = came_from(pose, K, z)
+                moved = ids[np.minimum(v.astype(int), ids.shape[0] - 1), np.minimum(u.astype(int), ids.shape[1] - 1)]
+                objects.append(visible_objects(room, np.where(holes, 0, moved), start @ pose))
+        self.objects, self.holes, self.K = objects or None, np.stack([holes for _, holes in views]), K
         return np.stack([view for view, _ in views])
 
 

@@ -1,9 +1,9 @@
 """Stage 3: turn imagined views into questions whose answers are known.
 
 A trajectory knows its actions and a view knows its objects, so one pair of pictures (frame 0 and the last) answers questions in
-both directions: inverse, outcome -> action (A1-A4, D3), and forward, action -> outcome (D1, D2, D4). S1-S6 name no
-motion (S1-S4 ask about one picture, S5 and S6 compare two); they are for the tiny student, which starts from nothing. An answer is only worth learning if it is the one right answer:
-two action sequences a, b are the same question when
+both directions: inverse, outcome -> action (A1-A4, D3), and forward, action -> outcome (D1, D2, D4). S1-S6 name no motion (S1-S4 ask
+about one picture, S5 and S6 compare two); from them the tiny student learns what a VLM brings along. An answer is only worth
+learning if it is the one right answer: two action sequences a, b are the same question when
 
     pose(a) = pose(b),   pose([(name, value), ...]) = (x_m, z_m, yaw_deg mod 360) in frame 0's axes,
 
@@ -15,7 +15,8 @@ degrees occur, every two-step sequence has a twin of three steps (`turn right 40
 right 1; turn right 90` does), so that A3 keeps three-step ones only; with turns up to 80 degrees, two-step ones stay.
 
 Where we depart from the published code: no prompt contains its answer; A4, D2 and D4 have both answers, in equal numbers for each
-object label (A4: each first action named), so that neither words nor label give the answer away; a D4 question, yes or no, is
+object label (A4: each first action named), D2 also for each length of the way and size of the box, so that neither words nor
+label give the answer away; a D4 question, yes or no, is
 asked only where the pictures show a second object of that label; the answer of D1 is never just a copy of the box asked about.
 
 Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the frames are looked for, not opened):
@@ -33,7 +34,7 @@ and card.json (counts, balances, audits), examples.png, meta.json. The ablation 
 what is trained on; heldout.jsonl stays the same, so that ablated students sit the same exam.
 
     python 03_build_qa.py --run runs/demo
-    python 03_build_qa.py --run runs/forward_only --directions forward     # after copying or linking 2_views into the run
+    python 03_build_qa.py --run runs/forward_only --directions forward     # after cp -al runs/demo/2_views runs/forward_only/
     python 03_build_qa.py --run runs/photos --detector FOLDER_OR_HUB_ID --detector_labels chair lamp   # views without exact boxes
 
 Measured on one core of a busy machine, after `01 --rooms 200 --heldout 0.3` and `02`: 15,163 questions, 17,000 a second

@@ -44,6 +44,7 @@ Writes  RUN/6_eval/TAG/samples.jsonl  grows as answers come (a killed exam goes 
         RUN/6_eval/TAG/results.json   every score with its interval and controls, the protocol and its hash, what was skipped and why;
                                       "cost": means of a question
         RUN/6_eval/TAG/report.html    one file with plots and example pictures, for any browser
+        RUN/6_eval/TAG/accuracy_cost.svg   share of right answers over seconds a question, a point a method
         RUN/6_eval/TAG/imagined/STEP  with --coupled: a run folder with the step's walks (1_trajectories), 02's views (2_views) and scores
         RUN/6_eval/compare.json       with --compare: B minus A on the questions that both answered, 95 % intervals and p-values
         RUN/6_eval/TAG/meta.json      settings, counts, versions, and the checkpoint's own meta
@@ -1516,7 +1517,7 @@ def price_plot(exams: list[dict], price, words: str) -> str:
         side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
         parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
                      f'{label(exam["tag"])}</text>')
-    return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
             f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
 
 
@@ -2325,6 +2326,9 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
     others = {exam["tag"]: {sample["number"]: sample for sample in read_jsonl(run / "6_eval" / exam["tag"] / "samples.jsonl", "number")}
               for exam in beside if exam["questions_sha256"] == results["questions_sha256"]}
     save(folder / "report.html", report_html(beside + [results], samples, others, root, folder))
+    plot, mark, _ = price_plot(beside + [results], lambda exam: exam.get("cost", {}).get("seconds"), "seconds a question").rpartition("</svg>")
+    if mark:
+        save(folder / "accuracy_cost.svg", plot + mark)
     for shard in folder.glob("samples.*of*.jsonl"):
         shard.unlink()
     return results

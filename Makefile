@@ -1,9 +1,11 @@
-# make demo: the road 01 -> 06 on a bare machine, with the simulator and the tiny student (STEPS of SFT).   make test: the tests.
+# make demo: the road 01 -> 06 on a bare machine, from the student in base/, with the simulator.   make test: the tests.
 # Both make .venv first. Each stage skips itself when its folder is finished, so an interrupted demo goes on where it stopped.
 
 RUN    ?= runs/demo
 PYTHON ?= python3
-STEPS  ?= 860
+SEED   ?= 0
+STEPS  ?= 800
+GRPO_STEPS ?= 150
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
@@ -11,23 +13,41 @@ PY     := $(VENV)/bin/python
 export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
+EXAM := --per_task 200 --tasks A1 A2 A3 A4 D1 D2 D3 D4
 
-.PHONY: demo test bench base base-check peers rival fire clean
+.PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
 demo: $(VENV)/ready
-	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 3000 --room_px 84 --same_label_share 1 --heldout 0.06 --shares 0.7 0.15 0.15
+	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --room_px 84 --same_label_share 1 --twins 2 --objects 6 8 --heldout 0.15 --shares 0.6 0.2 0.2
 	$(PY) 02_imagine_views.py --run $(RUN) --keep ends
-	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=0.2 D1=3 D2=0.5 D3=2 D4=2 S2=2
-	$(PY) 04_train_sft.py --run $(RUN) --out 4_base --data 3_qa/static.jsonl --schedule constant --steps 250 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --student 4_base --rehearse 3_qa/static.jsonl --rehearse_share 0.25 --warmup 0.02 --steps $(STEPS) $(TINY)
-	$(PY) 05_train_refine.py --run $(RUN) --recipe tiny
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_base --tag base --per_task 120 --blank False
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 4_sft --tag sft --per_task 120
-	$(PY) 06_eval.py --run $(RUN) --checkpoint 5_refine --tag refined --per_task 120 --beside base sft
+	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=0.5 D1=2 D2=0.5 D3=2 D4=2 S1=1 S2=0.6 S3=0.6 S4=0.4 --grpo_per_task 500
+	$(PY) 04_train_sft.py --run $(RUN) --student base --rehearse 3_qa/static.jsonl --rehearse_share 0.2 --warmup 0.02 --steps $(STEPS) --seed $(SEED) $(TINY)
+	$(PY) 05_train_refine.py --run $(RUN) --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 4_sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 5_refine --tag refined --beside base sft
+	$(PY) 06_eval.py --run $(RUN) --compare sft refined
+
+# The paper's claims in an hour: the demo with more steps, and the rival, base/ asking a world model while it answers.
+miniature:
+	$(MAKE) demo RUN=runs/miniature STEPS=1200 GRPO_STEPS=300
+	$(MAKE) rival RUN=runs/miniature
+
+# The base of a run beside the same that asks a world model while it answers: right answers, seconds and operations a question.
+rival: $(VENV)/ready
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled simulator
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled warp
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled simulator --coupled_stated
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 5_refine --tag methods --beside base base-simulator base-warp base-simulator-stated sft
+	$(PY) 06_eval.py --run $(RUN) --compare base-simulator methods
+
+# One part of the method changed at a time, three seeds; a line of tests/ablations.jsonl a student, in any number of sittings (many hours).
+ablations: $(VENV)/ready
+	$(PY) tests/ablations.py
 
 # The student that the demo starts from, base/: it reads pictures, finds and compares objects in rooms of its own, and has met no question about
 # motion. Made once (hours) and kept in the repository with its log; base-check trains the first 5 % of it anew and compares the losses.
-BASE_STEPS := 2400
+BASE_STEPS := 1500
 BASE = $(PY) 04_train_sft.py --run runs/base --out 4_base --data 3_qa/static.jsonl --steps $(BASE_STEPS) --save_dtype bfloat16 $(TINY)
 runs/base/3_qa/meta.json: | $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run runs/base --rooms 4000 --room_px 84 --same_label_share 1 --heldout 0.02 --shares 0.7 0.15 0.15 --seed 1
@@ -49,8 +69,8 @@ base-check: runs/base/3_qa/meta.json
 bench: $(VENV)/ready
 	$(PY) 02_imagine_views.py --benchmark
 	rm -rf $(RUN)/bench_shared $(RUN)/bench_alone
-	$(PY) 04_train_sft.py --run $(RUN) --out bench_shared --student 4_base --steps 30 --val_share 0 $(TINY)
-	$(PY) 04_train_sft.py --run $(RUN) --out bench_alone --student 4_base --steps 30 --val_share 0 $(TINY) --no_share
+	$(PY) 04_train_sft.py --run $(RUN) --out bench_shared --student base --steps 30 --val_share 0 $(TINY)
+	$(PY) 04_train_sft.py --run $(RUN) --out bench_alone --student base --steps 30 --val_share 0 $(TINY) --no_share
 
 # Seconds of a step of 04 and 05 beside those of TRL's trainers, which live in an environment of their own (20 minutes).
 peers: $(VENV)/ready .venv-peers/ready
@@ -61,18 +81,6 @@ peers: $(VENV)/ready .venv-peers/ready
 	.venv-peers/bin/pip install --quiet torch==2.13.0 trl==1.16.0 datasets accelerate pillow \
 		transformers==$$($(PY) -c "import transformers; print(transformers.__version__)")
 	touch $@
-
-# The students of make demo beside one that asks a world model while it answers: right answers, seconds and operations a question.
-RIVAL := --checkpoint 4_base --per_task 25 --blank False --tasks A1 A2 A3 A4 D1 D2 D3 D4
-rival: $(VENV)/ready
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-base
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-simulator --coupled simulator
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-warp --coupled warp
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-stated --coupled simulator --coupled_stated
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-sft --checkpoint 4_sft
-	$(PY) 06_eval.py --run $(RUN) $(RIVAL) --tag rival-refined --checkpoint 5_refine --blank True \
-		--beside rival-base rival-simulator rival-warp rival-stated rival-sft
-	$(PY) 06_eval.py --run $(RUN) --compare rival-base rival-refined
 
 # Kills, full disks, bad pictures, bad lines, bad weights, a long run against every stage: one table of what survived (20 minutes).
 fire: $(VENV)/ready

@@ -1,4 +1,5 @@
 """Stages 4 and 5: shared prefixes, GRPO and generation are exact; checkpoints are ordinary; resumed and parallel runs equal plain ones."""
+import hashlib
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, load, script, tiny_qwen25, write_questions
 from PIL import Image
+from safetensors.torch import load_file
 
 sft, refine = load("04"), load("05")
 TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3", "--log_every", "1"]
@@ -273,6 +275,32 @@ def test_killed_and_resumed_run_goes_on_with_the_same_losses(run, undisturbed, s
     assert "nothing to do" in script(stage, "--run", run, "--out", out.name, *TINY, *STAGES[stage]).stdout
     refused = script(stage, "--run", run, "--out", out.name, *TINY, *STAGES[stage], "--seed", 7, check=False)
     assert refused.returncode == 2 and "seed was 0, now 7" in refused.stderr
+
+
+def test_a_run_that_left_off_goes_on_and_its_log_and_weights_bear_their_hashes(run, undisturbed):
+    """--until leaves off as a kill would; the first losses are those of the whole run. meta.json names command and hashes."""
+    short = script("04", "--run", run, "--out", "4_until", *TINY, *STAGES["04"], "--until", 2)
+    assert "left off after step 2" in short.stdout and not json.loads((run / "4_until/meta.json").read_text())["finished"]
+    assert losses(run / "4_until") == undisturbed["04"][:2]
+    script("04", "--run", run, "--out", "4_until", *TINY, *STAGES["04"])
+    assert losses(run / "4_until") == undisturbed["04"]
+    meta = json.loads((run / "4_until/meta.json").read_text())
+    assert "--out 4_until" in meta["command"] and {*meta["sha256"]} == {"model.safetensors", "metrics.jsonl"}
+    for name, digest in meta["sha256"].items():
+        assert hashlib.sha256((run / "4_until" / name).read_bytes()).hexdigest() == digest
+
+
+def test_weights_saved_in_bfloat16_are_those_of_float32_rounded(run, undisturbed):
+    script("04", "--run", run, "--out", "4_half", *TINY, *STAGES["04"], "--save_dtype", "bfloat16")
+    whole, half = (load_file(folder / "model.safetensors") for folder in (run / "04_plain", run / "4_half"))
+    assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in whole.items()) and len(half) == len(whole)
+    assert sft.load_student(str(run / "4_half"), torch.float32, "cpu", "world2vlm", 10**6).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stage,flag,value", [("04", "--dtype", "bf16"), ("04", "--schedule", "linear"), ("05", "--train", "qlora"), ("06", "--dtype", "float8")])
+def test_an_unknown_choice_is_one_line(tmp_path, stage, flag, value):
+    done = script(stage, "--run", tmp_path, flag, value, check=False)
+    assert done.returncode == 2 and f"argument {flag}: invalid choice: '{value}'" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)
