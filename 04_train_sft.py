@@ -706,6 +706,14 @@ def make_optimizers(model: torch.nn.Module, cfg) -> list:
     return optimizers
 
 
+def rate(cfg, step: int, steps: int) -> float:
+    """The learning rate at `step` of `steps`, as a share of its peak: linear warm-up, then constant or half a cosine down to zero."""
+    warmup = cfg.warmup * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 def all_sum(*tensors: torch.Tensor):
     """Add up over all processes, in place; nothing to do when there is one."""
     if dist.is_initialized():
@@ -1078,14 +1086,6 @@ def in_validation(question: dict, share_of_scenes: float) -> bool:
     """By scene, by a hash: the same scenes whatever else is in the file."""
     scene = str(question["scene_id"] if "scene_id" in question else question["written"][0])
     return int(hashlib.sha256(scene.encode()).hexdigest(), 16) % 10_000 < 10_000 * share_of_scenes
-
-
-def rate(cfg: Config, step: int, steps: int) -> float:
-    """The learning rate at `step` of `steps`, as a share of its peak: linear warm-up, then constant or half a cosine down to zero."""
-    warmup = cfg.warmup * steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: int, backward: bool) -> tuple[float, list[str]]:

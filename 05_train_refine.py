@@ -227,7 +227,8 @@ class Config:
     optimizer: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon: Muon on the matrices, AdamW on the rest")
     lr: float = setting(1e-6, "peak learning rate of AdamW; the paper's")
     muon_lr: float = setting(3e-4, "peak learning rate of Muon")
-    warmup: float = setting(0.05, "share of the steps in which the learning rate rises from zero; constant afterwards")
+    schedule: Literal["cosine", "constant"] = setting("constant", "after the warm-up: constant, or cosine (to zero), which averages the last steps' noise away")
+    warmup: float = setting(0.05, "share of the steps in which the learning rate rises from zero")
     weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.95, "AdamW")
@@ -246,7 +247,7 @@ class Config:
     seed: int = setting(0, "seed of the order of questions and of the sampled responses")
 
 
-RECIPES = {"paper": "", "tiny": "--train full --lr 2e-5 --max_new_tokens 24 --no_checkpointing"}
+RECIPES = {"paper": "", "tiny": "--train full --lr 5e-5 --schedule cosine --group 8 --log_every 10 --show_every 50 --max_new_tokens 24 --no_checkpointing"}
 
 
 def recipe() -> list[str]:
@@ -699,6 +700,14 @@ def make_optimizers(model: torch.nn.Module, cfg) -> list:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def rate(cfg, step: int, steps: int) -> float:
+    """The learning rate at `step` of `steps`, as a share of its peak: linear warm-up, then constant or half a cosine down to zero."""
+    warmup = cfg.warmup * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def all_sum(*tensors: torch.Tensor):
@@ -1442,7 +1451,7 @@ def main(cfg: Config):
                 give_up(folder, step + 1, why, broken or [row["names"][0] for row in rows])
             if i == 0 and step > first and step % cfg.save_every == 0:  # weights that have just given a sound loss and gradient
                 save_step(folder, step, student, optimizers, cfg, rank)
-            take_step(optimizers, min(1.0, (step + 1) / (cfg.warmup * steps + 1)))
+            take_step(optimizers, rate(cfg, step, steps))
 
         by_task = torch.zeros(len(TASKS), 2, device=device)  # sum of rewards, responses
         for prompt, row in zip(answered, rewards):
