@@ -239,7 +239,7 @@ class Config:
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
     checkpointing: bool = setting(True, "recompute activations in the backward pass: less memory, about a third more time")
     offload: bool = setting(False, "keep weights, gradients and optimiser state in host memory (FSDP2); each layer is copied when it is needed")
-    explode: float = setting(100.0, "stop when the gradient's norm passes this many times the median of the last 100 steps")
+    explode: float = setting(100.0, "stop when the gradient's norm passes this many times the median of the last 100 steps, and of --clip")
     estimate: bool = setting(False, "print the memory estimate and stop; the student's config.json is enough")
     save_every: int = setting(20, "steps between states to resume from")
     log_every: int = setting(1, "steps between printed lines; metrics.jsonl has every step")
@@ -893,15 +893,15 @@ def speed(operations: float, tokens: int, seconds: float, device: str, processes
     return {"tokens_s": round(tokens / seconds, 1), "tflops": round(rate / 1e12, 3)} | ({"mfu": round(rate / peak / processes, 4)} if peak else {})
 
 
-def diverged(loss: float, norms: list[float], explode: float) -> str | None:
+def diverged(loss: float, norms: list[float], explode: float, clip: float = 1.0) -> str | None:
     """What is wrong with a step, before it is taken: its loss or gradient is no number, or the gradient passes `explode` times the median of
-    the last 100. `norms` ends with this step's."""
+    the last 100 and `explode` times `clip`: once a student knows its questions by heart, a new one is no explosion. `norms` ends with this step's."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(norms[-1]):
         return f"the gradient's norm is {norms[-1]}"
     usual = float(np.median(norms[-101:-1])) if len(norms) > 10 else math.inf
-    return f"the gradient's norm is {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > explode * usual else None
+    return f"the gradient's norm is {norms[-1]:.3g}, usually {usual:.3g}" if norms[-1] > explode * max(usual, clip) else None
 
 
 def give_up(folder: Path, step: int, why: str, questions: list[str]):
@@ -1447,7 +1447,7 @@ def main(cfg: Config):
             sums, broken = learn(student, start, parts, cfg, device)
             all_sum(sums)
             norms.append(clip_gradients(student.model, cfg.clip))
-            if why := diverged(float(sums.sum()), norms, cfg.explode):
+            if why := diverged(float(sums.sum()), norms, cfg.explode, cfg.clip):
                 give_up(folder, step + 1, why, broken or [row["names"][0] for row in rows])
             if i == 0 and step > first and step % cfg.save_every == 0:  # weights that have just given a sound loss and gradient
                 save_step(folder, step, student, optimizers, cfg, rank)

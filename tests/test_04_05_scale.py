@@ -392,6 +392,8 @@ def test_what_counts_as_divergence():
     assert "usually 1" in sft.diverged(0.5, calm + [140.0], 100)
     assert "loss is nan" in sft.diverged(math.nan, calm, 100)
     assert "norm is inf" in sft.diverged(0.5, [math.inf], 100)
+    assert sft.diverged(0.01, [0.01] * 20 + [4.5], 100, clip=1.0) is None  # a new question to a student that knows the others by heart
+    assert "usually 0.01" in sft.diverged(0.01, [0.01] * 20 + [140.0], 100, clip=1.0)
     assert sft.diverged(0.5, [1.0, 500.0], 100) is None  # the first steps have no history to be judged by
 
 

@@ -44,7 +44,7 @@ def judge(row: Row, name: str, done, readings: np.ndarray, items: int):
     if len(late) < 5:
         row.case(name, done.success() + [f"only {len(late)} readings"], done)
         return
-    mb, files = (np.polyfit(late[:, 0] / 1000, late[:, k], 1)[0] for k in (1, 2))
+    mb, files = (float(np.polyfit(late[:, 0] / 1000, late[:, k], 1)[0]) for k in (1, 2))
     print(f"{name}: {items:,} items in {done.seconds:.0f} s, {mb:+.2f} MB and {files:+.2f} open files per 1,000 after warm-up", flush=True)
     row.case(name, done.success() + [f"memory grows by {mb:.2f} MB per 1,000"] * (mb > 1) + [f"open files grow by {files:.1f} per 1,000"] * (files > 0.5), done)
 

@@ -70,16 +70,14 @@ def main():
             coming = [pool.submit(attack, part, name, stage, whole, Path(place), count) for part, name, stage, count in todo]
             for future in coming:
                 rows.append(row := future.result())
-                print(f"{time.time() - started:6.0f} s  {row.attack}: {row.survived} of {row.tried}", file=sys.stderr, flush=True)
+                print(f"{time.time() - started:6.0f} s  {row.attack}: {row.survived} of {row.tried}", *row.complaints, sep="\n", file=sys.stderr, flush=True)
     width = max(len(row.attack) for row in rows)
     print(f"\n{'attack':{width}}{'tried':>9}{'survived':>10}{'lost':>7}{'tracebacks':>12}")
     for row in rows:
         print(f"{row.attack:{width}}{row.tried:9,}{row.survived:10,}{row.lost:7,}{row.tracebacks:12,}")
     total = [sum(getattr(row, key) for row in rows) for key in ("tried", "survived", "lost", "tracebacks")]
     print(f"{'all':{width}}{total[0]:9,}{total[1]:10,}{total[2]:7,}{total[3]:12,}\n{time.time() - started:.0f} s")
-    complaints = [complaint for row in rows for complaint in row.complaints]
-    print("\n".join(complaints), file=sys.stderr)
-    sys.exit(bool(complaints) or total[0] != total[1] or any(total[2:]))
+    sys.exit(any(row.complaints for row in rows) or total[0] != total[1] or any(total[2:]))
 
 
 if __name__ == "__main__":
