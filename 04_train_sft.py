@@ -749,8 +749,10 @@ def take_step(optimizers: list, factor: float):
 def start_processes(folder: Path, offload: bool) -> tuple[int, int, str]:
     """(rank, world size, device) of this process; one process unless torchrun started it. Rank 0 alone says that `folder` is finished."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if rank and (folder / "meta.json").is_file() and json.loads((folder / "meta.json").read_text())["finished"]:
-        raise SystemExit(0)
+    if (folder / "meta.json").is_file() and json.loads((folder / "meta.json").read_text())["finished"]:
+        if rank:
+            raise SystemExit(0)
+        drop_steps(folder)  # a kill may have come while they were being deleted
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)

@@ -171,6 +171,18 @@ def test_the_draws_of_05_do_not_depend_on_where_the_run_lies():
     assert (one == two).all()
 
 
+@pytest.mark.parametrize("stage", ["04", "05"])
+def test_states_that_a_kill_at_the_very_end_left_are_deleted(stage, tmp_path, monkeypatch):
+    """The folder is finished, half of a state is still there: the rerun has nothing to do but to delete it."""
+    module, folder = load(stage), tmp_path / "run/out"
+    (folder / "step_000002").mkdir(parents=True)
+    (folder / "step_000002/config.json").write_text("{}")
+    (folder / "meta.json").write_text(json.dumps({"finished": True}))
+    monkeypatch.setenv("RANK", "0")
+    module.start_processes(folder, offload=False)
+    assert [path.name for path in folder.iterdir()] == ["meta.json"]
+
+
 def test_a_bad_first_line_does_not_end_a_tiny_student(run, tmp_path):
     """Its tokenizer is made from the questions: only from those that can be read."""
     write_questions(tmp_path / "q.jsonl", tmp_path, scenes=2)
