@@ -333,7 +333,9 @@ def read_questions(path: Path, root: Path) -> list[dict]:
 
     for number, record in read_lines(path, "task_type", "messages", "images"):
         try:
-            texts = [message["content"] for message in record["messages"] if message["role"]]
+            texts = [message["content"] for message in record["messages"]]
+            if not all(isinstance(message["role"], str) and message["role"] for message in record["messages"]):
+                raise ValueError("a message without a role")
             images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
@@ -347,7 +349,7 @@ def read_questions(path: Path, root: Path) -> list[dict]:
                     faults[image] = fault(Path(image))
                 if faults[image]:
                     raise ValueError(faults[image])
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:  # OSError: a name too long
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
             continue
         questions.append(record | {"images": images, "written": record["images"]})

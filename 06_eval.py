@@ -77,7 +77,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
@@ -240,7 +240,7 @@ class Config:
     frames: int = setting(0, "pictures a video is shown as; 0: as the protocol says")
     max_new_tokens: int = setting(0, "tokens an answer at most; 0: as the protocol says")
     max_pixels: int = setting(0, "pixels a picture at most, larger ones are shrunk; 0: as the protocol says")
-    shard: str = setting("0/1", "i/n: this process asks batches i, i+n, i+2n, ...; whichever shard ends last completes the folder")
+    shard: str = setting("0/1", "i/n: this process asks about picture lists i, i+n, i+2n, ...; whichever shard ends last completes the folder")
     coupled: str = setting("", "the rival: imagine with this teacher of 02 while answering (simulator, warp, svc, sana-wm); empty: do not")
     coupled_stated: bool = setting(False, "with --coupled: imagine the motion that the question states, instead of searching")
     coupled_args: str = setting("", "further settings of 02 as one text, such as --coupled_args=\"--depth FOLDER --steps 20\"")
@@ -572,7 +572,9 @@ def read_questions(path: Path, root: Path) -> list[dict]:
 
     for number, record in read_lines(path, "task_type", "messages", "images"):
         try:
-            texts = [message["content"] for message in record["messages"] if message["role"]]
+            texts = [message["content"] for message in record["messages"]]
+            if not all(isinstance(message["role"], str) and message["role"] for message in record["messages"]):
+                raise ValueError("a message without a role")
             images = [str(root / image) for image in record["images"]]
             if record["messages"][-1]["role"] != "assistant" or len(texts) < 2:
                 raise ValueError("messages must be a user's question and the assistant's answer")
@@ -586,7 +588,7 @@ def read_questions(path: Path, root: Path) -> list[dict]:
                     faults[image] = fault(Path(image))
                 if faults[image]:
                     raise ValueError(faults[image])
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:  # OSError: a name too long
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
             continue
         questions.append(record | {"images": images, "written": record["images"]})
@@ -790,7 +792,8 @@ def examinable(path: Path, root: Path, tasks: list[str], skipped: Skipped) -> li
         if fault:
             skipped.add(task, number, fault)
             continue
-        images = [Path(image).relative_to(root.resolve()).as_posix() for image in record["images"]]
+        images = [(path if (path := Path(image)).is_relative_to(root.resolve()) else path.resolve()).relative_to(root.resolve()).as_posix()
+                  for image in record["images"]]
         questions.append({"number": number, "task": task, "text": text, "truth": truth, "images": images,
                           "scene": str(record.get("scene_id", f"question {number}")), "record": record})
     return questions
@@ -871,11 +874,14 @@ def read_sat(exam: str, data: Path, subset: str, protocol: dict, root: Path, ski
             try:
                 values = table.slice(row - first, 1).to_pylist()[0]
                 questions.append(sat_question(exam, protocol, row, values, root))
-            except (OSError, ValueError, TypeError, SyntaxError, ArrowException, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, TypeError, AttributeError, LookupError, SyntaxError, ArrowException, Image.DecompressionBombError) as error:
                 known = values.get("question_type") in SAT_TYPES
                 why = f"unknown question type: {str(values['question_type'])[:40]!r}" if values and not known else \
                     f"corrupt parquet row: {str(error)[:200]}"
                 skipped.add(values["question_type"] if known else "?", row, why)
+    if beyond := sum(row >= file.metadata.num_rows for row in wanted):
+        print(f"{path}: {beyond} of the {len(wanted)} published rows are behind its end: fetch it again", file=sys.stderr)
+        skipped.count("?", "missing row", beyond)
     return questions
 
 
@@ -903,7 +909,8 @@ def store_picture(content: bytes, folder: Path, square: int | None) -> Path:
             picture = picture.crop((left, top, left + side, top + side)).resize((square, square), Image.BICUBIC)
         encoded = io.BytesIO()
         picture.save(encoded, "PNG", compress_level=1)
-        save(path, encoded.getvalue())
+        with alone(folder):  # two shards may store the same picture
+            save(path, encoded.getvalue())
     return path
 
 
@@ -930,29 +937,39 @@ def read_vsi(exam: str, data: Path, subset: str, protocol: dict, root: Path, ski
         pruned = set((data / "pruned_ids.txt").read_text().split())
     questions = []
     for number, row in enumerate(rows):
-        id, task, video = str(row.get("id", number)), str(row["question_type"]), f"{row['dataset']}/{row['scene_name']}.mp4"
+        id = str(row.get("id", number))
         if id in pruned:
             continue
-        options = [re.sub(r"^[A-Z]\.\s*", "", str(option)) for option in row.get("options") or []]
-        truth, why = str(row["ground_truth"]).strip(), ""
-        if task not in VSI_TYPES:
-            task, why = "?", f"unknown question type: {task[:40]!r}"
-        elif VSI_TYPES[task] == "choice" and (len(truth) != 1 or truth not in LETTERS[:len(options)]):
-            why = f"corrupt row: the true answer {truth[:20]!r} is none of {len(options)} options"
-        elif VSI_TYPES[task] == "number" and not (re.fullmatch(NUMBER, truth) and float(truth) > 0):
-            why = f"corrupt row: the true answer {truth[:20]!r} is no number above 0"
-        elif not (data / video).resolve().is_relative_to(data.resolve()):
-            why = f"missing video: {video} lies outside {data}"
-        elif not (data / video).is_file():
-            packed = data / f"{row['dataset']}.zip"
-            why = f"missing video: {data / video}" + (f", unzip {packed} there" if packed.is_file() else "")
+        try:
+            task, why, question = vsi_question(exam, protocol, data, root, number, id, row)
+        except (OSError, ValueError, TypeError, LookupError) as error:  # what a wrong row can raise: a NUL in a path, no column, options that are none
+            task, why = "?", f"corrupt row: {type(error).__name__} {str(error)[:100]}"
         if why:
             skipped.add(task, id, why)
-            continue
-        frames = [f"6_eval/pictures/{exam}/{video[:-4]}/{protocol['frames']}/{i:03d}.png" for i in range(protocol["frames"])]
-        question = benchmark_question(exam, protocol, root, number, id, task, video[:-4], frames, str(row["question"]), options, truth)
-        questions.append(question | {"video": str(data / video)})
+        else:
+            questions.append(question)
     return questions
+
+
+def vsi_question(exam: str, protocol: dict, data: Path, root: Path, number: int, id: str, row: dict) -> tuple[str, str, dict]:
+    """One row of VSI-Bench: its type, why it cannot be asked (empty: it can), and the question."""
+    task, video = str(row["question_type"]), f"{row['dataset']}/{row['scene_name']}.mp4"
+    options = [re.sub(r"^[A-Z]\.\s*", "", str(option)) for option in row.get("options") or []]
+    truth, why = str(row["ground_truth"]).strip(), ""
+    if task not in VSI_TYPES:
+        return "?", f"unknown question type: {task[:40]!r}", {}
+    if VSI_TYPES[task] == "choice" and (len(truth) != 1 or truth not in LETTERS[:len(options)]):
+        why = f"corrupt row: the true answer {truth[:20]!r} is none of {len(options)} options"
+    elif VSI_TYPES[task] == "number" and not (re.fullmatch(NUMBER, truth) and float(truth) > 0):
+        why = f"corrupt row: the true answer {truth[:20]!r} is no number above 0"
+    elif not (data / video).resolve().is_relative_to(data.resolve()):
+        why = f"missing video: {video} lies outside {data}"
+    elif not (data / video).is_file():
+        packed = data / f"{row['dataset']}.zip"
+        why = f"missing video: {data / video}" + (f", unzip {packed} there" if packed.is_file() else "")
+    frames = [f"6_eval/pictures/{exam}/{video[:-4]}/{protocol['frames']}/{i:03d}.png" for i in range(protocol["frames"])]
+    question = benchmark_question(exam, protocol, root, number, id, task, video[:-4], frames, str(row["question"]), options, truth)
+    return task, why, question | {"video": str(data / video)}
 
 
 def cut_frames(video: str, folder: Path, count: int):
@@ -992,25 +1009,35 @@ def read_mindcube(exam: str, data: Path, subset: str, protocol: dict, root: Path
     skipped.count("?", "malformed line", len(path.read_bytes().splitlines()) - len(rows))
     questions = []
     for number, row in enumerate(rows):
-        id, truth, text, why = str(row["id"]), row.get("gt_answer"), str(row["question"]).replace("<image>", ""), ""
-        images = [base / str(image) for image in row["images"]] if isinstance(row["images"], list) else []
-        options = [option.strip() for option in re.findall(r"\b[A-E]\.\s*(.*?)(?=\s+[A-E]\.\s|\Z)", text, re.S)]
-        if not truth:
-            why = "no true answer: gt_answer is empty"
-        elif not images:
-            why = "corrupt row: no images"
-        elif truth not in list(LETTERS[:len(options)]):
-            why = f"corrupt row: the true answer {str(truth)[:20]!r} is none of {len(options)} options"
-        elif outside := [image for image in images if not image.resolve().is_relative_to(base)]:
-            why = f"missing picture: {outside[0]} lies outside {base}"
-        elif absent := [image for image in images if not image.is_file()]:
-            why = f"missing picture: {absent[0]}"
+        id = str(row["id"])
+        try:
+            why, question = mindcube_question(exam, protocol, base, root, number, id, row)
+        except (OSError, ValueError, TypeError) as error:  # what a wrong row can raise: a NUL in a path, a name too long
+            why = f"corrupt row: {type(error).__name__} {str(error)[:100]}"
         if why:
             skipped.add(setting_of(id), id, why)
-            continue
-        questions.append(benchmark_question(exam, protocol, root, number, id, setting_of(id), str(images[0].parent.relative_to(base)),
-                                            [str(image) for image in images], text, options, truth))
+        else:
+            questions.append(question)
     return questions
+
+
+def mindcube_question(exam: str, protocol: dict, base: Path, root: Path, number: int, id: str, row: dict) -> tuple[str, dict]:
+    """One row of MindCube: why it cannot be asked (empty: it can), and the question."""
+    truth, text = row.get("gt_answer"), str(row["question"]).replace("<image>", "")
+    images = [base / str(image) for image in row["images"]] if isinstance(row["images"], list) else []
+    options = [option.strip() for option in re.findall(r"\b[A-E]\.\s*(.*?)(?=\s+[A-E]\.\s|\Z)", text, re.S)]
+    if not truth:
+        return "no true answer: gt_answer is empty", {}
+    if not images:
+        return "corrupt row: no images", {}
+    if truth not in list(LETTERS[:len(options)]):
+        return f"corrupt row: the true answer {str(truth)[:20]!r} is none of {len(options)} options", {}
+    if outside := [image for image in images if not image.resolve().is_relative_to(base)]:
+        return f"missing picture: {outside[0]} lies outside {base}", {}
+    if absent := [image for image in images if not image.is_file()]:
+        return f"missing picture: {absent[0]}", {}
+    return "", benchmark_question(exam, protocol, root, number, id, setting_of(id), str(images[0].parent.relative_to(base)),
+                                  [str(image) for image in images], text, options, truth)
 
 
 READERS = {"sat-real": read_sat, "sat-synthesized": read_sat, "vsi-bench": read_vsi, "mindcube": read_mindcube}
@@ -1028,7 +1055,7 @@ def choose(questions: list[dict], per_task: int) -> list[dict]:
     kept = []
     for task in dict.fromkeys(q["task"] for q in questions):
         own = [q for q in questions if q["task"] == task]
-        kept += sorted(own, key=lambda q: by_hash(q["task"], q["text"], q["images"], q["number"]))[:per_task]
+        kept += sorted(own, key=lambda q: by_hash(q["task"], q["text"], q["number"]))[:per_task]
     return sorted(kept, key=lambda q: q["number"])
 
 
@@ -1561,7 +1588,7 @@ def by_difficulty(samples: list[dict]) -> dict:
     """{task: {difficulty, how many steps and how far as 03 writes it: {"questions", main score: mean}}}"""
     groups = {}
     for sample in samples:
-        if "difficulty" in sample:
+        if isinstance(sample.get("difficulty"), str):
             groups.setdefault(sample["task_type"], {}).setdefault(sample["difficulty"], []).append(sample["scores"])
     return {task: {kind: {"questions": len(own), (main := METRICS[task][0]): round(float(np.mean([scores[main] for scores in own])), 6)}
                    for kind, own in sorted(kinds.items())} for task, kinds in sorted(groups.items())}
@@ -1570,7 +1597,10 @@ def by_difficulty(samples: list[dict]) -> dict:
 def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
     """A card: pictures with boxes (first box orange, truth green, this exam's answer red), imagined views, question, truth, and what
     every exam's student said, [(tag, its sample or None)]."""
-    pictures, task = [read_picture(root / image) for image in sample["images"][:8]], sample["task_type"]
+    try:
+        pictures, task = [read_picture(root / image) for image in sample["images"][:8]], sample["task_type"]
+    except ValueError:  # gone since it was asked about
+        return ""
     boxes = [[] for _ in pictures]
     for i, found in enumerate(BOX.finditer(sample["question"])):  # the boxes that the question names, in picture order
         boxes[min(i, len(boxes) - 1)].append(([float(number) for number in found.groups()], "orange"))
@@ -1737,7 +1767,8 @@ def compare_two(cfg: Config):
             found = difference(b - a, [sample["scene_id"] for sample, _ in own], cfg.seed, task, metric)
             tables.setdefault(task, {})[metric] = {"n": len(own), "a": round(a.mean(), 6), "b": round(b.mean(), 6), **found}
             span = "-" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}"
-            rows.append([task, WORDS[metric], str(len(own)), figure(a.mean(), metric), figure(b.mean(), metric),
+            name = "mean of questions" if task == "all" and "score" in whole else task  # a benchmark's own number may weigh its types
+            rows.append([name, WORDS[metric], str(len(own)), figure(a.mean(), metric), figure(b.mean(), metric),
                          f"{found['mean']:+.3f}", span, "-" if found["p"] is None else f"{found['p']:.4f}"])
     alone = [len(samples) - len(pairs) for samples in exams]
     save(run / "6_eval/compare.json", json.dumps({"a": cfg.compare[0], "b": cfg.compare[1], "questions": len(pairs), "only_a": alone[0],
@@ -2086,8 +2117,8 @@ def rate_all(questions: list[dict], states: list[dict], sub: Path, load, cfg: Co
     """`rate` of every question that has new views, a batch a file in sub/scores, so that a killed search goes on."""
     asked = [i for i, state in enumerate(states) if state["views"]]
     rated = [{key: [] for key in CRITERIA} | {"cost": NOTHING, "unparsable": 0} for _ in states]
-    for number, at in enumerate(tqdm(range(0, len(asked), cfg.batch), unit="batch", desc=f"imagined/{sub.name}: scores")):
-        file, batch = sub / "scores" / f"{number:05d}.json", asked[at:at + cfg.batch]
+    for at in tqdm(range(0, len(asked), cfg.batch), unit="batch", desc=f"imagined/{sub.name}: scores"):
+        file, batch = sub / "scores" / f"{at:06d}_{cfg.batch}.json", asked[at:at + cfg.batch]
         if not file.is_file():
             views = [[(words, frame) for words, (_, frame) in states[i]["views"].items()] for i in batch]
             save(file, json.dumps(rate(load(), list(zip([questions[i] for i in batch], views)), cfg)))
@@ -2112,6 +2143,10 @@ def rival(questions: list[dict], load, folder: Path, root: Path, cfg: Config) ->
     `load()` gives the student, which only unscored views need. Every step is one call of 02 for all questions, in
     folder/imagined/STEP; when the motion is stated there is one step, and nothing is scored.
     """
+    for question in questions:
+        if "video" in question:
+            with suppress(OSError, ValueError):  # `sight` names it when the question is asked
+                cut_frames(question["video"], Path(question["record"]["images"][0]).parent, len(question["record"]["images"]))
     starts = {image: origin(Path(image), root) for image in dict.fromkeys(question["record"]["images"][0] for question in questions)}
     state = {"beams": [], "views": {}, "known": set(), "shown": {}, "cost": NOTHING, "scorings": 0, "unparsable": 0}
     states = [state | {"beams": [()] if starts[question["record"]["images"][0]] else []} for question in questions]
@@ -2187,6 +2222,14 @@ def check_settings(cfg: Config) -> tuple[dict, int, int]:
     shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
+    try:
+        torch.empty(0, device="cpu" if cfg.device == "auto" else cfg.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        stop(f"--device {cfg.device}: {str(error).splitlines()[0][:80]}: choose cpu, cuda, cuda:1, ... or auto")
+    try:
+        shlex.split(cfg.coupled_args)
+    except ValueError as error:
+        stop(f"--coupled_args {cfg.coupled_args!r}: {error}")
     if cfg.coupled and int(shard[2]) > 1:
         stop("--coupled imagines for all questions together: leave --shard out")
     return protocol, int(shard[1]), int(shard[2])
@@ -2205,7 +2248,8 @@ def read_exam(cfg: Config, protocol: dict, run: Path) -> tuple[list[dict], Skipp
         stop(f"{run / cfg.questions} is missing: run 03_build_qa.py first, or name another file with --questions")
     root = Path(cfg.data_root) if cfg.data_root else run if path.resolve().is_relative_to(run.resolve()) else path.parent
     skipped = Skipped(str(path))
-    return examinable(path, root, cfg.tasks, skipped), skipped, root, hashlib.sha256(path.read_bytes()).hexdigest()
+    questions = examinable(path, root, cfg.tasks, skipped)
+    return questions, skipped, root, sha256([[q["number"], q["text"], q["truth"], q["images"]] for q in questions])
 
 
 def main(cfg: Config):
@@ -2252,7 +2296,8 @@ def main(cfg: Config):
     load, summary = cache(lambda: student_of(str(checkpoint or cfg.checkpoint), dtype, device, cfg, protocol)), None
     if cfg.coupled:
         questions, summary = rival(questions, load, folder, root, cfg)
-    batches = batches_of(questions, cfg.batch)[shard::shards]
+    place = {pictures: i for i, pictures in enumerate(sorted({tuple(question["images"]) for question in questions}))}
+    batches = batches_of([question for question in questions if place[tuple(question["images"])] % shards == shard], cfg.batch)
     log = folder / ("samples.jsonl" if shards == 1 else f"samples.{shard}of{shards}.jsonl")
     records = answered(folder, log)
     rounds, asked, asking_s = 1 + cfg.blank, 0, 0.0
@@ -2287,7 +2332,7 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
     """Grade all answers and write samples.jsonl, results.json and report.html; the results."""
     run, samples = Path(cfg.run), []
     for question in sorted(questions, key=lambda question: question["number"]):
-        record = records[question["number"]]
+        record = records[question["number"]]  # a whole sample where a kill came behind the end: it holds the cost of the search too
         if "fault" in record:
             skipped.add(question["task"], question["number"], record["fault"])
             continue
@@ -2295,7 +2340,7 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
                         "task_type": question["task"], "scene_id": question["scene"], "images": question["images"],
                         "question": question["text"], "options": question.get("options"), "truth": question["truth"]}
                        | {"response": record["response"], "blank_response": record["blank_response"],
-                          "cost": plus(question.get("cost", NOTHING), record["cost"])}
+                          "cost": record["cost"] if "task_type" in record else plus(question.get("cost", NOTHING), record["cost"])}
                        | {key: question["record"][key] for key in ("difficulty",) if key in question["record"]}
                        | ({"imagined": question["imagined"]} if cfg.coupled else {}))
     if not samples:

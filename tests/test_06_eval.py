@@ -1,26 +1,14 @@
 """The exam: scores by meaning, controls, intervals, bad input, resuming, the report. A stub answers unless a test says more."""
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import load, script
 from PIL import Image
-
-ROOT = Path(__file__).parents[1]
-
-
-def load(name: str):
-    """A script whose name starts with a digit, as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
 
 exam = load("06_eval")
 ANSWERS = {"A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1.5 meters"],
@@ -281,6 +269,25 @@ def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             examine(run, monkeypatch, truth, tag="bad", **settings)
         assert ended.value.code == 2
+
+
+def test_a_picture_that_comes_back_makes_it_another_exam(run):
+    """Questions are counted as they load: with a picture missing later ones have other numbers, and recorded answers would go to the wrong ones."""
+    cfg = exam.Config(run=str(run))
+    picture, asked = run / "2_views/room_0/t000/000.png", lambda: exam.read_exam(cfg, {}, run)[3]
+    whole, content = asked(), picture.read_bytes()
+    picture.unlink()
+    assert asked() != whole
+    picture.write_bytes(content)
+    assert asked() == whole
+
+
+@pytest.mark.parametrize("settings", [["--device", "potato"], ["--device", "cuda"], ["--coupled", "warp", "--coupled_args", '"']])
+def test_wrong_devices_and_arguments_are_one_line(settings):
+    if settings[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = script("06", *settings, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and settings[-2] in done.stderr
 
 
 def test_a_tiny_student_sits_the_exam(run):

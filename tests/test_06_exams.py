@@ -230,6 +230,7 @@ def test_sat_synthesized_takes_the_published_rows_and_letters_where_the_protocol
     results = sit(tmp_path, data, "sat-synthesized", right, monkeypatch, protocol="lmms-eval", blank=False)
     assert [sample["number"] for sample in samples_of(tmp_path)] == kept and results["overall"]["score"]["mean"] == 1
     assert {sample["truth"] for sample in samples_of(tmp_path)} == {"A", "B"}
+    assert results["skipped_by_reason"] == {"missing row": 500 - len(kept)}  # the file is shorter than the published one
     assert sit(tmp_path, data, "sat-synthesized", right, monkeypatch, subset="all", tag="all", blank=False)["questions"] == 40
 
 
@@ -269,6 +270,34 @@ def test_vsi_bench_end_to_end(tmp_path, monkeypatch, capsys):
     assert np.allclose(levels, 2 * np.linspace(0, 39, 8).astype(int) + 10, atol=3)  # the frames of linspace(0, n - 1, 8)
     out = capsys.readouterr()
     assert "skipped, missing video" in out.out and "absent.mp4" in out.err
+
+
+def test_rows_of_wrong_types_are_counted(tmp_path, monkeypatch):
+    vsi, cube = write_vsi(tmp_path / "vsi", scenes=1, a_video=4), write_mindcube(tmp_path / "cube")
+    row = vsi_row(90, "scene0", "object_counting", "3")
+    write_lines(vsi / "test.jsonl", (vsi / "test.jsonl").read_text().splitlines() + [row | {"options": 5}, row | {"scene_name": "a\0b"}, row | {"scene_name": "x" * 5000}])
+    results = sit(tmp_path / "a", vsi, "vsi-bench", right, monkeypatch, frames=2, blank=False)
+    assert results["questions"] == 4 and results["skipped_by_reason"] == {"corrupt row": 3}
+    path = cube / "data/raw/MindCube_tinybench.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    write_lines(path, path.read_text().splitlines() + [first | {"images": ["a\0b"]}, first | {"images": ["x" * 5000]}])
+    assert sit(tmp_path / "b", cube, "mindcube", right, monkeypatch, blank=False)["skipped_by_reason"] == {"corrupt row": 2}
+    rows = write_sat(tmp_path / "sat", [sat_row(0), sat_row(1, question=None)])
+    assert sit(tmp_path / "c", rows, "sat-real", right, monkeypatch, blank=False)["skipped_by_reason"] == {"corrupt parquet row": 1}
+
+
+def test_the_choice_of_questions_does_not_depend_on_where_the_data_lie(tmp_path, monkeypatch):
+    chosen = []
+    for place in ("here", "there"):
+        sit(tmp_path / place, write_mindcube(tmp_path / place / "cube", rows=30), "mindcube", right, monkeypatch, blank=False, per_task=3)
+        chosen.append([sample["number"] for sample in samples_of(tmp_path / place)])
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 9
+
+
+def test_shards_of_different_batches_cover_the_exam(tmp_path, monkeypatch):
+    data = write_mindcube(tmp_path / "cube", rows=30)
+    sit(tmp_path, data, "mindcube", right, monkeypatch, blank=False, shard="0/2", batch=4)
+    assert sit(tmp_path, data, "mindcube", right, monkeypatch, blank=False, shard="1/2", batch=3)["questions"] == 30
 
 
 def test_vsi_debiased_subset(tmp_path, monkeypatch):

@@ -182,6 +182,39 @@ def test_killed_search_goes_on(rooms, monkeypatch, quick):
     assert kept(*sit(rooms, monkeypatch, killed, search_steps=2, tag="y")) == whole
 
 
+def test_scores_of_a_killed_search_go_to_their_questions_whatever_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(exam, "rate", lambda student, batch, cfg: [{"explore": [q["number"]], "helpful": [0], "cost": exam.NOTHING, "unparsable": 0} for q, _ in batch])
+    questions, states = [{"number": n} for n in range(8)], [{"views": {"turn left 10 degrees": (None, "x.png")}}] * 8
+    for batch in (4, 2, 8, 4):
+        rated = exam.rate_all(questions, states, tmp_path, lambda: None, exam.Config(batch=batch))
+        assert [one["explore"] for one in rated] == [[n] for n in range(8)]
+
+
+def test_a_kill_behind_the_last_answer_does_not_pay_for_the_search_twice(rooms, monkeypatch, quick):
+    write_exam(rooms, [view_of(rooms, ["turn_left"])])
+    says = scorer({"turn left 20 degrees": (9, 9)})
+    results, _ = sit(rooms, monkeypatch, says, search_steps=1)
+    meta = rooms / "6_eval/x/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"finished": False}))  # samples.jsonl is whole, the kill came before the end
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    again, _ = sit(rooms, monkeypatch, says, search_steps=1)
+    assert again["cost"] == results["cost"] and again["cost"]["views"] > 0
+
+
+def test_a_video_is_cut_before_the_search_looks_at_its_first_frame(tmp_path, monkeypatch):
+    def cut(video, folder, count):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (56, 56)).save(folder / "000.png")
+    seen = []
+    monkeypatch.setattr(exam, "cut_frames", cut)
+    monkeypatch.setattr(exam, "imagine", lambda sub, walks, *rest: seen.append(len(walks)) or ({walk: ["a.png"] * walk[2] for walk in walks}, 0.1))
+    monkeypatch.setattr(exam, "rate_all", lambda questions, *rest: [{"explore": [0] * 9, "helpful": [0] * 9, "cost": exam.NOTHING, "unparsable": 0}])
+    question = {"number": 0, "text": "Where?", "video": "v.mp4", "record": {"images": [str(tmp_path / "frames/000.png")], "messages": [
+        {"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "A"}]}}
+    exam.rival([question], None, tmp_path, tmp_path, exam.Config(coupled="warp", search_steps=1))
+    assert seen == [3]
+
+
 def test_photographs_are_warped(tmp_path, monkeypatch):
     """A photograph without depth can turn, not move; what it cannot is left out. With the real 02, as a process of its own."""
     (tmp_path / "student").mkdir()
