@@ -4,8 +4,8 @@
 RUN    ?= runs/demo
 PYTHON ?= python3
 SEED   ?= 0
-STEPS  ?= 800
-GRPO_STEPS ?= 150
+STEPS  ?= 600
+GRPO_STEPS ?= 120
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
