@@ -1588,10 +1588,10 @@ def by_difficulty(samples: list[dict]) -> dict:
     """{task: {difficulty, how many steps and how far as 03 writes it: {"questions", main score: mean}}}"""
     groups = {}
     for sample in samples:
-        if isinstance(sample.get("difficulty"), str):
-            groups.setdefault(sample["task_type"], {}).setdefault(sample["difficulty"], []).append(sample["scores"])
-    return {task: {kind: {"questions": len(own), (main := METRICS[task][0]): round(float(np.mean([scores[main] for scores in own])), 6)}
-                   for kind, own in sorted(kinds.items())} for task, kinds in sorted(groups.items())}
+        if isinstance(kind := sample.get("difficulty"), str):
+            groups.setdefault(sample["task_type"], {}).setdefault(kind, []).append(sample["scores"][METRICS[sample["task_type"]][0]])
+    return {task: {kind: {"questions": len(values), METRICS[task][0]: round(sum(values) / len(values), 6)} for kind, values in sorted(kinds.items())}
+            for task, kinds in sorted(groups.items())}
 
 
 def example_html(sample: dict, answers: list[tuple[str, dict | None]], root: Path, folder: Path) -> str:
