@@ -15,7 +15,10 @@ from harness import TINY, Row, before, run
 
 def resident_mb(pid: int) -> float:
     """Anonymous memory of a process. What a fork shares with its parent counts from the start: pages that it writes to are then no growth."""
-    return int(re.search(r"^RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]) / 1024
+    found = re.search(r"^RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    if not found:
+        raise ProcessLookupError(f"process {pid} has ended")
+    return int(found[1]) / 1024
 
 
 def watched(stage: str, *arguments, progress) -> tuple:
