@@ -415,21 +415,24 @@ def test_records_and_files(stage, rooms, tmp_path):
 def test_warp_of_a_room_starts_from_its_frame_0(stage, done, rooms, tmp_path):
     run = copy_of(rooms, tmp_path)
     stage.main(stage.Config(run=str(run), teacher=["warp"], keep="ends", workers=1))
-    compared = 0
+    compared = same = 0
     for exact, view in zip(lines(done / "2_views/views.jsonl"), lines(run / "2_views/views.jsonl"), strict=True):
         assert view["teacher"] == "warp" and view["teacher_settings"] == {"depth": "exact"}
         first, last = (np.asarray(Image.open(run / path)) for path in view["frames"])
         assert (first == np.asarray(Image.open(done / exact["frames"][0]))).all()
         shown = (last != stage.FILL).any(-1)
         assert not shown.any() or difference(last, np.asarray(Image.open(done / exact["frames"][-1])), shown) < 16
-        assert view["objects"][0] == exact["objects"][0]  # the boxes of what the views show: at the end no more than the room shows there
+        assert view["objects"][0] == exact["objects"][0]  # boxes of what the views show
         truth = {thing["id"]: thing for thing in exact["objects"][-1]}
         for thing in view["objects"][1]:
-            whole = truth[thing["id"]]
-            assert thing["label"] == whole["label"] and thing["distance_m"] == whole["distance_m"]
-            assert all(a - b <= 30 for a, b in zip(whole["box"][:2] + thing["box"][2:], thing["box"][:2] + whole["box"][2:]))
-            compared += thing["visible_px"] > 0.9 * whole["visible_px"] and max(np.abs(np.subtract(thing["box"], whole["box"]))) < 40
-    assert compared > 10
+            whole = truth.get(thing["id"])
+            if whole and 0.9 < thing["visible_px"] / whole["visible_px"] < 1.1:  # all of it is shown; less: holes, more: frame 0 hid what stands before it
+                assert thing["label"] == whole["label"] and thing["distance_m"] == whole["distance_m"]
+                a, b = np.array(thing["box"]), np.array(whole["box"])
+                inner, areas = (np.minimum(a, b)[2:] - np.maximum(a, b)[:2]).clip(0).prod(), [(c[2:] - c[:2]).prod() for c in (a, b)]
+                same += inner / (sum(areas) - inner) > 0.6  # IoU: pixels smear a little where surfaces part
+                compared += 1
+    assert compared > 10 and same > 0.85 * compared, (same, compared)
 
 
 # ---------------------------------------------------------------------------- runs

@@ -21,7 +21,7 @@ def lines(path):
 
 def test_rooms_through_all_six(tmp_path):
     run = tmp_path / "rooms"
-    script("01", "--run", run, "--rooms", 12, "--room_px", 84, "--same_label_share", 1, "--heldout", 0.25)
+    script("01", "--run", run, "--rooms", 24, "--room_px", 84, "--same_label_share", 1, "--heldout", 0.5)
     script("02", "--run", run, "--keep", "ends", "--workers", 2)
     script("03", "--run", run, "--box_step", 10)
     done = train_and_examine(run)
@@ -36,7 +36,7 @@ def test_rooms_through_all_six(tmp_path):
     assert chain == ["06", "05", "04", "03", "02", "01"]  # a checkpoint can be traced to the rooms it was taught in
     trained = {q["scene_id"] for name in ("static", "sft", "grpo") for q in lines(run / f"3_qa/{name}.jsonl")}
     assert not trained & {q["scene_id"] for q in lines(run / "3_qa/heldout.jsonl")}
-    assert "nothing to do" in script("01", "--run", run, "--rooms", 12, "--room_px", 84, "--same_label_share", 1, "--heldout", 0.25).stdout
+    assert "nothing to do" in script("01", "--run", run, "--rooms", 24, "--room_px", 84, "--same_label_share", 1, "--heldout", 0.5).stdout
 
 
 def test_photographs_through_all_six(tmp_path):
