@@ -257,12 +257,20 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.is_file():
             name, data = str(path.relative_to(folder)), path.read_bytes()
             if path.name in ("meta.json", "results.json", "metrics.jsonl", "samples.jsonl"):
-                data = json.dumps([timeless(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]).encode()
+                data = json.dumps([read(line) for line in ([data] if path.suffix == ".json" else data.splitlines())]).encode()
             found[name] = b"" if path.name in ("curves.png", "report.html", "accuracy_cost.svg") else data
     return found
 
 
 SPEEDS = ("seconds", "rollout_seconds", "tokens_s", "tflops", "mfu", "cost", "sha256", "command")  # a log has seconds, a command names its folder
+
+
+def read(line: bytes):
+    """A record less its speeds; half a line, where a run has just been stopped, as it is."""
+    try:
+        return timeless(json.loads(line))
+    except ValueError:
+        return line.hex()
 
 
 def timeless(record):
