@@ -1544,7 +1544,7 @@ def price_plot(exams: list[dict], price, words: str) -> str:
         side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
         parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
                      f'{label(exam["tag"])}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
+    return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
             f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
 
 
@@ -2373,7 +2373,7 @@ def complete(folder: Path, cfg: Config, tag: str, protocol: dict, questions: lis
     save(folder / "report.html", report_html(beside + [results], samples, others, root, folder))
     plot, mark, _ = price_plot(beside + [results], lambda exam: exam.get("cost", {}).get("seconds"), "seconds a question").rpartition("</svg>")
     if mark:
-        save(folder / "accuracy_cost.svg", plot + mark)
+        save(folder / "accuracy_cost.svg", plot.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + mark)  # a file of its own must say so
     for shard in folder.glob("samples.*of*.jsonl"):
         shard.unlink()
     return results

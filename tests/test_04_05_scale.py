@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 sft, refine = load("04"), load("05")
-FULL = dict(train="full", freeze_vision=False, checkpointing=False, lora_rank=8, lora_alpha=16, dtype="float32", offload=False)
+FULL = dict(save_dtype="auto", train="full", freeze_vision=False, checkpointing=False, lora_rank=8, lora_alpha=16, dtype="float32", offload=False)
 ROAD = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3", "--log_every", "1", "--val_share", 0, "--student", "4_base"]
 
 
