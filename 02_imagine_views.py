@@ -1183,7 +1183,7 @@ class Simulator:
 
     def anchor(self, trajectory: dict) -> tuple[Room, list[float]]:
         room, start = load_room(self.run / trajectory["room"]), trajectory.get("start")
-        if not (isinstance(start, list) and len(start) == 3 and np.isfinite(start).all()):
+        if not (isinstance(start, list) and len(start) == 3 and all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in start)):
             raise Unusable(f"start {start!r} is not [x_m, z_m, yaw_deg]")
         return room, start
 
@@ -2039,7 +2039,9 @@ def check(trajectory: dict) -> np.ndarray:
             raise ValueError(f"size {trajectory['width']}x{trajectory['height']}, want 8 to 8192 pixels")
         if not 1 <= trajectory["fov_x_deg"] <= 170:
             raise ValueError(f"fov_x_deg {trajectory['fov_x_deg']}, want 1 to 170")
-    except (ValueError, TypeError, IndexError) as error:
+        if not all(isinstance(name, str) and abs(value) < 1e6 for name, value in trajectory["actions"]):
+            raise ValueError(f"actions {str(trajectory['actions'])[:100]}, want [[name, value], ...]")
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
         raise Unusable(f"{error}: correct the line of trajectories.jsonl") from None
     return c2w
 

@@ -435,6 +435,19 @@ def test_warp_of_a_room_starts_from_its_frame_0(stage, done, rooms, tmp_path):
     assert compared > 10 and same > 0.85 * compared, (same, compared)
 
 
+@pytest.mark.parametrize("actions", [[[None, 1.0]], [["forward", None]], [["forward"]], 5, [["forward", float("nan")]]])
+def test_actions_that_are_none_are_a_reason(stage, rooms, actions):
+    with pytest.raises(stage.Unusable, match="correct the line"):
+        stage.check(lines(rooms / "1_trajectories/trajectories.jsonl")[0] | {"actions": actions})
+
+
+@pytest.mark.parametrize("start", [[0.0, [1.0], 0.0], [0.0, 10**400, 0.0], [0.0, float("nan"), 0.0], ["0", 0, 0], [0, 0], None])
+def test_a_start_that_is_no_pose_is_a_reason(stage, rooms, start):
+    trajectory = lines(rooms / "1_trajectories/trajectories.jsonl")[0] | {"start": start}
+    with pytest.raises(stage.Unusable, match="is not \\[x_m, z_m, yaw_deg\\]"):
+        stage.Simulator(stage.Config(run=str(rooms))).anchor(trajectory)
+
+
 # ---------------------------------------------------------------------------- runs
 def start(run: Path, *arguments) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(SCRIPT), "--run", str(run), *map(str, arguments)],
