@@ -2303,7 +2303,7 @@ def main(cfg: Config):
     rounds, asked, asking_s = 1 + cfg.blank, 0, 0.0
     with tqdm(total=sum(map(len, batches)) * rounds, unit="answers", desc=f"6_eval/{tag}", smoothing=0.1) as progress:
         for batch in batches:
-            if todo := [question for question in batch if question["number"] not in records]:
+            if todo := [question for question in batch if "response" not in records.get(question["number"], {})]:  # a picture may be back
                 student, begun = load(), time.perf_counter()
                 new = ask(student, todo, cfg)
                 with log.open("a") as lines:

@@ -294,6 +294,18 @@ def test_the_choice_of_questions_does_not_depend_on_where_the_data_lie(tmp_path,
     assert chosen[0] == chosen[1] and len(chosen[0]) == 9
 
 
+def test_a_picture_that_comes_back_is_asked_about(tmp_path, monkeypatch):
+    """An exam whose pictures all went away ends in a line; with them back the same command answers every question."""
+    data = write_mindcube(tmp_path / "cube", rows=6)
+    monkeypatch.setattr(exam, "sight", lambda student, question, blank: "unreadable picture: gone")
+    with pytest.raises(SystemExit) as ended:
+        sit(tmp_path, data, "mindcube", right, monkeypatch, blank=False)
+    assert ended.value.code == 2
+    monkeypatch.undo()
+    results = sit(tmp_path, data, "mindcube", right, monkeypatch, blank=False)
+    assert results["questions"] == 6 and results["skipped"] == 0
+
+
 def test_shards_of_different_batches_cover_the_exam(tmp_path, monkeypatch):
     data = write_mindcube(tmp_path / "cube", rows=30)
     sit(tmp_path, data, "mindcube", right, monkeypatch, blank=False, shard="0/2", batch=4)
