@@ -16,8 +16,8 @@ right 1; turn right 90` does), so that A3 keeps three-step ones only; with turns
 
 Where we depart from the published code: no prompt contains its answer; A4, D2 and D4 have both answers, in equal numbers for each
 object label (A4: each first action named), D2 also for each length of the way and size of the box, so that neither words nor
-label give the answer away; a D4 question, yes or no, is
-asked only where the pictures show a second object of that label; the answer of D1 is never just a copy of the box asked about.
+label give the answer away; a D4 question, yes or no, is asked only where the pictures show a second object of that label; the
+answer of D1 is never just a copy of the box asked about.
 
 Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the frames are looked for, not opened):
   {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "split": "train", "actions": [["turn_left", 40]],
