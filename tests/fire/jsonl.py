@@ -143,7 +143,7 @@ def questions(stage: str, whole: Path, place: Path, count: int) -> Row:
             more = ["--checkpoint", "4_base", "--questions", "all.jsonl", "--tag", "q", "--max_new_tokens", 2, "--blank", "False", "--max_pixels", 3136]
         else:
             more = ["--student", "4_base", "--data", "all.jsonl", *TINY, "--steps", 1, "--max_pixels", 3136, *(
-                ["--batch", 9999, "--val_share", 0] if stage == "04" else ["--prompts", count + 6, "--group", 2, "--max_new_tokens", 2])]
+                ["--batch", data.count(b"\n") + 1, "--val_share", 0] if stage == "04" else ["--prompts", count + 6, "--group", 2, "--max_new_tokens", 2])]
         done = run(stage, "--run", folder, *more)
         return done, folder
     done, folder = through("bad", b"\n".join([*lines, *(line for _, line in bad)]) + b"\n")
@@ -167,12 +167,11 @@ def question_count(stage: str, folder: Path, done) -> int | None:
     """How many questions were asked or trained on."""
     if done.status:
         return None
-    if stage == "04":
-        return json.loads((folder / "4_sft/metrics.jsonl").read_text())["questions"]
-    if stage == "05":
-        return json.loads((folder / "5_refine/meta.json").read_text())["counts"]["questions"] - sum(": skipped," in line and ".jsonl:" not in line for line in done.err.splitlines())
+    if stage != "06":
+        later = {line for line in done.err.splitlines() if ": skipped," in line and ".jsonl:" not in line}  # read, but could not be put into tokens
+        return json.loads((folder / {"04": "4_sft", "05": "5_refine"}[stage] / "meta.json").read_text())["counts"]["questions"] - len(later)
     return len((folder / "6_eval/q/samples.jsonl").read_text().splitlines())
 
 
 def skipped_count(done) -> int:
-    return sum("skipped" in line and "lines skipped" not in line for line in done.err.splitlines())
+    return len({line for line in done.err.splitlines() if "skipped" in line and "lines skipped" not in line})
