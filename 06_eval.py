@@ -2085,23 +2085,22 @@ def scores_of(response: str, count: int) -> list[int] | None:
 
 def rate(student: Student, batch: list[tuple[dict, list]], cfg: Config) -> list[dict]:
     """The VLM scores the new views of each question, [(question, [(words, picture), ...])], by both criteria: {"explore": [score a view],
-    "helpful": [...], "unparsable": responses without scores, "cost"}."""
-    rated = [{"unparsable": 0, "cost": NOTHING} for _ in batch]
-    for criterion, meaning in CRITERIA.items():
-        begun = time.perf_counter()
-        asks = [f"Do not answer it yet. Score each of the {len(views)} imagined views from 0 to 9: {meaning}. Give {len(views)} whole "
-                "numbers in the order of the views, separated by commas, and nothing else." for _, views in batch]
-        records = [with_views(question["record"], views, ask) for (question, views), ask in zip(batch, asks)]
-        prompts = prepare(student, [{"record": record} for record in records], False)
-        good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]  # the others are named when they are asked
-        said = answer(student, [prompts[i] for i in good], 8 + 2 * max(len(views) for _, views in batch)) if good else []
-        for result, (_, views) in zip(rated, batch):
-            result[criterion] = [0] * len(views)
-        for i, (response, generated) in zip(good, said):
-            scores = scores_of(response, len(batch[i][1]))
-            rated[i][criterion] = scores or rated[i][criterion]
-            rated[i]["unparsable"] += scores is None
-            rated[i]["cost"] = plus(rated[i]["cost"], spent(student, prompts[i], generated, (time.perf_counter() - begun) / len(good)))
+    "helpful": [...], "unparsable": responses without scores, "cost"}. The two prompts of a question are neighbours and share one prefill."""
+    begun, prompts_of = time.perf_counter(), []
+    for question, views in batch:
+        prompts_of += [{"record": with_views(question["record"], views, f"Do not answer it yet. Score each of the {len(views)} imagined views from 0 to 9: "
+                                             f"{meaning}. Give {len(views)} whole numbers in the order of the views, separated by commas, and nothing "
+                                             "else.")} for meaning in CRITERIA.values()]
+    prompts = prepare(student, prompts_of, False)
+    good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]  # the others are named when they are asked
+    said = answer(student, [prompts[i] for i in good], 8 + 2 * max(len(views) for _, views in batch)) if good else []
+    seconds = (time.perf_counter() - begun) / max(1, len(good))
+    rated = [{criterion: [0] * len(views) for criterion in CRITERIA} | {"unparsable": 0, "cost": NOTHING} for _, views in batch]
+    for i, (response, generated) in zip(good, said):
+        n, criterion = i // len(CRITERIA), [*CRITERIA][i % len(CRITERIA)]
+        scores, own = scores_of(response, len(batch[n][1])), rated[n]
+        rated[n] = own | {criterion: scores or own[criterion], "unparsable": own["unparsable"] + (scores is None),
+                          "cost": plus(own["cost"], spent(student, prompts[i], generated, seconds))}
     return rated
 
 

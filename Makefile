@@ -82,7 +82,7 @@ peers: $(VENV)/ready .venv-peers/ready
 		transformers==$$($(PY) -c "import transformers; print(transformers.__version__)")
 	touch $@
 
-# Kills, full disks, bad pictures, bad lines, bad weights, a long run against every stage: one table of what survived (20 minutes).
+# Kills, full disks, bad pictures, bad lines, bad weights, a long run against every stage: one table of what survived (16 minutes).
 fire: $(VENV)/ready
 	$(PY) tests/fire/run.py
 

@@ -71,12 +71,17 @@ def main():
             for future in coming:
                 rows.append(row := future.result())
                 print(f"{time.time() - started:6.0f} s  {row.attack}: {row.survived} of {row.tried}", *row.complaints, sep="\n", file=sys.stderr, flush=True)
-    width = max(len(row.attack) for row in rows)
-    print(f"\n{'attack':{width}}{'tried':>9}{'survived':>10}{'lost':>7}{'tracebacks':>12}")
+    lines, total = {}, [0, 0, 0, 0]  # an attack on several stages is one line
     for row in rows:
-        print(f"{row.attack:{width}}{row.tried:9,}{row.survived:10,}{row.lost:7,}{row.tracebacks:12,}")
-    total = [sum(getattr(row, key) for row in rows) for key in ("tried", "survived", "lost", "tracebacks")]
-    print(f"{'all':{width}}{total[0]:9,}{total[1]:10,}{total[2]:7,}{total[3]:12,}\n{time.time() - started:.0f} s")
+        stage, attack = row.attack.split(" ", 1) if row.attack[0] == "0" else ("", row.attack)
+        counts = (row.tried, row.survived, row.lost, row.tracebacks)
+        stages, sums = lines.get(attack, ([], [0, 0, 0, 0]))
+        lines[attack] = [*stages, stage], [a + b for a, b in zip(sums, counts)]
+        total = [a + b for a, b in zip(total, counts)]
+    print(f"\n{'attack':38}{'stages':19}{'tried':>7}{'survived':>10}{'lost':>6}{'tracebacks':>12}")
+    for attack, (stages, (tried, survived, lost, traced)) in [*lines.items(), ("all", ([], total))]:
+        print(f"{attack:38}{' '.join(stages):19}{tried:7,}{survived:10,}{lost:6,}{traced:12,}")
+    print(f"{time.time() - started:.0f} s")
     sys.exit(any(row.complaints for row in rows) or total[0] != total[1] or any(total[2:]))
 
 
