@@ -73,14 +73,14 @@ def main():
                 print(f"{time.time() - started:6.0f} s  {row.attack}: {row.survived} of {row.tried}", *row.complaints, sep="\n", file=sys.stderr, flush=True)
     lines, total = {}, [0, 0, 0, 0]  # an attack on several stages is one line
     for row in rows:
-        stage, attack = row.attack.split(" ", 1) if row.attack[0] == "0" else ("", row.attack)
+        stage, title = row.attack.split(" ", 1) if row.attack[0] == "0" else ("", row.attack)
         counts = (row.tried, row.survived, row.lost, row.tracebacks)
-        stages, sums = lines.get(attack, ([], [0, 0, 0, 0]))
-        lines[attack] = [*stages, stage], [a + b for a, b in zip(sums, counts)]
+        stages, sums = lines.get(title, ([], [0, 0, 0, 0]))
+        lines[title] = [*stages, stage], [a + b for a, b in zip(sums, counts)]
         total = [a + b for a, b in zip(total, counts)]
     print(f"\n{'attack':38}{'stages':19}{'tried':>7}{'survived':>10}{'lost':>6}{'tracebacks':>12}")
-    for attack, (stages, (tried, survived, lost, traced)) in [*lines.items(), ("all", ([], total))]:
-        print(f"{attack:38}{' '.join(stages):19}{tried:7,}{survived:10,}{lost:6,}{traced:12,}")
+    for title, (stages, (tried, survived, lost, traced)) in [*lines.items(), ("all", ([], total))]:
+        print(f"{title:38}{' '.join(stages):19}{tried:7,}{survived:10,}{lost:6,}{traced:12,}")
     print(f"{time.time() - started:.0f} s")
     sys.exit(any(row.complaints for row in rows) or total[0] != total[1] or any(total[2:]))
 
