@@ -207,6 +207,8 @@ class Config:
     objects: list[int] = setting([4, 7], "fewest and most objects a room")
     same_label_share: float = setting(0.33, "share of rooms in which two objects bear the same label; task D4 needs them")
     twins: int = setting(1, "pairs of objects with one label in those rooms")
+    twins_alike: bool = setting(False, "the two of a pair have one size and height: only where they stand tells them apart, not their boxes' shapes")
+    twin_gap_m: float = setting(0.0, "widest gap between the two of a pair, metres; 0: any")
     camera_height_m: float = setting(1.5, "height of the camera, metres: one for all rooms, so that the floor tells distances")
     margin_m: float = setting(0.3, "least distance of any frame's camera to walls and objects, metres")
     long_side_px: int = setting(576, "longer side of photographs' frames, pixels (never enlarged): Stable Virtual Camera's")
@@ -293,17 +295,19 @@ SHAPES = {  # (least, most) diameter or side and (least, most) height, metres: h
     "pillar": ((0.35, 0.7), (1.0, 1.6)), "cone": ((0.6, 1.1), (0.7, 1.6))}
 
 
-def draw_object(g: np.random.Generator, label: str, twin: dict | None) -> dict:
-    """An object without its place; the second of two with one label is a quarter smaller or a third larger than its `twin`."""
+def draw_object(g: np.random.Generator, label: str, twin: dict | None, alike: bool) -> dict:
+    """An object without its place; the second of two with one label is a quarter smaller or a third larger than its `twin`, or `alike`."""
     color, shape = label.split()
     side_m, tall_m = SHAPES[shape]
     size = [g.uniform(*side_m)] * 3 if tall_m is None else [g.uniform(*side_m), g.uniform(*tall_m), 0.0]
     size[2] = g.uniform(*side_m) if shape == "crate" else size[0]
-    if twin:
+    if twin and not alike:
         size = [side * (0.75 if min(twin["size_m"]) > 0.67 or twin["size_m"][1] > 1.2 else 1.33) for side in twin["size_m"]]
     size = [round(float(side), 2) for side in size]
     lift_m = g.uniform(0.2, 1.0) if shape in ("ball", "crate") and g.random() < 0.3 else 0.0  # some hover at eye level
     yaw_deg = float(g.integers(360)) if shape == "crate" else 0.0
+    if twin and alike:
+        return {key: value for key, value in twin.items() if key != "id"} | {"center_m": [0.0, twin["center_m"][1], 0.0]}
     return {"label": label, "shape": shape, "color": list(COLORS[color]), "center_m": [0.0, round(-lift_m - size[1] / 2, 3), 0.0],
             "size_m": size, "yaw_deg": yaw_deg}
 
@@ -321,11 +325,12 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
             labels[k] = labels[k - 1]
     for label in labels:
         twin = next((other for other in room["objects"] if other["label"] == label), None)
-        thing = draw_object(g, label, twin)
+        thing = draw_object(g, label, twin, cfg.twins_alike)
         radius_m = outer_radius(thing)
         for x, z in g.uniform(-1, 1, (200, 2)) * (width_m / 2 - radius_m - 0.1, depth_m / 2 - radius_m - 0.1):
             if all(math.hypot(x - other["center_m"][0], z - other["center_m"][2]) > radius_m + outer_radius(other) + 0.2
-                   for other in room["objects"]):
+                   for other in room["objects"]) and (not twin or not cfg.twin_gap_m or math.hypot(
+                       x - twin["center_m"][0], z - twin["center_m"][2]) < 2 * radius_m + cfg.twin_gap_m):
                 thing["center_m"] = [round(float(x), 2), thing["center_m"][1], round(float(z), 2)]
                 room["objects"].append({"id": len(room["objects"]), **thing})
                 break
@@ -628,7 +633,7 @@ def check(cfg: Config):
     need(cfg.actions in ("all", "turns", "moves"), f"--actions {cfg.actions}: choose all, turns or moves")
     need(len(cfg.shares) == 3 and min(cfg.shares) >= 0 < sum(cfg.shares),
          f"--shares {cfg.shares}: three numbers, none below 0, not all 0")
-    for name in ("rooms", "twins", "room_trajectories", "photo_trajectories", "margin_m", "min_side_px"):
+    for name in ("rooms", "twins", "twin_gap_m", "room_trajectories", "photo_trajectories", "margin_m", "min_side_px"):
         need(getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)}: it cannot be below 0")
     for name in ("move_grid_m", "turn_grid_deg", "max_step_m", "max_step_deg", "camera_height_m", "max_megapixels"):
         need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: it must be above 0")

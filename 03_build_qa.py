@@ -15,8 +15,8 @@ degrees occur, every two-step sequence has a twin of three steps (`turn right 40
 right 1; turn right 90` does), so that A3 keeps three-step ones only; with turns up to 80 degrees, two-step ones stay.
 
 Where we depart from the published code: no prompt contains its answer; A4, D2 and D4 have both answers, in equal numbers for each
-object label (A4: each first action named), D2 also for each length of the way and size of the box, so that neither words nor
-label give the answer away; a D4 question, yes or no, is asked only where the pictures show a second object of that label; the
+object label (A4: each first action named), D2 also for each length of the way and size of the box, D4 and S6 for like shifts and growths
+from box to box, so that neither words nor label give the answer away; a D4 question, yes or no, is asked only where the pictures show a second object of that label; the
 answer of D1 is never just a copy of the box asked about.
 
 Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the frames are looked for, not opened):
@@ -540,7 +540,7 @@ class Question(NamedTuple):
     answer: str
     images: tuple
     label: str  # within which answers are balanced: object label, A4: first action named
-    size: str  # D2: and within how far the camera goes and how large the object is, which the words tell
+    size: str  # D2, D4, S6: and within classes of what else the words tell: D2 how far the camera goes and how large the object is, `shift_class`
     order: float  # 0..1, hashed: what is dropped or drawn goes by it, so that nothing depends on the order of the views
     view: dict
     difficulty: str = ""  # of a pair: see `difficulty`
@@ -576,16 +576,19 @@ def look(objects: list[dict], cfg: Config) -> dict[object, Seen]:
     return seen
 
 
-def near_miss(actions: list, values: dict, draw: random.Random, cfg: Config) -> list | None:
-    """A false statement close to the truth: one step's direction or magnitude, or the order, changed; its pose really differs.
+def false_statement(actions: list, values: dict, motions: dict, draw: random.Random, cfg: Config) -> list | None:
+    """Another motion with as many steps (`motions[steps]`, so that A4 also has false statements that are plainly so), or a near miss: one step's
+    direction or magnitude, or the order, changed. Its pose really differs.
 
     Magnitudes come from those in the data (`values[name]`), so that a statement's numbers don't tell whether it is true.
     """
     x, z, yaw = pose(actions)
-    for kind in draw.sample(["direction", "magnitude", "order"], 3):
+    for kind in draw.sample(["other", "direction", "magnitude", "order"], 4):
         step = draw.randrange(len(actions))
         name, value = actions[step]
-        if kind == "order":
+        if kind == "other":
+            changed = draw.choice(motions.get(len(actions), [actions]))
+        elif kind == "order":
             changed = actions[::-1]
         elif kind == "direction":
             other = draw.choice([one for one in (TURNS if name in TURNS else MOVES) if one != name])
@@ -596,6 +599,16 @@ def near_miss(actions: list, values: dict, draw: random.Random, cfg: Config) -> 
         if math.hypot(x - x2, z - z2) >= cfg.near_miss_m or abs((yaw - yaw2 + 180) % 360 - 180) >= cfg.near_miss_deg:
             return changed
     return None
+
+
+def shift_class(before: Seen, after: Seen, actions: list) -> str:
+    """How far to the side and how much larger the second box is, in coarse classes, with the turn that the words may tell: D4 and S6 are
+    balanced within them, for else the two boxes alone would tell whether they show one object. A turn to the left counts as its mirror image."""
+    (l1, t1, r1, b1), (l2, t2, r2, b2) = before.box, after.box
+    turn = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+    shift = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1)
+    growth = math.log2((r2 - l2) * (b2 - t2) / ((r1 - l1) * (b1 - t1)))
+    return f"{'turned ' if turn else ''}{round(shift / 200)} {round(growth)}"
 
 
 def mixed(draw: random.Random, one: list, other: list, most: int) -> list:
@@ -610,12 +623,14 @@ class Asker:
     def __init__(self, cfg: Config, views: list[dict]):
         self.cfg, self.dropped, self.asked_pictures = cfg, Counter(), set()
         self.caps = read_caps(cfg.caps)
-        self.values, labels = defaultdict(list), {"real": set(), "simulated": set()}
+        self.values, self.motions, labels = defaultdict(list), defaultdict(list), {"real": set(), "simulated": set()}
         for view in views:
+            self.motions[len(view["actions"])].append([tuple(action) for action in view["actions"]])
             for name, value in view["actions"]:
                 self.values[name].append(value)
             labels[view["source"]].update(entry["label"] for frame in view["objects"] or [] for entry in frame)
         self.values = {name: sorted(values) for name, values in self.values.items()}  # the order of the views must not matter
+        self.motions = {steps: sorted(motions) for steps, motions in self.motions.items()}
         self.labels = {source: sorted(names) for source, names in labels.items()}
         self.max_move_m = max((v for name in MOVES for v in self.values.get(name, ())), default=0)
         self.max_turn_deg = max((v for name in TURNS for v in self.values.get(name, ())), default=0)
@@ -673,7 +688,7 @@ class Asker:
 
         draw = generator("A4")
         for truth in draw.sample([True, False], 2)[:caps["A4"]]:
-            statement = actions if truth else near_miss(actions, self.values, draw, self.cfg)
+            statement = actions if truth else false_statement(actions, self.values, self.motions, draw, self.cfg)
             if statement is None:
                 self.dropped["A4: no false statement far enough from the truth"] += 1
             else:
@@ -719,7 +734,8 @@ class Asker:
         for task in ("D4", "S6"):
             draw = generator(task)
             for key, k in mixed(draw, same, other, caps[task]):
-                add(task, draw, "yes" if key == k else "no", before[key].label, box=before[key].text, box2=after[k].text, actions=words)
+                size = shift_class(before[key], after[k], actions)
+                add(task, draw, "yes" if key == k else "no", before[key].label, size, box=before[key].text, box2=after[k].text, actions=words)
         return questions
 
     def ask_picture(self, view: dict, k: int, image: str, seen: dict, yaw: float) -> list[Question]:

@@ -18,10 +18,11 @@ EXAM := --per_task 200 --tasks A1 A2 A3 A4 D1 D2 D3 D4
 .PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
 demo: $(VENV)/ready
-	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --room_px 84 --same_label_share 1 --twins 2 --objects 6 8 --heldout 0.15 --shares 0.6 0.2 0.2
+	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --room_px 84 --same_label_share 1 --twins 2 --twins_alike True --twin_gap_m 0.6 \
+		--objects 6 8 --heldout 0.15 --shares 0.4 0.3 0.3 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40
 	$(PY) 02_imagine_views.py --run $(RUN) --keep ends
-	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=0.5 D1=2 D2=0.5 D3=2 D4=2 S1=1 S2=0.6 S3=0.6 S4=0.4 --grpo_per_task 500
-	$(PY) 04_train_sft.py --run $(RUN) --student base --rehearse 3_qa/static.jsonl --rehearse_share 0.2 --warmup 0.02 --steps $(STEPS) --seed $(SEED) $(TINY)
+	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S6=4 --grpo_per_task 500
+	$(PY) 04_train_sft.py --run $(RUN) --student base --rehearse 3_qa/static.jsonl --rehearse_share 0.15 --warmup 0.02 --steps $(STEPS) --seed $(SEED) $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 4_sft

@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE, LOG = ROOT / "runs/ablations", ROOT / "tests/ablations.jsonl"
 FORWARD, INVERSE = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3")
 TASKS = (*INVERSE[:4], "D1", "D2", "D3", "D4")
-ROOMS = ["--rooms", 4000, "--room_px", 84, "--same_label_share", 1, "--twins", 2, "--objects", 6, 8, "--heldout", 0.15, "--shares", 0.6, 0.2, 0.2]
-QUESTIONS = ["--box_step", 10, "--caps", "A4=0.5", "D1=2", "D2=0.5", "D3=2", "D4=2", "S1=1", "S2=0.6", "S3=0.6", "S4=0.4"]
-SFT = ["--student", ROOT / "base", "--rehearse_share", 0.2, "--warmup", 0.02, "--recipe", "tiny"]
+ROOMS = ["--rooms", 4000, "--room_px", 84, "--same_label_share", 1, "--twins", 2, "--twins_alike", True, "--twin_gap_m", 0.6, "--objects", 6, 8,
+         "--heldout", 0.15, "--shares", 0.4, 0.3, 0.3, "--move_m", 0.4, 1.6, "--move_grid_m", 0.4, "--turn_deg", 10, 40]
+QUESTIONS = ["--box_step", 10, "--caps", "A4=1", "D1=2", "D2=1", "D3=2", "D4=4", "S1=1", "S2=0.6", "S3=0.6", "S4=0.4", "S6=4"]
+SFT = ["--student", ROOT / "base", "--rehearse_share", 0.15, "--warmup", 0.02, "--recipe", "tiny"]
 REFINE = ["--steps", 300, "--recipe", "tiny"]
 VARIANTS = {"both": {}, "forward only": {"tasks": FORWARD}, "inverse only": {"tasks": INVERSE}, "warp": {"teachers": ["warp"]},
             "half warp": {"teachers": ["simulator", "warp"]}, "half as long": {"length": 0.5}, "twice as long": {"length": 2}}

@@ -131,7 +131,7 @@ def digest(folder):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    views = fake_views(rooms=100)
+    views = fake_views(rooms=250)
     run = write_run(tmp_path_factory.mktemp("run"), views)
     return run, views, build(run, heldout_per_task=0)
 
@@ -380,7 +380,7 @@ def test_ablations_change_the_training_files_and_not_the_exam(tmp_path, settings
 
 
 def test_grpo_is_a_subset_of_sft_of_the_size_asked_for(tmp_path):
-    files = build(write_run(tmp_path / "run", fake_views(rooms=60)), grpo_per_task=11, heldout_per_task=7)
+    files = build(write_run(tmp_path / "run", fake_views(rooms=200)), grpo_per_task=11, heldout_per_task=7)
     trained = {json.dumps(r) for r in files["sft"]}
     assert all(json.dumps(r) in trained for r in files["grpo"])
     for name, most in (("grpo", 11), ("heldout", 7)):
