@@ -13,7 +13,7 @@ PY     := $(VENV)/bin/python
 export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
-EXAM := --per_task 200 --tasks A1 A2 A3 A4 D1 D2 D3 D4
+EXAM := --tasks A1 A2 A3 A4 D1 D2 D3 D4 --per_task
 
 .PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
@@ -24,22 +24,25 @@ demo: $(VENV)/ready
 	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S6=4 --grpo_per_task 500
 	$(PY) 04_train_sft.py --run $(RUN) --student base --rehearse 3_qa/static.jsonl --rehearse_share 0.15 --warmup 0.02 --steps $(STEPS) --seed $(SEED) $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 4_sft
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 5_refine --tag refined --beside base sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint base --blank False
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint 4_sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint 5_refine --tag refined --beside base sft
 	$(PY) 06_eval.py --run $(RUN) --compare sft refined
 
 # The paper's claims in an hour: the demo with more steps, and the rival, base/ asking a world model while it answers.
 miniature:
-	$(MAKE) demo RUN=runs/miniature STEPS=1200 GRPO_STEPS=300
+	$(MAKE) demo RUN=runs/miniature STEPS=1200 GRPO_STEPS=150
 	$(MAKE) rival RUN=runs/miniature
 
 # The base of a run beside the same that asks a world model while it answers: right answers, seconds and operations a question.
 rival: $(VENV)/ready
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled simulator
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled warp
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint base --blank False --coupled simulator --coupled_stated
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) --checkpoint 5_refine --tag methods --beside base base-simulator base-warp base-simulator-stated sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --tag rival-base
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --coupled simulator
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --coupled warp
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --coupled simulator --coupled_stated
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint 4_sft --tag rival-sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint 5_refine --tag methods \
+		--beside rival-base base-simulator base-warp base-simulator-stated rival-sft
 	$(PY) 06_eval.py --run $(RUN) --compare base-simulator methods
 
 # One part of the method changed at a time, three seeds; a line of tests/ablations.jsonl a student, in any number of sittings (many hours).
