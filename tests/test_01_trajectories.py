@@ -175,6 +175,22 @@ def test_rooms_are_as_agreed(rooms):
     assert 8 <= pairs <= 26  # a third of 50
 
 
+def test_twins_may_be_alike_and_near(tmp_path):
+    """Then nothing but their places tells them apart; the gap is measured between their outer circles."""
+    script("01", "--run", tmp_path / "run", "--rooms", 30, "--same_label_share", 1, "--twins", 2, "--twins_alike", True, "--twin_gap_m", 0.6)
+    pairs = 0
+    for path in (tmp_path / "run/1_trajectories/rooms").glob("*.json"):
+        things = json.loads(path.read_text())["objects"]
+        assert [thing["id"] for thing in things] == list(range(len(things)))
+        for one, two in ((a, b) for a in things for b in things[a["id"] + 1:] if a["label"] == b["label"]):
+            pairs += 1
+            assert {k: v for k, v in one.items() if k not in ("id", "center_m")} == {k: v for k, v in two.items() if k not in ("id", "center_m")}
+            (x1, y1, z1), (x2, y2, z2) = one["center_m"], two["center_m"]
+            width = one["size_m"][0] if one["shape"] != "crate" else np.hypot(one["size_m"][0], one["size_m"][2])
+            assert y1 == y2 and 0.19 < np.hypot(x1 - x2, z1 - z2) - width < 0.61
+    assert pairs > 40
+
+
 def test_actions_are_on_the_grid_and_alternate(rooms):
     from itertools import pairwise
     lines, seen = records(rooms), set()

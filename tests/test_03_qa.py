@@ -206,6 +206,13 @@ def test_yes_and_no_are_equal_for_every_task_and_label(built):
         x1, y1, x2, y2 = json.loads(re.search(BOX, prompt(record)).group())
         sizes[record["difficulty"], (x2 - x1) * (y2 - y1) > 40_000][answer(record)] += 1
     assert len(sizes) > 3 and all(count["yes"] == count["no"] for count in sizes.values())
+    shifts = defaultdict(Counter)  # D4, S6: nor does the way from box to box, a turn to the left as its mirror image
+    for record in (r for name in ("sft", "static") for r in built[2][name] if r["task_type"] in ("D4", "S6")):
+        (l1, t1, r1, b1), (l2, t2, r2, b2) = map(json.loads, re.findall(BOX, prompt(record)))
+        turn = sum(value * {"turn_left": -1, "turn_right": 1}.get(name, 0) for name, value in views[record["scene_id"], record["traj_id"]]["actions"])
+        shift, growth = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1), np.log2((r2 - l2) * (b2 - t2) / ((r1 - l1) * (b1 - t1)))
+        shifts[record["task_type"], bool(turn), round(shift / 200), round(growth)][answer(record)] += 1
+    assert len(shifts) > 10 and all(count["yes"] == count["no"] for count in shifts.values())
     card = json.loads((built[0] / "3_qa/card.json").read_text())
     assert set(card["audits_must_be_0"].values()) == {0} and {*card["balance"]["sft"]} == {"A4", "D2", "D4"}
 
@@ -291,6 +298,17 @@ def test_answers_of_pairs_agree_with_the_views(built):
             assert (said == "yes") == (object_at(view, -1, boxes[1])["id"] == first["id"])
             like = {e["id"] for k in (0, -1) for e in view["objects"][k] if e["label"] == first["label"]}
             assert len(like) >= 2 and object_at(view, -1, boxes[1])["label"] == first["label"]
+
+
+def test_false_statements_are_near_misses_and_plainly_false_ones(built):
+    """Of a false statement some share all actions' names with the truth, some differ in one, some in every one."""
+    shared, views = Counter(), by_view(built[1])
+    for record in (r for r in built[2]["sft"] if r["task_type"] == "A4" and answer(r) == "false"):
+        truth = views[record["scene_id"], record["traj_id"]]["actions"]
+        said = actions_of(re.search(rf"{ACTION}(; {ACTION})*", prompt(record)).group())
+        assert len(said) == len(truth)
+        shared["all" if (same := sum(a[0] == b[0] for a, b in zip(said, truth))) == len(truth) else "some" if same else "none"] += 1
+    assert all(shared[kind] > 0.1 * sum(shared.values()) for kind in ("all", "some", "none")), shared
 
 
 def test_answers_about_one_picture_agree_with_the_views(built):
