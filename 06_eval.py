@@ -1534,18 +1534,15 @@ def price_plot(exams: list[dict], price, words: str) -> str:
         value = exams[-1]["right"].get(name)
         if value is not None:
             parts.append(f'<path stroke="{colour}" stroke-width="2" stroke-dasharray="5 4" d="M{x0} {up(value):.1f}H{x1}"/>')
-    taken = -math.inf
-    for number, exam, cost in sorted(priced, key=lambda item: -item[1]["right"]["mean"]):  # from the top down, no label on another
+    for place, (number, exam, cost) in enumerate(priced):  # the names stand below, two a line: near points would hide each other's
         x, value, colour = across(cost), exam["right"], colour_of(number)
         if value["low"] is not None:
             parts.append(f'<path stroke="{colour}" d="M{x:.1f} {up(value["low"]):.1f}V{up(value["high"]):.1f}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{up(value["mean"]):.1f}" r="5" fill="{colour}" fill-opacity=".8"/>')
-        taken = max(up(value["mean"]) + 4, taken + 13)
-        side, anchor = (9, "start") if x < (x0 + x1) / 2 else (-9, "end")
-        parts.append(f'<text x="{x + side:.1f}" y="{taken:.1f}" text-anchor="{anchor}" fill="{colour}" font-weight="bold">'
-                     f'{label(exam["tag"])}</text>')
-    return (f'<svg viewBox="0 0 360 238" font-size="11" font-family="sans-serif">{"".join(parts)}'
-            f'<text x="{(x0 + x1) / 2}" y="{y0 + 32}" text-anchor="middle">{words}</text></svg>{note}')
+        left, line = x0 + place % 2 * 160, y0 + 50 + place // 2 * 15
+        parts.append(f'<circle cx="{x:.1f}" cy="{up(value["mean"]):.1f}" r="5" fill="{colour}" fill-opacity=".8"/>'
+                     f'<circle cx="{left + 5}" cy="{line - 4}" r="5" fill="{colour}"/><text x="{left + 15}" y="{line}">{label(exam["tag"])}</text>')
+    return (f'<svg viewBox="0 0 360 {y0 + 44 + -(-len(priced) // 2) * 15}" font-size="11" font-family="sans-serif">{"".join(parts)}'
+            f'<text x="{(x0 + x1) / 2}" y="{y0 + 30}" text-anchor="middle">right answers (%) over {words}</text></svg>{note}')
 
 
 def picture_html(picture: Image.Image, boxes: list[tuple[list[float], str]]) -> str:

@@ -1,4 +1,5 @@
 """The report in a real browser, from a file: nothing in red on the console, no wider than a phone, hostile text harmless."""
+import itertools
 import re
 
 import pytest
@@ -78,7 +79,8 @@ def test_the_plot_leaves_out_what_was_not_counted(page):
 def test_labels_of_equal_points_stand_apart():
     exams = [{"tag": f"student {i}", "right": {"mean": 0.5, "low": 0.4, "high": 0.6}} for i in range(4)]
     svg = exam.price_plot(exams, lambda _: 2.0, "seconds")
-    heights = [float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)" text-anchor="\w+" fill', svg)]
-    assert len(heights) == 4 and min(b - a for a, b in zip(heights, heights[1:])) >= 12
+    places = [(float(x), float(y)) for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)">student', svg)]
+    assert len(places) == 4 and min(abs(a - c) // 150 + abs(b - d) // 12 for (a, b), (c, d) in itertools.combinations(places, 2)) >= 1
+    assert max(y for _, y in places) < float(re.search(r'viewBox="0 0 360 (\d+)"', svg)[1])
     assert "<circle" in svg and "unknown" not in svg
     assert "unknown: student 0, student 1" in exam.price_plot(exams, lambda _: None, "seconds")
