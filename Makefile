@@ -41,9 +41,9 @@ rival: $(VENV)/ready
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --coupled warp
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint base --coupled simulator --coupled_stated
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint 4_sft --tag rival-sft
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint 5_refine --tag methods \
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 200 --blank False --checkpoint 5_refine --tag rival-refined \
 		--beside rival-base base-simulator base-warp base-simulator-stated rival-sft
-	$(PY) 06_eval.py --run $(RUN) --compare base-simulator methods
+	$(PY) 06_eval.py --run $(RUN) --compare base-simulator rival-refined
 
 # One part of the method changed at a time, three seeds; a line of tests/ablations.jsonl a student, in any number of sittings (many hours).
 ablations: $(VENV)/ready
