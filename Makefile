@@ -4,8 +4,7 @@
 RUN    ?= runs/demo
 PYTHON ?= python3
 SEED   ?= 0
-FIRST_STEPS ?= 300
-STEPS  ?= 350
+STEPS  ?= 600
 GRPO_STEPS ?= 120
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -14,25 +13,16 @@ PY     := $(VENV)/bin/python
 export OMP_WAIT_POLICY := PASSIVE
 
 TINY := --recipe tiny
-ROOMS := --room_px 84 --same_label_share 1 --twins 2 --twins_alike True --twin_gap_m 0.6 --objects 6 8 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40
-SFT = $(PY) 04_train_sft.py --warmup 0.02 $(TINY)
-REHEARSE := --rehearse 3_qa/static.jsonl --rehearse_share 0.15
 EXAM := --tasks A1 A2 A3 A4 D1 D2 D3 D4 --per_task
 
 .PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
-# SFT in three parts: everything; a lesson about one action at a time, mostly A4 (is the statement true?) with statements that are plainly false,
-# for the mixture alone does not teach to compare; everything again.
 demo: $(VENV)/ready
-	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --heldout 0.15 --shares 0.4 0.3 0.3 $(ROOMS)
+	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --room_px 84 --same_label_share 1 --twins 2 --twins_alike True --twin_gap_m 0.6 \
+		--objects 6 8 --heldout 0.15 --shares 0.4 0.3 0.3 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40
 	$(PY) 02_imagine_views.py --run $(RUN) --keep ends
 	$(PY) 03_build_qa.py --run $(RUN) --box_step 10 --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S6=4 --grpo_per_task 500
-	$(PY) 01_sample_trajectories.py --run $(RUN)/lesson --rooms 1500 --heldout 0.02 --shares 1 0 0 --seed 2 $(ROOMS)
-	$(PY) 02_imagine_views.py --run $(RUN)/lesson --keep ends
-	$(PY) 03_build_qa.py --run $(RUN)/lesson --box_step 10 --caps A4=4 D1=1 D2=0.3 D3=0.5 D4=0 --near_miss_m 1 --near_miss_deg 45
-	$(SFT) --run $(RUN) --out 4_first --student base $(REHEARSE) --steps $(FIRST_STEPS) --seed 1$(SEED)
-	$(SFT) --run $(RUN)/lesson --student ../4_first --steps 250 --schedule constant --seed $(SEED)
-	$(SFT) --run $(RUN) --student lesson/4_sft $(REHEARSE) --steps $(STEPS) --seed $(SEED)
+	$(PY) 04_train_sft.py --run $(RUN) --student base --rehearse 3_qa/static.jsonl --rehearse_share 0.15 --warmup 0.02 --steps $(STEPS) --seed $(SEED) $(TINY)
 	$(PY) 05_train_refine.py --run $(RUN) --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint base --blank False
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint 4_sft
@@ -41,7 +31,7 @@ demo: $(VENV)/ready
 
 # The paper's claims in an hour: the demo with more steps, and the rival, base/ asking a world model while it answers.
 miniature:
-	$(MAKE) demo RUN=runs/miniature FIRST_STEPS=450 STEPS=550 GRPO_STEPS=150
+	$(MAKE) demo RUN=runs/miniature STEPS=1200 GRPO_STEPS=150
 	$(MAKE) rival RUN=runs/miniature
 
 # The base of a run beside the same that asks a world model while it answers: right answers, seconds and operations a question.

@@ -342,3 +342,15 @@ def test_published_format_trains_and_bad_records_are_named(run, tmp_path):
 def test_a_folder_without_a_checkpoint_is_one_line(run, tmp_path):
     done = script("04", "--run", run, "--out", "4_none", "--student", tmp_path, check=False)
     assert done.returncode == 2 and "does not load" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_the_tasks_asked_for_are_refined(run, tmp_path):
+    records = [json.loads(line) for line in (run / "3_qa/grpo.jsonl").read_text().splitlines()]  # all A2
+    data = tmp_path / "some.jsonl"
+    data.write_text("".join(json.dumps(record | {"task_type": ("A1", "A2", "D1")[number % 3]}) + "\n" for number, record in enumerate(records)))
+    refine = ["05", "--run", run, "--student", "4_base", "--data", data, "--data_root", run, *TINY]
+    script(*refine, "--out", "5_some", "--steps", 3, "--prompts", 4, "--group", 2, "--max_new_tokens", 4, "--tasks", "A1", "D1")
+    trained = {task for line in (run / "5_some/metrics.jsonl").read_text().splitlines() for task in json.loads(line)["rewards"]}
+    assert trained == {"A1", "D1"}
+    done = script(*refine, "--out", "5_none", "--tasks", "A9", check=False)
+    assert done.returncode == 2 and "no usable question of the tasks A9" in done.stderr and "Traceback" not in done.stderr
