@@ -687,7 +687,7 @@ class Asker:
             self.dropped[f"{task}: not the only sequence to its pose"] += 1
 
         draw = generator("A4")
-        for truth in (draw.sample([True, False], 2) * caps["A4"])[:caps["A4"]]:
+        for truth in draw.sample([True, False], 2)[:caps["A4"]]:
             statement = actions if truth else false_statement(actions, self.values, self.motions, draw, self.cfg)
             if statement is None:
                 self.dropped["A4: no false statement far enough from the truth"] += 1

@@ -209,7 +209,7 @@ class Config:
     student: str = setting("4_sft", "the student to refine: a folder in the run, any checkpoint folder, or a hub id")
     data: str = setting("3_qa/grpo.jsonl", "questions: a file in the run, or any ms-swift / LLaMA-Factory / World2VLM JSONL file")
     data_root: str = setting("", "folder that picture paths start from and may not leave; default: the run, for a file outside it that file's folder")
-    tasks: list[str] = setting([], "tasks to refine, such as A3 D1 D3 (rewarded by degrees); empty: all that --data holds")
+    tasks: list[str] = setting([], "tasks to refine, such as A3 D1 D3; empty: all that --data holds")
     train: Literal["lora", "full"] = setting("lora", "lora (a new one, beside the language model's linear layers) or full")
     lora_rank: int = setting(256, "LoRA rank; the paper's")
     lora_alpha: int = setting(512, "LoRA alpha: the update is scaled by alpha / rank; the paper's")
@@ -1416,9 +1416,12 @@ def main(cfg: Config):
     optimizers = make_optimizers(student.model, cfg)
     spare = spare_rows(student)
 
-    questions = [question for question in read_questions(data, root) if not cfg.tasks or question["task_type"] in cfg.tasks]
+    questions = read_questions(data, root)
+    if missing := set(cfg.tasks) - {question["task_type"] for question in questions}:
+        stop(f"{data} holds no usable question of {' '.join(sorted(missing))}: name other --tasks, or other --data")
+    questions = [question for question in questions if not cfg.tasks or question["task_type"] in cfg.tasks]
     if not questions:
-        stop(f"{data} holds no usable question{' of the tasks ' + ' '.join(cfg.tasks) if cfg.tasks else ''}")
+        stop(f"{data} holds no usable question")
     steps = cfg.steps or math.ceil(cfg.epochs * len(questions) / cfg.prompts)
     epochs = (np.random.default_rng([cfg.seed, epoch]).permutation(len(questions)) for epoch in itertools.count())
     order = (questions[i] for epoch in epochs for i in epoch)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -422,9 +421,6 @@ def test_caps_and_pairs_of_keyframes(tmp_path):
     half = build(write_run(tmp_path / "half", views), caps=["A2=0.5"])  # a cap below 1: one question on that share of the pairs
     asked, all_of_them = ([(r["scene_id"], r["traj_id"]) for r in everything(files) if r["task_type"] == "A2"] for files in (half, build_one))
     assert set(asked) < set(all_of_them) and 0.3 < len(asked) / len(all_of_them) < 0.7 and len(asked) == len(set(asked))
-    four = build(write_run(tmp_path / "four", views), caps=["A4=4"])  # true and false by turns
-    per_pair = Counter((r["scene_id"], r["traj_id"], answer(r)) for r in everything(four) if r["task_type"] == "A4")
-    assert set(per_pair.values()) == {1, 2} and statistics.mode(per_pair.values()) == 2
     every = build(write_run(tmp_path / "every", views), pairs="keyframes")
     names, seen = by_view(views), set()
     for record in [r for r in everything(every) if r["task_type"] in ("A1", "A2", "A3")]:
