@@ -1113,7 +1113,7 @@ def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: int, 
 def validate(student: Student, parts: list[list[dict]], cfg: Config, device: str) -> float:
     """The training loss on the validation questions of all processes."""
     student.model.eval()
-    count = torch.tensor(sum(len(row["target"]) * row.get("weight", 1) for part in parts for row in part), device=device)
+    count = torch.tensor(float(sum(len(row["target"]) * row.get("weight", 1) for part in parts for row in part)), device=device)
     total = torch.tensor(loss_of(student, parts, cfg, 1, backward=False)[0], device=device)
     all_sum(count, total)
     return float(total / count)

@@ -355,6 +355,17 @@ def test_a_state_resumes_on_another_number_of_processes(run, undisturbed, before
     assert not list(out.glob("step_*")) and (out / "curves.png").stat().st_size > 5000
 
 
+def test_two_processes_with_unequal_parts_validate_as_one(run):
+    settings = ["--run", run, *ROAD, "--steps", 1, "--batch", 12, "--val_share", 0.2, "--tokens", 1]  # one picture list a micro-batch
+    validation = [q for q in sft.read_questions(run / "3_qa/sft.jsonl", run) if sft.in_validation(q, 0.2)]
+    assert len(sft.group_by_pictures(validation, 16)) % 2  # so one process has a micro-batch less
+    losses = []
+    for processes in (1, 2):
+        script("04", *settings, "--out", f"4_validated{processes}", processes=processes)
+        losses.append(lines(run / f"4_validated{processes}/metrics.jsonl")[-1]["val_loss"])
+    assert abs(losses[0] - losses[1]) < 1e-4
+
+
 def test_offload_and_sharding_by_one_process_change_nothing(run, undisturbed):
     script("04", "--run", run, "--out", "4_offload", *ROAD, "--steps", 6, "--batch", 12, "--optimizer", "muon", "--muon_lr", 1e-3, "--offload")
     close(weights(run / "4_offload"), weights(undisturbed), 1e-4)
