@@ -234,6 +234,8 @@ class Config:
     weight_decay: float = setting(0.1, "decoupled weight decay on matrices")
     beta1: float = setting(0.9, "AdamW")
     beta2: float = setting(0.95, "AdamW")
+    mean: Literal["token", "answer"] = setting("token", "what weighs the same in the loss: every answer token, as usual, or every answer; else `yes` "
+                                               "weighs a tenth of a box, and questions with such answers are learnt late")
     clip: float = setting(1.0, "largest norm of the gradient")
     max_pixels: int = setting(1_003_520, "pixels of a picture at most; larger ones are scaled down")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
@@ -1092,14 +1094,20 @@ def in_validation(question: dict, share_of_scenes: float) -> bool:
     return int(hashlib.sha256(scene.encode()).hexdigest(), 16) % 10_000 < 10_000 * share_of_scenes
 
 
-def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: int, backward: bool) -> tuple[float, list[str]]:
-    """Sum over the answer tokens of -log p, divided by `count`, the number of answer tokens in the whole batch; and the questions whose own
+def token_weights(row: dict, mean: str) -> torch.Tensor:
+    """[answer tokens of the row] 1 each, or with mean "answer" one over the number of tokens in its answer; 0 in a spare row."""
+    owner = row["owner"]
+    return (1 / torch.bincount(owner)[owner] if mean == "answer" else torch.ones(len(owner))) * row.get("weight", 1.0)
+
+
+def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: float, backward: bool) -> tuple[float, list[str]]:
+    """Sum over the answer tokens of -log p by weight, divided by `count`, the sum of the weights in the whole batch; and the questions whose own
     loss is no number."""
     total, broken = 0.0, []
     for part in parts:
         with torch.autocast(student.model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             logprobs = token_logprobs(student, part)
-            loss = -(logprobs * part[0].get("weight", 1.0)).sum() / count
+            loss = -(logprobs * torch.cat([token_weights(row, cfg.mean) for row in part]).to(logprobs)).sum() / count
         if backward:
             (loss * (dist.get_world_size() if dist.is_initialized() else 1)).backward()  # FSDP takes the mean over processes, the loss is a sum
         total += float(loss.detach())
@@ -1113,7 +1121,7 @@ def loss_of(student: Student, parts: list[list[dict]], cfg: Config, count: int, 
 def validate(student: Student, parts: list[list[dict]], cfg: Config, device: str) -> float:
     """The training loss on the validation questions of all processes."""
     student.model.eval()
-    count = torch.tensor(float(sum(len(row["target"]) * row.get("weight", 1) for part in parts for row in part)), device=device)
+    count = torch.tensor(sum(float(token_weights(row, cfg.mean).sum()) for part in parts for row in part), device=device)
     total = torch.tensor(loss_of(student, parts, cfg, 1, backward=False)[0], device=device)
     all_sum(count, total)
     return float(total / count)
@@ -1186,13 +1194,14 @@ def main(cfg: Config):
     rows_of_steps = (rows_of(student, batch[rank::world], cfg.share, cfg.tokens) for batch in itertools.islice(plan, first, steps))
     for step, rows in enumerate(ahead(rows_of_steps), first):
         tick = time.perf_counter()
-        count = torch.tensor([sum(len(row["target"]) for row in rows), sum(row["questions"] for row in rows), sum(len(row["ids"]) for row in rows),
+        count = torch.tensor([sum(float(token_weights(row, cfg.mean).sum()) for row in rows), sum(len(row["target"]) for row in rows),
+                              sum(row["questions"] for row in rows), sum(len(row["ids"]) for row in rows),
                               flops(student.model, rows, cfg.train, cfg.freeze_vision)], dtype=torch.float64, device=device)
         all_sum(count)
-        answers, asked, tokens, operations = count.tolist()
+        weight, answers, asked, tokens, operations = count.tolist()
         student.model.train()
         parts = as_many(micro_batches(rows, cfg.tokens, padded), spare, device)
-        loss, broken = loss_of(student, parts, cfg, max(1, int(answers)), backward=True)
+        loss, broken = loss_of(student, parts, cfg, max(1, weight), backward=True)
         loss = torch.tensor(loss, device=device)
         all_sum(loss)
         norms.append(clip_gradients(student.model, cfg.clip))

@@ -92,13 +92,28 @@ def test_micro_batches_hold_what_fits_and_lose_nothing():
 def test_four_passes_of_one_row_give_the_gradient_of_one_pass_of_four(run, tmp_path):
     student = student_of(run, tmp_path)
     rows = sft.rows_of(student, [group[:k + 1] for k, group in enumerate(groups_of(run)[:4])], True, 10**6)  # 1, 2, 3, 3 questions
-    count, cfg, found = sum(len(row["target"]) for row in rows), SimpleNamespace(dtype="float32"), []
+    count, cfg, found = sum(len(row["target"]) for row in rows), SimpleNamespace(dtype="float32", mean="token"), []
     for parts in ([rows], [[row] for row in rows]):
         loss, broken = sft.loss_of(student, parts, cfg, count, backward=True)
         found.append((loss, gradients(student.model)))
         assert not broken
     assert abs(found[0][0] - found[1][0]) < 1e-5
     same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("mean", ["token", "answer"])
+def test_what_weighs_the_same(run, tmp_path, mean):
+    """Against the definition, question by question: the mean over all answer tokens, or over the answers of the mean over each one's tokens."""
+    student, groups = student_of(run, tmp_path), groups_of(run)[:3]
+    for number, group in enumerate(groups):
+        group[0]["messages"][1]["content"] = ["yes", "turn left 10 degrees", "turn left 10 degrees; turn right 20 degrees"][number]
+    alone = [-sft.token_logprobs(student, [row]).detach().double() for group in groups for row in sft.rows_of(student, [group], False, 10**6)]
+    want = torch.cat(alone).mean() if mean == "token" else torch.stack([losses.mean() for losses in alone]).mean()
+    rows = sft.rows_of(student, groups, True, 10**6)
+    weight = sum(float(sft.token_weights(row, mean).sum()) for row in rows)
+    assert abs(weight - (sum(map(len, alone)) if mean == "token" else len(alone))) < 1e-4
+    loss, _ = sft.loss_of(student, [rows[:1], rows[1:]], SimpleNamespace(dtype="float32", mean=mean), weight, backward=False)
+    assert abs(loss - want) < 1e-5 and abs(torch.cat(alone).mean() - torch.stack([losses.mean() for losses in alone]).mean()) > 1e-4
 
 
 def test_logits_in_chunks_give_the_same_gradients(run, tmp_path, monkeypatch):
@@ -393,7 +408,7 @@ def test_a_loss_that_is_no_number_names_its_own_question(run, tmp_path, monkeypa
         return logprobs(student, rows).masked_fill(hit, math.nan)
 
     monkeypatch.setattr(sft, "token_logprobs", broken_logprobs)
-    loss, broken = sft.loss_of(student, [rows], SimpleNamespace(dtype="float32"), 100, backward=False)
+    loss, broken = sft.loss_of(student, [rows], SimpleNamespace(dtype="float32", mean="token"), 100, backward=False)
     assert math.isnan(loss) and broken == [rows[1]["names"][2]]
 
 
