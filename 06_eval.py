@@ -237,6 +237,7 @@ class Config:
     per_task: int = setting(0, "questions a task at most, the first by hash so that the choice never moves; 0: all")
     blank: bool = setting(True, "ask every question again with grey pictures; doubles the time")
     batch: int = setting(64, "questions answered at a time; lower it when memory runs out")
+    temperature: float = setting(0.0, "0: the most likely answer; 1: one drawn as GRPO draws them, whose mean reward is what the second stage raises")
     frames: int = setting(0, "pictures a video is shown as; 0: as the protocol says")
     max_new_tokens: int = setting(0, "tokens an answer at most; 0: as the protocol says")
     max_pixels: int = setting(0, "pixels a picture at most, larger ones are shrunk; 0: as the protocol says")
@@ -249,7 +250,7 @@ class Config:
     search_views: int = setting(6, "rival: views a step that are shown with the question, at most; 6 as published")
     search_scores: list[int] = setting([8, 8], "rival: least score, 0..9, of a view to go on from and of a view to show; 8 8 as published")
     compare: list[str] = setting([], "only compare two finished exams, tags or folders, on the questions that both answered")
-    seed: int = setting(0, "seed of the bootstrap; the answers are greedy and need none")
+    seed: int = setting(0, "seed of the bootstrap, and of the draws where --temperature is not 0")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "arithmetic: bfloat16, float32, or auto (bfloat16 on a GPU that has it, float32 on a CPU)")
     attention: str = setting("world2vlm", "world2vlm (kernels/; plain torch on a CPU), or one of transformers: sdpa, eager")
@@ -1879,9 +1880,9 @@ def prepare(student: Student, batch: list[dict], blank: bool) -> list[dict | str
     return prompts
 
 
-def answer(student: Student, prompts: list[dict], max_new_tokens: int) -> list[tuple[str, int]]:
-    """The greedy responses, each with the number of tokens that it took."""
-    tokens = generate(student, prompts, max_new_tokens)
+def answer(student: Student, prompts: list[dict], max_new_tokens: int, *draw) -> list[tuple[str, int]]:
+    """The responses, each with the number of tokens that it took: greedy, or drawn with `draw`, the last arguments of `generate`."""
+    tokens = generate(student, prompts, max_new_tokens, 1, *draw)
     return [(student.tokenizer.decode(sampled[0], skip_special_tokens=True).strip(), len(sampled[0])) for sampled in tokens]
 
 
@@ -1893,7 +1894,11 @@ def ask(student: Student, batch: list[dict], cfg: Config) -> list[dict]:
         begun = time.perf_counter()
         prompts = prepare(student, batch, blank)
         good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-        answers = answer(student, [prompts[i] for i in good], cfg.max_new_tokens) if good else []
+        draw = []
+        if cfg.temperature:  # a question's own numbers: its draw depends neither on the batch nor on what another student says
+            numbers = [rng("draw", cfg.seed, batch[i]["number"]).random(cfg.max_new_tokens) for i in good]
+            draw = [cfg.temperature, torch.tensor(np.array(numbers), dtype=torch.float32)]
+        answers = answer(student, [prompts[i] for i in good], cfg.max_new_tokens, *draw) if good else []
         seconds = (time.perf_counter() - begun) / max(1, len(good))
         for record, prompt in zip(records, prompts):
             if isinstance(prompt, str):
@@ -2209,8 +2214,8 @@ def check_settings(cfg: Config) -> tuple[dict, int, int]:
         stop(f"unknown tasks {' '.join(sorted(unknown))}: known are {' '.join(known)}")
     given = {key: getattr(cfg, key) for key in ("frames", "max_new_tokens", "max_pixels") if getattr(cfg, key)}
     protocol = {"name": cfg.protocol} | PROTOCOLS[cfg.protocol][cfg.exam] | given
-    if min([cfg.batch, *given.values()]) < 1 or cfg.per_task < 0:
-        stop("--batch, --frames, --max_new_tokens and --max_pixels must be at least 1, --per_task at least 0")
+    if min([cfg.batch, *given.values()]) < 1 or cfg.per_task < 0 or not 0 <= cfg.temperature < math.inf:
+        stop("--batch, --frames, --max_new_tokens and --max_pixels must be at least 1, --per_task and --temperature at least 0")
     searches = min(cfg.search_steps, cfg.search_beams, cfg.search_views) > 0 and len(cfg.search_scores) == 2
     if not searches or cfg.coupled_stated and not cfg.coupled:
         stop("--search_steps, --search_beams and --search_views must be at least 1, --search_scores two numbers; "

@@ -290,11 +290,30 @@ def test_wrong_devices_and_arguments_are_one_line(settings):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and settings[-2] in done.stderr
 
 
-def test_a_tiny_student_sits_the_exam(run):
-    """The real model code, on a checkpoint without training: batches equal single questions, a broken picture is skipped."""
+def untrained_student(run):
     texts = [text for answers in ANSWERS.values() for text in answers]
     texts += ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 S5 S6 : object at [100, 100, 300, 400]. Case 012."]
     load("04_train_sft").build_tiny(run / "student", texts, 0)
+
+
+def test_drawn_answers_depend_on_the_question_and_the_seed_alone(run):
+    """--temperature 1: the same draw in any batch, another with another seed; towards 0 the greedy answer."""
+    untrained_student(run)
+    settings, said = {"run": str(run), "checkpoint": "student", "max_new_tokens": 4, "device": "cpu", "blank": False, "per_task": 3}, {}
+    for tag, more in {"drawn": {"temperature": 1.0}, "alone": {"temperature": 1.0, "batch": 1}, "other": {"temperature": 1.0, "seed": 1},
+                      "cold": {"temperature": 1e-9}, "greedy": {}}.items():
+        exam.main(exam.Config(**settings | more, tag=tag))
+        said[tag] = {sample["number"]: sample["response"] for sample in map(json.loads, (run / "6_eval" / tag / "samples.jsonl").open())}
+    unlike = {pair: sum(said[pair[0]][number] != said[pair[1]][number] for number in said["greedy"])
+              for pair in (("drawn", "alone"), ("drawn", "other"), ("drawn", "greedy"), ("cold", "greedy"))}
+    assert len(said["greedy"]) > 40 and unlike["drawn", "alone"] == 0 and min(unlike["drawn", "other"], unlike["drawn", "greedy"]) > 30, unlike
+    assert unlike["cold", "greedy"] < 8  # without training some tokens tie exactly
+    assert script("06", "--run", run, "--checkpoint", "student", "--temperature", -1, check=False).returncode == 2
+
+
+def test_a_tiny_student_sits_the_exam(run):
+    """The real model code, on a checkpoint without training: batches equal single questions, a broken picture is skipped."""
+    untrained_student(run)
     picture = run / "2_views" / "room_3" / "t000" / "001.png"
     picture.write_bytes(picture.read_bytes()[:500])
     settings = {"run": str(run), "checkpoint": "student", "max_new_tokens": 6, "device": "cpu"}
