@@ -308,7 +308,8 @@ def test_drawn_answers_depend_on_the_question_and_the_seed_alone(run):
               for pair in (("drawn", "alone"), ("drawn", "other"), ("drawn", "greedy"), ("cold", "greedy"))}
     assert len(said["greedy"]) > 40 and unlike["drawn", "alone"] == 0 and min(unlike["drawn", "other"], unlike["drawn", "greedy"]) > 30, unlike
     assert unlike["cold", "greedy"] < 8  # without training some tokens tie exactly
-    assert script("06", "--run", run, "--checkpoint", "student", "--temperature", -1, check=False).returncode == 2
+    done = script("06", "--run", run, "--checkpoint", "student", "--temperature", -1, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--temperature at least 0" in done.stderr
 
 
 def test_a_tiny_student_sits_the_exam(run):
