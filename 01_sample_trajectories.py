@@ -205,9 +205,8 @@ class Config:
     room_fov_deg: float = setting(90.0, "field of view in rooms, degrees")
     room_side_m: list[float] = setting([5.0, 9.0], "range of a room's width and of its depth, metres")
     objects: list[int] = setting([4, 7], "fewest and most objects a room")
-    same_label_share: float = setting(0.33, "share of rooms in which two objects bear the same label; task D4 needs them")
-    twins: int = setting(1, "pairs of objects with one label in those rooms")
-    twins_alike: bool = setting(False, "the two of a pair have one size and height: only where they stand tells them apart, not their boxes' shapes")
+    same_label_share: float = setting(0.33, "share of rooms in which two objects bear the same label (`ball`: a red one and a blue one of one size); task D4 needs them")
+    twins: int = setting(1, "pairs of objects with one label in those rooms, at most 4")
     twin_gap_m: float = setting(0.0, "widest gap between the two of a pair, metres; 0: any")
     camera_height_m: float = setting(1.5, "height of the camera, metres: one for all rooms, so that the floor tells distances")
     margin_m: float = setting(0.3, "least distance of any frame's camera to walls and objects, metres")
@@ -295,20 +294,21 @@ SHAPES = {  # (least, most) diameter or side and (least, most) height, metres: h
     "pillar": ((0.35, 0.7), (1.0, 1.6)), "cone": ((0.6, 1.1), (0.7, 1.6))}
 
 
-def draw_object(g: np.random.Generator, label: str, twin: dict | None, alike: bool) -> dict:
-    """An object without its place; the second of two with one label is a quarter smaller or a third larger than its `twin`, or `alike`."""
-    color, shape = label.split()
+def draw_object(g: np.random.Generator, label: str, twin: dict | None) -> dict:
+    """An object without its place. Its label is a color and a shape, of a pair the shape alone: the second is the `twin` of the first in
+    another color, so that the pictures tell the two apart, and neither their names nor the shapes of their boxes do."""
+    *named, shape = label.split()
+    colors = named or [color for color in COLORS if not twin or list(COLORS[color]) != twin["color"]]
+    color = list(COLORS[colors[g.integers(len(colors))]])
+    if twin:
+        return {key: value for key, value in twin.items() if key != "id"} | {"color": color, "center_m": [0.0, twin["center_m"][1], 0.0]}
     side_m, tall_m = SHAPES[shape]
     size = [g.uniform(*side_m)] * 3 if tall_m is None else [g.uniform(*side_m), g.uniform(*tall_m), 0.0]
     size[2] = g.uniform(*side_m) if shape == "crate" else size[0]
-    if twin and not alike:
-        size = [side * (0.75 if min(twin["size_m"]) > 0.67 or twin["size_m"][1] > 1.2 else 1.33) for side in twin["size_m"]]
     size = [round(float(side), 2) for side in size]
     lift_m = g.uniform(0.2, 1.0) if shape in ("ball", "crate") and g.random() < 0.3 else 0.0  # some hover at eye level
     yaw_deg = float(g.integers(360)) if shape == "crate" else 0.0
-    if twin and alike:
-        return {key: value for key, value in twin.items() if key != "id"} | {"center_m": [0.0, twin["center_m"][1], 0.0]}
-    return {"label": label, "shape": shape, "color": list(COLORS[color]), "center_m": [0.0, round(-lift_m - size[1] / 2, 3), 0.0],
+    return {"label": label, "shape": shape, "color": color, "center_m": [0.0, round(-lift_m - size[1] / 2, 3), 0.0],
             "size_m": size, "yaw_deg": yaw_deg}
 
 
@@ -319,13 +319,13 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
     room = {"scene_id": scene_id, "width_m": width_m, "depth_m": depth_m, "height_m": round(float(g.uniform(2.6, 3.2)), 2),
             "camera_height_m": cfg.camera_height_m, "texture_seed": int(g.integers(2 ** 31)), "objects": []}
     labels = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    labels = [labels[i] for i in g.permutation(len(labels))[:g.integers(cfg.objects[0], cfg.objects[1] + 1)]]
-    if g.random() < cfg.same_label_share:
-        for k in range(1, min(2 * cfg.twins, len(labels)), 2):
-            labels[k] = labels[k - 1]
-    for label in labels:
+    labels = [labels[i] for i in g.permutation(len(labels))]
+    if g.random() < cfg.same_label_share:  # the pairs' shapes have no other object in this room: "the red ball" is never one of them
+        paired = [list(SHAPES)[i] for i in g.permutation(len(SHAPES))[:cfg.twins]]
+        labels = [label for shape in paired for label in (shape, shape)] + [label for label in labels if label.split()[1] not in paired]
+    for label in labels[:g.integers(cfg.objects[0], cfg.objects[1] + 1)]:
         twin = next((other for other in room["objects"] if other["label"] == label), None)
-        thing = draw_object(g, label, twin, cfg.twins_alike)
+        thing = draw_object(g, label, twin)
         radius_m = outer_radius(thing)
         for x, z in g.uniform(-1, 1, (200, 2)) * (width_m / 2 - radius_m - 0.1, depth_m / 2 - radius_m - 0.1):
             if all(math.hypot(x - other["center_m"][0], z - other["center_m"][2]) > radius_m + outer_radius(other) + 0.2
