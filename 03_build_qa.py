@@ -15,8 +15,8 @@ degrees occur, every two-step sequence has a twin of three steps (`turn right 40
 right 1; turn right 90` does), so that A3 keeps three-step ones only; with turns up to 80 degrees, two-step ones stay.
 
 Where we depart from the published code: no prompt contains its answer; A4, D2 and D4 have both answers, in equal numbers for each
-object label (A4: each first action named), D2 also for each length of the way and size of the box, D4 and S6 for like shifts and
-growths from box to box, so that neither words nor label give the answer away; a D4 question, yes or no, is asked only where the
+object label (A4: each first action named), D2 also for each length of the way and size of the box, S2 at a box for like boxes, D4 and
+S6 for like shifts, growths and forms from box to box, so that neither words nor label give the answer away; a D4 question, yes or no, is asked only where the
 pictures show a second object of that label; the answer of D1 is never just a copy of the box asked about.
 
 Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the frames are looked for, not opened):
@@ -192,12 +192,14 @@ ONE_ANSWER = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # lengths amo
 
 @dataclass
 class Config:
-    run: str = setting("runs/demo", "folder of the run; reads RUN/2_views, writes RUN/3_qa")
+    run: str = setting("runs/demo", "folder of the run; reads RUN/2_views, writes RUN/OUT")
+    out: str = setting("3_qa", "folder of the questions, under RUN: another name for another set about the same views")
     seed: int = setting(0, "seeds every draw, together with scene, trajectory and task")
     directions: str = setting("both", "forward (D1 D2 D4), inverse (A1-A4 D3) or both: the paper's ablation; training files only")
     sources: str = setting("both", "real (photographs), simulated (rooms) or both: another ablation; training files only")
     tasks: list[str] = setting([*EIGHT, *STATIC], "tasks to train on; the held-out file always has all fourteen")
     pairs: str = setting("ends", "ends: frame 0 with the last one, as in the paper; keyframes: every two kept keyframes")
+    most_actions: int = setting(0, "ask only about two pictures at most so many actions apart, an easier lesson; 0: about all")
     caps: list[str] = setting(["A4=1", "D1=2", "D2=2", "D3=1", "D4=2", "S1=1", "S2=2", "S3=1", "S5=2", "S6=2"], "most questions of a task on "
                               "one pair (S1-S4: on one picture; tasks not named: 1), else scenes full of objects rule the set; 0.2: one on a "
                               "fifth of the pairs")
@@ -521,6 +523,7 @@ TEMPLATES = {  # the words after the <image> marks. None may hold its answer: A1
            "One {label} is at {box} in image 1. After {actions}, is it the {label} at {box2} in image 2? Answer yes or no."],
     "S1": [f"Where is the {{label}}? Answer: {BOX}.", f"Find the {{label}}. Answer: {BOX}."],
     "S2": ["Do you see any {label}? Answer yes or no.", "Is any {label} in the picture? Answer yes or no."],
+    "S2 at box": ["Is any {label} at {box}? Answer yes or no.", "Do you see any {label} at {box}? Answer yes or no."],
     "S3": ["How far away along the floor is the {label}? Answer: <number> meters.",
            "What is the distance along the floor to the {label}? Answer: <number> meters."],
     "S3 at box": ["How far away along the floor is the object at {box}? Answer: <number> meters.",
@@ -531,6 +534,8 @@ TEMPLATES = {  # the words after the <image> marks. None may hold its answer: A1
            f"An object is at {{box}} in image 1. Find it in image 2. Answer: {BOX}."],
     "S6": ["One {label} is at {box} in image 1, one at {box2} in image 2. Are they the same one? Answer yes or no.",
            "Is the {label} at {box} in image 1 the {label} at {box2} in image 2? Answer yes or no."],
+    "S6 any": ["One object is at {box} in image 1, one at {box2} in image 2. Are they the same one? Answer yes or no.",
+               "Is the object at {box} in image 1 the object at {box2} in image 2? Answer yes or no."],
 }
 
 
@@ -602,13 +607,15 @@ def false_statement(actions: list, values: dict, motions: dict, draw: random.Ran
 
 
 def shift_class(before: Seen, after: Seen, actions: list) -> str:
-    """How far to the side and how much larger the second box is, in coarse classes, with the turn that the words may tell: D4 and S6 are
-    balanced within them, for else the two boxes alone would tell whether they show one object. A turn to the left counts as its mirror image."""
+    """How far to the side, how much larger and how much wider for its height the second box is, in coarse classes, with the turn that the words may
+    tell: D4 and S6 are balanced within them, for else the two boxes alone would tell whether they show one object. A turn to the left counts as its
+    mirror image."""
     (l1, t1, r1, b1), (l2, t2, r2, b2) = before.box, after.box
     turn = sum(TURNS[name] * value for name, value in actions if name in TURNS)
     shift = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1)
     growth = math.log2((r2 - l2) * (b2 - t2) / ((r1 - l1) * (b1 - t1)))
-    return f"{'turned ' if turn else ''}{round(shift / 200)} {round(growth)}"
+    wider = 2 * math.log2((r2 - l2) * (b1 - t1) / ((b2 - t2) * (r1 - l1)))
+    return f"{'turned ' if turn else ''}{round(shift / 200)} {round(growth)} {round(wider)}"
 
 
 def mixed(draw: random.Random, one: list, other: list, most: int) -> list:
@@ -654,6 +661,8 @@ class Asker:
         seen = {k: look(view["objects"][frame_of[k]], self.cfg) for k in sorted({*sum(joins, ())})} if view["objects"] else {}
         questions = []
         for a, b in joins:
+            if self.cfg.most_actions and b - a > self.cfg.most_actions:
+                continue
             actions = [tuple(action) for action in view["actions"][a:b]]
             images = (view["frames"][frame_of[a]], view["frames"][frame_of[b]])
             questions += self.ask_pair(view, (a, b), actions, images, seen.get(a, {}), seen.get(b, {}))
@@ -673,8 +682,8 @@ class Asker:
         def generator(task):
             return rng(self.cfg.seed, view["scene_id"], view["traj_id"], pair, task)
 
-        def add(task, draw, answer, label="", size="", **words):
-            prompt = "<image>" * (1 if task == "D2" else 2) + draw.choice(TEMPLATES[task]).format(label=label, **words)
+        def add(task, draw, answer, label="", size="", template=None, **words):
+            prompt = "<image>" * (1 if task == "D2" else 2) + draw.choice(TEMPLATES[template or task]).format(label=label, **words)
             questions.append(Question(task, prompt, answer, images[:1] if task == "D2" else images, label, size, draw.random(), view,
                                       difficulty(actions)))
 
@@ -687,7 +696,7 @@ class Asker:
             self.dropped[f"{task}: not the only sequence to its pose"] += 1
 
         draw = generator("A4")
-        for truth in draw.sample([True, False], 2)[:caps["A4"]]:
+        for truth in (draw.sample([True, False], 2) * caps["A4"])[:caps["A4"]]:
             statement = actions if truth else false_statement(actions, self.values, self.motions, draw, self.cfg)
             if statement is None:
                 self.dropped["A4: no false statement far enough from the truth"] += 1
@@ -725,26 +734,29 @@ class Asker:
                 self.dropped["D3: not the only sequence to its pose"] += 1
 
         # D4, S6: for `yes` as for `no` the pictures show a second object of that label, so neither the words nor the label tell
-        same, other = [], []
+        twins, other_twins = [], []
         for key in usable:
             first, second = ([k for k, one in seen.items() if k != key and one.visible and one.label == before[key].label]
                              for seen in (before, after))
-            same += [(key, key)] * (key in both and bool(first or second))
-            other += [(key, k) for k in second if after[k].usable]
-        for task in ("D4", "S6"):
-            draw = generator(task)
+            twins += [(key, key)] * (key in both and bool(first or second))
+            other_twins += [(key, k) for k in second if after[k].usable]
+        others = [(key, k) for key in usable for k, one in after.items() if k != key and one.usable]
+        for task, template, same, other in (("D4", "D4", twins, other_twins), ("S6", "S6", twins, other_twins),
+                                            ("S6", "S6 any", [(key, key) for key in both], others)):
+            draw = generator(template)
             for key, k in mixed(draw, same, other, caps[task]):
-                size = shift_class(before[key], after[k], actions)
-                add(task, draw, "yes" if key == k else "no", before[key].label, size, box=before[key].text, box2=after[k].text, actions=words)
+                size = f"{template} {shift_class(before[key], after[k], actions)}"
+                add(task, draw, "yes" if key == k else "no", before[key].label, size, template, box=before[key].text, box2=after[k].text,
+                    actions=words)
         return questions
 
     def ask_picture(self, view: dict, k: int, image: str, seen: dict, yaw: float) -> list[Question]:
         """S1-S4 on one picture. S2 needs exact objects (a detector may miss one), S3 distances, S4 a room with a heading."""
         questions, caps, draw = [], self.caps_of(view, k), rng(self.cfg.seed, view["scene_id"], view["traj_id"], k, "S")
 
-        def add(task, answer, label="", box="", template=None):
+        def add(task, answer, label="", box="", template=None, size=""):
             words = draw.choice(TEMPLATES[template or task]).format(label=label, box=box)
-            questions.append(Question(task, "<image>" + words, answer, (image,), label, "", draw.random(), view))
+            questions.append(Question(task, "<image>" + words, answer, (image,), label, size, draw.random(), view))
 
         shown = Counter(one.label for one in seen.values() if one.visible)
         usable = [one for one in seen.values() if one.usable]
@@ -753,9 +765,17 @@ class Asker:
             add("S1", one.text, one.label)
         if view["exact"]:
             here = sorted({one.label for one in usable})
-            absent = [label for label in self.labels[view["source"]] if label not in shown]
+            absent = [label for label in self.labels[view["source"]]
+                      if not any(label.endswith(one) or one.endswith(label) for one in shown)]  # "ball" is not absent where a "red ball" is
             for label in mixed(draw, here, absent, caps["S2"]):
                 add("S2", "yes" if label in shown else "no", label)
+            for one in draw.sample(usable, min(caps["S2"], len(usable))):  # at the box of an object: its own label, or that of another
+                wrong = [label for label in here if not label.endswith(one.label) and not one.label.endswith(label)]
+                true = draw.random() < 0.5
+                if true or wrong:
+                    (x1, y1, x2, y2) = one.box
+                    add("S2", "yes" if true else "no", one.label if true else draw.choice(wrong), one.text, "S2 at box",
+                        f"{round(math.log2((x2 - x1) / (y2 - y1)))} {round(math.log2((x2 - x1) * (y2 - y1)))}")  # the box's form does not tell
         near = [one for one in usable if one.distance_m is not None]
         for one in draw.sample(near, min(caps["S3"], len(near))):
             unique = shown[one.label] == 1 and draw.random() < 0.7
@@ -905,7 +925,7 @@ def main(cfg: Config):
     if unknown := [task for task in cfg.tasks if task not in (*EIGHT, *STATIC)]:
         stop(f"--tasks {' '.join(unknown)}: unknown; choose among {' '.join((*EIGHT, *STATIC))}")
     read_caps(cfg.caps)
-    folder = run / "3_qa"
+    folder = run / cfg.out
     meta = begin(folder, {key: value for key, value in asdict(cfg).items() if key != "run"}, run / "2_views")
     views, skipped = load_views(run, keep_c2w=bool(cfg.detector))
     if not views:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -191,8 +192,8 @@ def test_yes_and_no_are_equal_for_every_task_and_label(built):
         for record in records:
             task, view = record["task_type"], views[record["scene_id"], record["traj_id"]]
             if task in qa.YES_NO:
-                box = re.search(BOX, prompt(record))
-                label = object_at(view, 0, box.group())["label"] if box else re.findall(r"any (\w+ \w+)|$", prompt(record))[0]
+                named, box = re.search(r"any (\w+ \w+)", prompt(record)), re.search(BOX, prompt(record))
+                label = named.group(1) if named else object_at(view, 0, box.group())["label"] if box else ""
                 label = re.search(ACTION, prompt(record)).group().split()[1] if task == "A4" else label
                 tally[task, label][answer(record)] += 1
                 tally[task, "all"][answer(record)] += 1
@@ -210,8 +211,8 @@ def test_yes_and_no_are_equal_for_every_task_and_label(built):
     for record in (r for name in ("sft", "static") for r in built[2][name] if r["task_type"] in ("D4", "S6")):
         (l1, t1, r1, b1), (l2, t2, r2, b2) = map(json.loads, re.findall(BOX, prompt(record)))
         turn = sum(value * {"turn_left": -1, "turn_right": 1}.get(name, 0) for name, value in views[record["scene_id"], record["traj_id"]]["actions"])
-        shift, growth = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1), np.log2((r2 - l2) * (b2 - t2) / ((r1 - l1) * (b1 - t1)))
-        shifts[record["task_type"], bool(turn), round(shift / 200), round(growth)][answer(record)] += 1
+        shift, (wide, tall) = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1), np.log2([(r2 - l2) / (r1 - l1), (b2 - t2) / (b1 - t1)])
+        shifts[record["task_type"], bool(turn), round(shift / 200), round(wide + tall), round(2 * (wide - tall))][answer(record)] += 1
     assert len(shifts) > 10 and all(count["yes"] == count["no"] for count in shifts.values())
     card = json.loads((built[0] / "3_qa/card.json").read_text())
     assert set(card["audits_must_be_0"].values()) == {0} and {*card["balance"]["sft"]} == {"A4", "D2", "D4"}
@@ -296,6 +297,7 @@ def test_answers_of_pairs_agree_with_the_views(built):
             assert json.loads(boxes[1]) == last[0]["box"]
         if task in ("D4", "S6"):
             assert (said == "yes") == (object_at(view, -1, boxes[1])["id"] == first["id"])
+        if task in ("D4", "S6") and first["label"] in prompt(record):  # else S6 asks about any two objects
             like = {e["id"] for k in (0, -1) for e in view["objects"][k] if e["label"] == first["label"]}
             assert len(like) >= 2 and object_at(view, -1, boxes[1])["label"] == first["label"]
 
@@ -319,7 +321,9 @@ def test_answers_about_one_picture_agree_with_the_views(built):
         those = [e for e in view["objects"][k] if label and e["label"] == label.group()]
         if task == "S1":
             assert [e["box"] for e in those] == [json.loads(said)]
-        if task == "S2":
+        if task == "S2" and (box := re.search(BOX, prompt(record))):
+            assert (said == "yes") == (object_at(view, k, box.group())["label"] == label.group())
+        elif task == "S2":
             assert (said == "yes") == any(is_usable(e["box"]) for e in those) and (said == "no") == (not those)
         if task == "S3":
             box = re.search(BOX, prompt(record))
@@ -398,13 +402,43 @@ def test_ablations_change_the_training_files_and_not_the_exam(tmp_path, settings
 
 
 def test_grpo_is_a_subset_of_sft_of_the_size_asked_for(tmp_path):
-    files = build(write_run(tmp_path / "run", fake_views(rooms=200)), grpo_per_task=11, heldout_per_task=7)
+    files = build(write_run(tmp_path / "run", fake_views(rooms=300)), grpo_per_task=11, heldout_per_task=7)
     trained = {json.dumps(r) for r in files["sft"]}
     assert all(json.dumps(r) in trained for r in files["grpo"])
     for name, most in (("grpo", 11), ("heldout", 7)):
         count = Counter(r["task_type"] for r in files[name])
         for task, number in count.items():
             assert number == most, (name, task, number)
+
+
+def test_an_easier_lesson_about_the_same_views(tmp_path):
+    """--most_actions 1 asks about single actions only, into a folder beside the questions about all."""
+    run = write_run(tmp_path / "run", fake_views(rooms=20))
+    files = build(run)
+    qa.main(qa.Config(run=str(run), out="3_lesson", most_actions=1))
+    lesson = [json.loads(line) for line in (run / "3_lesson/sft.jsonl").read_text().splitlines()]
+    steps = {(view["scene_id"], view["traj_id"]): len(view["actions"]) for view in map(json.loads, (run / "2_views/views.jsonl").read_text().splitlines())}
+    assert {steps[r["scene_id"], r["traj_id"]] for r in lesson} == {1} < {steps[r["scene_id"], r["traj_id"]] for r in files["sft"]}
+    assert (run / "3_qa/sft.jsonl").read_text().splitlines() == [json.dumps(r, ensure_ascii=False) for r in files["sft"]]
+
+
+def test_a_red_ball_is_a_ball(tmp_path):
+    """Pairs bear the shape's name alone: where a "red ball" stands, S2 asks for a "ball" neither as absent nor as the wrong name of the box."""
+    views = fake_views(rooms=40)
+    for view in views[::2]:  # half of the scenes name shapes only
+        for entry in [entry for frame in view["objects"] for entry in frame if int(view["scene_id"][-1]) % 2]:
+            entry["label"] = entry["label"].split()[1]
+    frames, denied = {path: objects for view in views for path, objects in zip(view["frames"], view["objects"])}, 0
+    for record in everything(build(write_run(tmp_path / "run", views))):
+        if record["task_type"] == "S2" and answer(record) == "no":
+            asked = re.search("((red|green|blue) )?(ball|crate)", prompt(record)).group()
+            box = re.search(BOX, prompt(record))
+            shown = [entry["label"] for entry in frames[record["images"][0]]
+                     if not box or [round(v) for v in entry["box"] or []] == json.loads(box.group())]
+            denied += " " not in asked
+            assert shown or not box
+            assert not any(label.endswith(asked) or asked.endswith(label) for label in shown)
+    assert denied > 10
 
 
 def test_box_step_rounds_every_box(tmp_path):
@@ -421,6 +455,9 @@ def test_caps_and_pairs_of_keyframes(tmp_path):
     half = build(write_run(tmp_path / "half", views), caps=["A2=0.5"])  # a cap below 1: one question on that share of the pairs
     asked, all_of_them = ([(r["scene_id"], r["traj_id"]) for r in everything(files) if r["task_type"] == "A2"] for files in (half, build_one))
     assert set(asked) < set(all_of_them) and 0.3 < len(asked) / len(all_of_them) < 0.7 and len(asked) == len(set(asked))
+    four = build(write_run(tmp_path / "four", views), caps=["A4=4"])  # true and false by turns
+    per_pair = Counter((r["scene_id"], r["traj_id"], answer(r)) for r in everything(four) if r["task_type"] == "A4")
+    assert set(per_pair.values()) == {1, 2} and statistics.mode(per_pair.values()) == 2
     every = build(write_run(tmp_path / "every", views), pairs="keyframes")
     names, seen = by_view(views), set()
     for record in [r for r in everything(every) if r["task_type"] in ("A1", "A2", "A3")]:
