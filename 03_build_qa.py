@@ -210,6 +210,8 @@ class Config:
     min_score: float = setting(0.3, "lowest detector score (0..1) of a usable box; exact boxes have none and always pass")
     near_miss_m: float = setting(0.3, "a false A4 statement ends at least so many metres from the truth ...")
     near_miss_deg: float = setting(20.0, "... or looks at least so many degrees away from it: nearer ones are not clearly false")
+    near_miss_box: int = setting(0, "a D4 answered no shows any object at least so many thousandths of the width beside the one asked about, not its "
+                                    "double among like boxes: an easier lesson, which boxes alone may answer; 0: its double")
     grpo_per_task: int = setting(125, "questions a task in grpo.jsonl (paper: 125)")
     heldout_per_task: int = setting(0, "most questions a task in heldout.jsonl; 0: all")
     detector: str = setting("", "hub id or folder of an object detector (ordinary or zero-shot) for views without exact boxes; "
@@ -521,6 +523,8 @@ TEMPLATES = {  # the words after the <image> marks. None may hold its answer: A1
     "D4": ["The {label} is at {box} in image 1. The camera did: {actions}. Is the {label} at {box2} in image 2 the same one? "
            "Answer yes or no.",
            "One {label} is at {box} in image 1. After {actions}, is it the {label} at {box2} in image 2? Answer yes or no."],
+    "D4 any": ["The {label} is at {box} in image 1. The camera did: {actions}. Is it at {box2} in image 2? Answer yes or no.",
+               "One {label} is at {box} in image 1. After {actions}, is it the one at {box2} in image 2? Answer yes or no."],
     "S1": [f"Where is the {{label}}? Answer: {BOX}.", f"Find the {{label}}. Answer: {BOX}."],
     "S2": ["Do you see any {label}? Answer yes or no.", "Is any {label} in the picture? Answer yes or no."],
     "S2 at box": ["Is any {label} at {box}? Answer yes or no.", "Do you see any {label} at {box}? Answer yes or no."],
@@ -606,13 +610,17 @@ def false_statement(actions: list, values: dict, motions: dict, draw: random.Ran
     return None
 
 
+def middle(one: Seen) -> float:
+    return (one.box[0] + one.box[2]) / 2
+
+
 def shift_class(before: Seen, after: Seen, actions: list) -> str:
     """How far to the side, how much larger and how much wider for its height the second box is, in coarse classes, with the turn that the words may
     tell: D4 and S6 are balanced within them, for else the two boxes alone would tell whether they show one object. A turn to the left counts as its
     mirror image."""
     (l1, t1, r1, b1), (l2, t2, r2, b2) = before.box, after.box
     turn = sum(TURNS[name] * value for name, value in actions if name in TURNS)
-    shift = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1)
+    shift = (middle(after) - middle(before)) * (-1 if turn < 0 else 1)
     growth = math.log2((r2 - l2) * (b2 - t2) / ((r1 - l1) * (b1 - t1)))
     wider = 2 * math.log2((r2 - l2) * (b1 - t1) / ((b2 - t2) * (r1 - l1)))
     return f"{'turned ' if turn else ''}{round(shift / 200)} {round(growth)} {round(wider)}"
@@ -741,11 +749,13 @@ class Asker:
             twins += [(key, key)] * (key in both and bool(first or second))
             other_twins += [(key, k) for k in second if after[k].usable]
         others = [(key, k) for key in usable for k, one in after.items() if k != key and one.usable]
-        for task, template, same, other in (("D4", "D4", twins, other_twins), ("S6", "S6", twins, other_twins),
-                                            ("S6", "S6 any", [(key, key) for key in both], others)):
+        any_same = [(key, key) for key in both]
+        far = [(key, k) for key, k in others if key in both and abs(middle(after[key]) - middle(after[k])) >= self.cfg.near_miss_box]
+        for task, template, same, other in (("D4", "D4 any", any_same, far) if self.cfg.near_miss_box else ("D4", "D4", twins, other_twins),
+                                            ("S6", "S6", twins, other_twins), ("S6", "S6 any", any_same, others)):
             draw = generator(template)
             for key, k in mixed(draw, same, other, caps[task]):
-                size = f"{template} {shift_class(before[key], after[k], actions)}"
+                size = "" if template == "D4 any" else f"{template} {shift_class(before[key], after[k], actions)}"
                 add(task, draw, "yes" if key == k else "no", before[key].label, size, template, box=before[key].text, box2=after[k].text,
                     actions=words)
         return questions

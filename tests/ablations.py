@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--steps", type=int, nargs=4, default=[500, 250, 300, 150], help="SFT before, in and after the lesson (two lengths apart), GRPO")
+    parser.add_argument("--steps", type=int, nargs=4, default=[450, 300, 300, 150], help="SFT before, in and after the lesson (two lengths apart), GRPO")
     parser.add_argument("--per_task", type=int, default=600, help="held-out questions a task")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     options = parser.parse_args()
