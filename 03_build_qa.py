@@ -15,9 +15,10 @@ degrees occur, every two-step sequence has a twin of three steps (`turn right 40
 right 1; turn right 90` does), so that A3 keeps three-step ones only; with turns up to 80 degrees, two-step ones stay.
 
 Where we depart from the published code: no prompt contains its answer; A4, D2 and D4 have both answers, in equal numbers for each
-object label (A4: each first action named), D2 also for each length of the way and size of the box, S2 at a box for like boxes, D4 and
-S6 for like shifts, growths and forms from box to box, so that neither words nor label give the answer away; a D4 question, yes or no, is asked only where the
-pictures show a second object of that label; the answer of D1 is never just a copy of the box asked about.
+object label (A4: each first action named), D2 also for each length of the way and size of the box, S2 at a box for like boxes, D4
+and S6 for like shifts, growths and forms from box to box, so that neither words nor label give the answer away; a D4 question, yes
+or no, is asked only where the pictures show a second object of that label (but see --near_miss_box); the answer of D1 is never just
+a copy of the box asked about.
 
 Reads   RUN/2_views/views.jsonl, one trajectory a line (here shortened; the frames are looked for, not opened):
   {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "split": "train", "actions": [["turn_left", 40]],

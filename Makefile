@@ -24,7 +24,8 @@ EXAM := --tasks A1 A2 A3 A4 D1 D2 D3 D4 --per_task
 .PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
 # SFT in three parts: everything; a lesson about single actions, mostly A4 (did the camera do this?) and D4 (is this the one?) whose false statements
-# are plainly so, for the mixture alone does not teach to compare; everything again. GRPO refines where the reward gives part of the points; the last two exams draw their answers as GRPO does.
+# are plainly so, for the mixture alone does not teach to compare; everything again. GRPO refines where the reward gives part of the points. The last
+# two exams draw their answers as GRPO does.
 demo: $(VENV)/ready
 	$(PY) 01_sample_trajectories.py --run $(RUN) --rooms 4000 --heldout 0.15 --shares 0.4 0.3 0.3 $(ROOMS)
 	$(PY) 02_imagine_views.py --run $(RUN) --keep ends

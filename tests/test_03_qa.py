@@ -412,14 +412,22 @@ def test_grpo_is_a_subset_of_sft_of_the_size_asked_for(tmp_path):
 
 
 def test_an_easier_lesson_about_the_same_views(tmp_path):
-    """--most_actions 1 asks about single actions only, into a folder beside the questions about all."""
+    """--most_actions 1 asks about single actions only, into a folder beside the questions about all; --near_miss_box: which D4 boxes are plainly another's."""
     run = write_run(tmp_path / "run", fake_views(rooms=20))
     files = build(run)
-    qa.main(qa.Config(run=str(run), out="3_lesson", most_actions=1))
+    qa.main(qa.Config(run=str(run), out="3_lesson", most_actions=1, near_miss_box=150))
     lesson = [json.loads(line) for line in (run / "3_lesson/sft.jsonl").read_text().splitlines()]
     steps = {(view["scene_id"], view["traj_id"]): len(view["actions"]) for view in map(json.loads, (run / "2_views/views.jsonl").read_text().splitlines())}
     assert {steps[r["scene_id"], r["traj_id"]] for r in lesson} == {1} < {steps[r["scene_id"], r["traj_id"]] for r in files["sft"]}
     assert (run / "3_qa/sft.jsonl").read_text().splitlines() == [json.dumps(r, ensure_ascii=False) for r in files["sft"]]
+    views, said = by_view(list(map(json.loads, (run / "2_views/views.jsonl").read_text().splitlines()))), Counter()
+    for record in (r for r in lesson if r["task_type"] == "D4"):
+        view, (box, box2) = views[record["scene_id"], record["traj_id"]], re.findall(BOX, prompt(record))
+        first, shown = object_at(view, 0, box), object_at(view, -1, box2)
+        (x1, _, x2, _), (x3, _, x4, _) = next(e["box"] for e in view["objects"][-1] if e["id"] == first["id"]), shown["box"]
+        assert first["id"] == shown["id"] if answer(record) == "yes" else abs(x1 + x2 - x3 - x4) >= 300
+        said[answer(record), first["label"]] += 1
+    assert len(said) > 4 and all(said["yes", label] == said["no", label] for _, label in said)
 
 
 def test_a_red_ball_is_a_ball(tmp_path):
