@@ -670,7 +670,7 @@ class Asker:
         seen = {k: look(view["objects"][frame_of[k]], self.cfg) for k in sorted({*sum(joins, ())})} if view["objects"] else {}
         questions = []
         for a, b in joins:
-            if self.cfg.most_actions and b - a > self.cfg.most_actions:
+            if 0 < self.cfg.most_actions < b - a:
                 continue
             actions = [tuple(action) for action in view["actions"][a:b]]
             images = (view["frames"][frame_of[a]], view["frames"][frame_of[b]])
