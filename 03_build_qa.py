@@ -751,9 +751,10 @@ class Asker:
             other_twins += [(key, k) for k in second if after[k].usable]
         others = [(key, k) for key in usable for k, one in after.items() if k != key and one.usable]
         any_same = [(key, key) for key in both]
-        far = [(key, k) for key, k in others if key in both and abs(middle(after[key]) - middle(after[k])) >= self.cfg.near_miss_box]
-        for task, template, same, other in (("D4", "D4 any", any_same, far) if self.cfg.near_miss_box else ("D4", "D4", twins, other_twins),
-                                            ("S6", "S6", twins, other_twins), ("S6", "S6 any", any_same, others)):
+        d4 = ("D4", "D4", twins, other_twins)
+        if least := self.cfg.near_miss_box:
+            d4 = ("D4", "D4 any", any_same, [(key, k) for key, k in others if key in both and abs(middle(after[key]) - middle(after[k])) >= least])
+        for task, template, same, other in (d4, ("S6", "S6", twins, other_twins), ("S6", "S6 any", any_same, others)):
             draw = generator(template)
             for key, k in mixed(draw, same, other, caps[task]):
                 size = "" if template == "D4 any" else f"{template} {shift_class(before[key], after[k], actions)}"

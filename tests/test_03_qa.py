@@ -299,7 +299,7 @@ def test_answers_of_pairs_agree_with_the_views(built):
             assert json.loads(boxes[1]) == last[0]["box"]
         if task in ("D4", "S6"):
             assert (said == "yes") == (object_at(view, -1, boxes[1])["id"] == first["id"])
-        if task in ("D4", "S6") and first["label"] in prompt(record):  # else S6 asks about any two objects
+        if task == "D4" or task == "S6" and "object" not in prompt(record):  # else S6 asks about any two objects
             like = {e["id"] for k in (0, -1) for e in view["objects"][k] if e["label"] == first["label"]}
             assert len(like) >= 2 and object_at(view, -1, boxes[1])["label"] == first["label"]
 
