@@ -4,8 +4,9 @@
 RUN    ?= runs/demo
 PYTHON ?= python3
 SEED   ?= 0
-FIRST_STEPS ?= 350
-STEPS  ?= 250
+FIRST_STEPS ?= 300
+LESSON_STEPS ?= 300
+STEPS  ?= 300
 GRPO_STEPS ?= 100
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -16,14 +17,14 @@ export OMP_WAIT_POLICY := PASSIVE
 TINY := --recipe tiny
 ROOMS := --room_px 84 --same_label_share 1 --twins 2 --twin_gap_m 0.6 --objects 6 8 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40
 QUESTIONS := --box_step 10 --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S6=4 --grpo_per_task 2500
-LESSON := --out 3_lesson --box_step 10 --most_actions 1 --caps A4=4 D1=1 D2=0.3 D3=0.5 D4=4 --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150 --grpo_per_task 0
+LESSON := --out 3_lesson --box_step 10 --most_actions 1 --caps A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150 --grpo_per_task 0
 SFT = $(PY) 04_train_sft.py --run $(RUN) --warmup 0.02 --mean answer $(TINY)
 REHEARSE := --rehearse 3_qa/static.jsonl --rehearse_share 0.15
 EXAM := --tasks A1 A2 A3 A4 D1 D2 D3 D4 --per_task
 
 .PHONY: demo miniature rival ablations test bench base base-check peers fire clean
 
-# SFT in three parts: everything; a lesson about single actions, mostly A4 (did the camera do this?) and D4 (is this the one?) whose false statements
+# SFT in three parts: everything; a lesson about single actions, mostly D4 (is this the one?) and A4 (did the camera do this?) whose false statements
 # are plainly so, for the mixture alone does not teach to compare; everything again. GRPO refines where the reward gives part of the points. The last
 # two exams draw their answers as GRPO does.
 demo: $(VENV)/ready
@@ -32,7 +33,7 @@ demo: $(VENV)/ready
 	$(PY) 03_build_qa.py --run $(RUN) $(QUESTIONS)
 	$(PY) 03_build_qa.py --run $(RUN) $(LESSON)
 	$(SFT) --out 4_first --student base $(REHEARSE) --steps $(FIRST_STEPS) --seed 1$(SEED)
-	$(SFT) --out 4_lesson --student 4_first --data 3_lesson/sft.jsonl --schedule constant --steps 300 --seed $(SEED)
+	$(SFT) --out 4_lesson --student 4_first --data 3_lesson/sft.jsonl --schedule constant --steps $(LESSON_STEPS) --seed $(SEED)
 	$(SFT) --student 4_lesson $(REHEARSE) --steps $(STEPS) --seed $(SEED)
 	$(PY) 05_train_refine.py --run $(RUN) --tasks A3 D1 D3 --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --blank False --checkpoint base
@@ -45,7 +46,7 @@ demo: $(VENV)/ready
 
 # The paper's claims in an hour: the demo with more steps, and the rival, base/ asking a world model while it answers.
 miniature:
-	$(MAKE) demo RUN=runs/miniature FIRST_STEPS=450 STEPS=300 GRPO_STEPS=150
+	$(MAKE) demo RUN=runs/miniature FIRST_STEPS=350 LESSON_STEPS=450 STEPS=450 GRPO_STEPS=150
 	$(MAKE) rival RUN=runs/miniature
 
 # The base of a run beside the same that asks a world model while it answers: right answers, seconds and operations a question.

@@ -34,6 +34,9 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     """transformers' attention function: query [B, H, S, D], key and value [B, Hk, Sk, D] -> ([B, S, H, D], None)."""
     if dropout or sliding_window is not None:
         raise ValueError(f"world2vlm attention has no dropout ({dropout}) and no sliding window ({sliding_window}): use sdpa")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as SDPA does: q and k leave a norm (Qwen3-VL) or the rotation in float32, v its layer in bfloat16
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if attention_mask is not None:
         if attention_mask.ndim != 2 or prefix is not None:
             raise ValueError("world2vlm attention takes a 2-D padding mask or prefix=segments (with -1 for padding), not both and no "

@@ -3,16 +3,19 @@
 Every student is a run folder runs/ablations/VARIANT-SEED, trained by 04 in the three parts of `make demo`, on as many questions as the others (two
 lengths apart). The questions come from the same trajectories, imagined by `simulator` and by `warp` (true depth, grey where the first view shows
 nothing); all students sit the held-out questions of `simulator`. A finished student is a line of tests/ablations.jsonl, with its hash and scores, and
-is not made again: the table can be completed in any number of sittings. With --table it is only printed.
+is not made again: the table can be completed in any number of sittings. With --table it is only printed. On a GPU, or on many cores, --jobs students
+are made at once; the arithmetic is float32 everywhere.
 """
 import argparse
 import functools
 import hashlib
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +24,8 @@ FORWARD, INVERSE = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3")
 TASKS = (*INVERSE[:4], "D1", "D2", "D3", "D4")
 MAKE = dict(re.findall(r"^(\w+) *:?= *(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))  # the demo's settings
 ROOMS = ["--rooms", 4000, "--heldout", 0.15, "--shares", 0.4, 0.3, 0.3, *MAKE["ROOMS"].split()]
-SFT = ["--warmup", 0.02, "--mean", "answer", "--recipe", "tiny"]
-REFINE = ["--tasks", "A3", "D1", "D3", "--recipe", "tiny"]
+SFT = ["--warmup", 0.02, "--mean", "answer", "--recipe", "tiny", "--dtype", "float32"]
+REFINE = ["--tasks", "A3", "D1", "D3", "--recipe", "tiny", "--dtype", "float32"]
 VARIANTS = {"both": {}, "forward only": {"tasks": FORWARD}, "inverse only": {"tasks": INVERSE}, "warp": {"teachers": ["warp"]},
             "half warp": {"teachers": ["simulator", "warp"]}, "half as long": {"length": 0.5}, "twice as long": {"length": 2}}
 
@@ -41,9 +44,9 @@ def views(teacher: str) -> Path:
     run = PLACE / teacher
     PLACE.mkdir(parents=True, exist_ok=True)
     script("01", run, *ROOMS)
-    script("02", run, "--keep", "ends", "--teacher", teacher)
-    script("03", run, *MAKE["QUESTIONS"].split())
-    script("03", run, *MAKE["LESSON"].split())
+    script("02", run, "--keep", "ends", "--teacher", teacher, "--workers", os.cpu_count())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: script("03", run, *MAKE[name].split()), ("QUESTIONS", "LESSON")))
     return run
 
 
@@ -66,7 +69,8 @@ def examine(run: Path, checkpoint: str, per_task: int, temperature: int = 0) -> 
     """{task: main score} and the means over the tasks of reward and right answers."""
     rooms, tag = views("simulator"), checkpoint[2:] + "-drawn" * temperature
     script("06", run, "--checkpoint", checkpoint, "--tag", tag, "--temperature", temperature, "--questions", rooms / "3_qa/heldout.jsonl",
-           "--data_root", rooms, "--train", rooms / "3_qa/sft.jsonl", "--per_task", per_task, "--blank", False, "--tasks", *TASKS)
+           "--data_root", rooms, "--train", rooms / "3_qa/sft.jsonl", "--per_task", per_task, "--blank", False, "--dtype", "float32",
+           "--tasks", *TASKS)
     results = json.loads((run / f"6_eval/{tag}/results.json").read_text())
     scores = {task: next(iter(results["tasks"][task]["metrics"].values()))["mean"] for task in TASKS}
     rewards = [results["tasks"][task]["metrics"]["reward"]["mean"] for task in TASKS]
@@ -84,13 +88,16 @@ def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
     script("04", run, *place, "--data", run / "lesson.jsonl", "--out", "4_lesson", "--student", "4_first", "--steps", lesson, "--seed", seed,
            "--schedule", "constant", *SFT)
     script("04", run, *mixture, "--student", "4_lesson", "--steps", rest, "--seed", seed, *SFT)
-    line = {"variant": variant, "seed": seed, "steps": [first, lesson, rest], "sft": examine(run, "4_sft", per_task),
-            "sha256": hashlib.sha256((run / "4_sft/model.safetensors").read_bytes()).hexdigest()}
+    exams = [("4_sft", 0)]
     if variant == "both":
         script("05", run, *place, "--data", run / "grpo.jsonl", "--steps", steps[3], "--seed", seed, *REFINE)
-        line["refined"] = examine(run, "5_refine", per_task)
-        for checkpoint in ("4_sft", "5_refine"):
-            examine(run, checkpoint, per_task, temperature=1)
+        exams += [("5_refine", 0), ("4_sft", 1), ("5_refine", 1)]
+    with ThreadPoolExecutor(len(exams)) as pool:
+        sft, *refined = pool.map(lambda exam: examine(run, exam[0], per_task, exam[1]), exams)
+    line = {"variant": variant, "seed": seed, "steps": [first, lesson, rest], "sft": sft,
+            "sha256": hashlib.sha256((run / "4_sft/model.safetensors").read_bytes()).hexdigest()}
+    if refined:
+        line["refined"] = refined[0]
         for name, how in (("", "greedy"), ("-drawn", "drawn")):
             script("06", run, "--compare", f"sft{name}", f"refine{name}")
             line[f"refined minus sft, {how}"] = json.loads((run / "6_eval/compare.json").read_text())["tasks"]["all"]["reward"]
@@ -116,18 +123,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--steps", type=int, nargs=4, default=[450, 300, 300, 150], help="SFT before, in and after the lesson (two lengths apart), GRPO")
+    parser.add_argument("--steps", type=int, nargs=4, default=[350, 450, 450, 150], help="SFT before, in and after the lesson (two lengths apart), GRPO")
     parser.add_argument("--per_task", type=int, default=600, help="held-out questions a task")
+    parser.add_argument("--jobs", type=int, default=1, help="students made at once")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     options = parser.parse_args()
     lines = [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.is_file() else []
-    for seed in options.seeds * (not options.table):
-        for variant in options.variants:
-            if not any((line["variant"], line["seed"]) == (variant, seed) for line in lines):
-                print(f"{variant}, seed {seed}", flush=True)
-                lines.append(student(variant, seed, options.steps, options.per_task))
-                with LOG.open("a") as log:
-                    log.write(json.dumps(lines[-1]) + "\n")
+    missing = [(variant, seed) for seed in options.seeds * (not options.table) for variant in options.variants
+               if not any((line["variant"], line["seed"]) == (variant, seed) for line in lines)]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.jobs)))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(views, {teacher for variant, _ in missing for teacher in ["simulator", *VARIANTS[variant].get("teachers", [])]}))
+        students = {pool.submit(student, *one, options.steps, options.per_task): one for one in missing}
+        for done in as_completed(students):
+            print("{}, seed {}".format(*students[done]), flush=True)
+            lines.append(done.result())
+            with LOG.open("a") as log:
+                log.write(json.dumps(lines[-1]) + "\n")
     print(table(lines))
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils._pytree import tree_map_only
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # kernels/, wherever pytest was started
+GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
@@ -76,11 +79,20 @@ def check(names: tuple, got: list, want: list, allowed: list):
         assert error <= most, f"{name} is off by {error:.1e}, allowed {most:.1e}"
 
 
+def where_kernels_run(function):
+    """`function`, its tensors brought to the GPU and its result back, gradients too; under Triton's interpreter just `function`."""
+    if not GPU:
+        return function
+
+    def there(*arguments, **options):
+        arguments, options = tree_map_only(torch.Tensor, torch.Tensor.cuda, (arguments, options))
+        return function(*arguments, **options).cpu()
+
+    return there
+
+
 def tiny_qwen25(run: Path, folder: Path, attention: str):
     """The other family: a random Qwen2.5-VL with windowed attention, with the tiny student's tokenizer and processor."""
-    import shutil
-
-    import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     sft = load("04")
     if not (folder / "qwen25").is_dir():

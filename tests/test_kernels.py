@@ -1,13 +1,13 @@
 """
-The kernels under Triton's interpreter, in processes of their own: TRITON_INTERPRET counts when triton is imported, and must not reach
-other tests.
+The kernels under Triton's interpreter and, where there is one, on a GPU, in processes of their own: TRITON_INTERPRET counts when triton is
+imported, and must not reach other tests.
 """
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import GPU, ROOT
 
 WITHOUT_TRITON = """
 import sys
@@ -33,6 +33,12 @@ def python(*arguments, **environment) -> None:
 def test_interpreted(path):
     pytest.importorskip("triton")
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
+def test_on_the_gpu(path):
+    python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="0")
 
 
 def test_a_whole_model_interpreted():

@@ -85,6 +85,24 @@ def test_gradients_of_a_batch_with_shared_prefixes(pair, run, tmp_path, checkpoi
         torch.testing.assert_close(found[1][name], found[0][name], atol=1e-5, rtol=1e-3, msg=name)
 
 
+def test_a_training_loss_in_bfloat16(pair, tmp_path):
+    """Under autocast Qwen3-VL's q and k leave their norms in float32 and v its layer in bfloat16: they meet in bfloat16, as in SDPA."""
+    write_questions(tmp_path / "q.jsonl", tmp_path, scenes=2, per_scene=2)
+    groups = sft.group_by_pictures(sft.read_questions(tmp_path / "q.jsonl", tmp_path), 16)
+    exact, near = [], []
+    for student in pair:
+        rows = sft.rows_of(student, groups, True, 10**6)
+        with torch.no_grad():
+            exact.append(sft.token_logprobs(student, rows))
+        with torch.autocast("cpu", torch.bfloat16):
+            near.append(sft.token_logprobs(student, rows))
+        near[-1].mean().backward()
+        assert all(p.grad.isfinite().all() for p in student.model.parameters() if p.grad is not None)
+        student.model.zero_grad()
+    eager, ours = ((one.detach() - exact[0]).abs().max() for one in near)
+    assert 0 < ours < 2 * eager < 0.1
+
+
 @torch.no_grad()
 def test_the_vision_tower_calls_once_a_layer(pair, questions, monkeypatch):
     """Three prompts, six pictures, many windows: one launch a layer, with cu_seqlens."""

@@ -1,6 +1,6 @@
-"""The attention kernels under Triton's interpreter against a float64 oracle that follows the definition token by token.
+"""The attention kernels under Triton's interpreter, or on a GPU, against a float64 oracle that follows the definition token by token.
 
-Run by tests/test_kernels.py with TRITON_INTERPRET=1. A kernel may be at most 4 times as far from the oracle as plain torch in the same
+Run by tests/test_kernels.py. A kernel may be at most 4 times as far from the oracle as plain torch in the same
 precision.
 """
 import itertools
@@ -8,11 +8,13 @@ import itertools
 import pytest
 import torch
 import triton
-from conftest import check, tolerance
+from conftest import GPU, check, tolerance, where_kernels_run
 
-from kernels.attention import attention, attention_reference, mrope
+from kernels import attention as attention_here
+from kernels.attention import attention_reference, mrope
 
-assert triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
+assert GPU or triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
+attention = where_kernels_run(attention_here)
 
 
 def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
@@ -149,10 +151,12 @@ def test_all_at_once():
     compare(S=36, rope=True, views=4, windows=[30, 6], prefix=torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))]))
 
 
-def test_half_precision():
-    """float16 only: the interpreter multiplies the bits of bfloat16 as integers."""
-    compare(B=2, S=40, D=64, dtype=torch.float16)
-    compare(S=18, D=64, dtype=torch.float16, rope=True, views=2)
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * GPU)  # the interpreter multiplies the bits of bfloat16 as integers
+def test_half_precision(dtype):
+    compare(B=2, S=40, D=64, dtype=dtype)
+    compare(S=70, D=80, dtype=dtype, windows=[40, 30], causal=False)
+    compare(H=7, S=40, D=128, dtype=dtype, prefix=torch.tensor([segments((0, 12), (1, 20), (2, 8))]))
+    compare(S=18, D=64, dtype=dtype, rope=True, views=2)
 
 
 def test_strided_inputs_are_read_in_place():

@@ -1,14 +1,15 @@
-"""kernels/rays.py under Triton's interpreter (run by tests/test_kernels.py): by meaning, and pixel after pixel in float64."""
+"""kernels/rays.py under Triton's interpreter, or on a GPU (run by tests/test_kernels.py): by meaning, and pixel after pixel in float64."""
 import math
 
 import pytest
 import torch
-from conftest import check, tolerance
+from conftest import check, tolerance, where_kernels_run
 
 from kernels import rays
-from kernels.rays import plucker_rays, plucker_rays_reference
+from kernels.rays import plucker_rays_reference
 
 NAMES = ("rays", "dw2c", "dK")
+plucker_rays = where_kernels_run(rays.plucker_rays)
 
 
 def cameras(*lead, seed=0):
@@ -102,4 +103,4 @@ def test_what_it_refuses():
             ("at least 1", (w2c, K, 0, 2)), ("float32", (w2c.double(), K.double(), 2, 2)), ("float32", (w2c, K.half(), 2, 2)),
             ("CPU or a CUDA", (w2c.to("meta"), K.to("meta"), 2, 2))]:
         with pytest.raises(ValueError, match=message):
-            plucker_rays(*arguments)
+            rays.plucker_rays(*arguments)

@@ -1,16 +1,18 @@
 """
-kernels/temporal.py under Triton's interpreter (run by tests/test_kernels.py), against one small attention after another in float64.
+kernels/temporal.py under Triton's interpreter, or on a GPU (run by tests/test_kernels.py), against one small attention after another in
+float64.
 
-bfloat16 is missing: in Triton 3.9 the interpreter's tl.dot multiplies its bit patterns. float16 goes the same way through the kernels.
+bfloat16 on a GPU only: in Triton 3.9 the interpreter's tl.dot multiplies its bit patterns. float16 goes the same way through the kernels.
 """
 import pytest
 import torch
-from conftest import check, tolerance
+from conftest import GPU, check, tolerance, where_kernels_run
 
 from kernels import temporal
-from kernels.temporal import temporal_attention, temporal_attention_reference
+from kernels.temporal import temporal_attention_reference
 
 NAMES = ("out", "dq", "dk", "dv")
+temporal_attention = where_kernels_run(temporal.temporal_attention)
 
 
 def oracle(q, k, v, T, scale):
@@ -56,7 +58,8 @@ def expected(q, k, v, dout, T, D, scale):
     (torch.float16, 1, 1, 65, 1, 32, True, False),       # 64 pixels a block, one more
     (torch.float16, 1, 2, 31, 1, 128, False, True),      # 32 pixels a block, one less
     (torch.float16, 2, 21, 2, 2, 64, True, True),        # Stable Virtual Camera's, 3 pixels a block: 4 pixels of two videos
-    (torch.float16, 1, 64, 2, 1, 80, True, False)])
+    (torch.float16, 1, 64, 2, 1, 80, True, False),
+    *[(torch.bfloat16, 2, 21, 2, 2, 64, True, True)] * GPU])
 def test_against_oracle(dtype, B, T, S, H, D, fused, flat):
     q, k, v, dout = draw(dtype, B, T, S, H, D, fused, flat)
     got = results(lambda *x: temporal_attention(*x, T, head_width=D), (q, k, v), dout)
@@ -93,7 +96,7 @@ def test_pixels_do_not_meet():
 
 def test_a_program_writes_its_own_pixels_only():
     """Alone, the first program fills the first 64 // 21 = 3 of 4 pixels. In a full run the next program would hide its stray rows."""
-    q, k, v, dout = draw(torch.float16, 1, 21, 4, 1, 32)
+    q, k, v, dout = (x.to("cuda" if GPU else "cpu") for x in draw(torch.float16, 1, 21, 4, 1, 32))
     out, dq, dk, dv = (torch.full_like(q, float("nan")) for _ in range(4))
     strides, sizes = q.stride()[:3], (4, 1, 4, 0.2)          # S, H, pixels, scale
     constants, options = temporal._settings(21, 32, torch.float16)
@@ -105,13 +108,14 @@ def test_a_program_writes_its_own_pixels_only():
 
 def test_the_kernel_ran_and_its_output_is_contiguous(monkeypatch):
     monkeypatch.setattr(temporal, "temporal_attention_reference", None)
-    x, y, z, _ = draw(torch.float32, 1, 3, 2, 2, 32, fused=True)
-    out = temporal_attention(x.requires_grad_(), y, z, 3)
+    x, y, z, _ = (x.to("cuda" if GPU else "cpu") for x in draw(torch.float32, 1, 3, 2, 2, 32, fused=True))
+    out = temporal.temporal_attention(x.requires_grad_(), y, z, 3)
     assert out.is_contiguous() and out.shape == x.shape
     out.sum().backward()                                      # this gradient has stride 0 everywhere
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.skipif(GPU, reason="these are tensors of the CPU, which the plain reference takes there")
 def test_what_it_refuses():
     x = torch.zeros(6, 2, 128)
     for message, arguments, options in [
@@ -122,4 +126,4 @@ def test_what_it_refuses():
             ("CPU or a CUDA", (x.to("meta"),) * 3 + (3,), {}), ("16 bytes", (x.mT.contiguous().mT,) * 3 + (3,), {}),
             ("16 bytes", (torch.zeros(6, 2, 130)[..., 1:129],) * 3 + (3,), {}), ("float16 or float32", (x.bfloat16(),) * 3 + (3,), {})]:
         with pytest.raises(ValueError, match=message):
-            temporal_attention(*arguments, **options)
+            temporal.temporal_attention(*arguments, **options)
