@@ -36,9 +36,9 @@ demo: $(VENV)/ready
 	$(SFT) --out 4_lesson --student 4_first --data 3_lesson/sft.jsonl --schedule constant --steps $(LESSON_STEPS) --seed $(SEED)
 	$(SFT) --student 4_lesson $(REHEARSE) --steps $(STEPS) --seed $(SEED)
 	$(PY) 05_train_refine.py --run $(RUN) --tasks A3 D1 D3 --steps $(GRPO_STEPS) --seed $(SEED) $(TINY)
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --blank False --checkpoint base
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --blank False --checkpoint 4_sft
-	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --checkpoint 5_refine --tag refined --beside base sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 600 --blank False --checkpoint base
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 600 --blank False --checkpoint 4_sft
+	$(PY) 06_eval.py --run $(RUN) $(EXAM) 600 --checkpoint 5_refine --tag refined --beside base sft
 	$(PY) 06_eval.py --run $(RUN) --compare sft refined
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --blank False --temperature 1 --checkpoint 4_sft --tag sft-drawn
 	$(PY) 06_eval.py --run $(RUN) $(EXAM) 400 --blank False --temperature 1 --checkpoint 5_refine --tag refined-drawn
