@@ -80,6 +80,7 @@ def examine(run: Path, checkpoint: str, per_task: int, temperature: int = 0) -> 
 def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
     """Train and examine one student; `both` is refined too. `steps`: SFT before, in and after the lesson, then GRPO."""
     how, run = VARIANTS[variant], PLACE / f"{variant.replace(' ', '-')}-{seed}"
+    print(f"{variant}, seed {seed}: {run}.log tells how far it is", flush=True)
     training_questions(run, how.get("tasks", TASKS), how.get("teachers", ["simulator"]))
     first, lesson, rest = (round(number * how.get("length", 1)) for number in steps[:3])
     place = ["--data_root", PLACE]
@@ -100,12 +101,13 @@ def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
         line["refined"] = refined[0]
         for name, how in (("", "greedy"), ("-drawn", "drawn")):
             script("06", run, "--compare", f"sft{name}", f"refine{name}")
-            line[f"refined minus sft, {how}"] = json.loads((run / "6_eval/compare.json").read_text())["tasks"]["all"]["reward"]
+            compared = json.loads((run / "6_eval/compare.json").read_text())["tasks"]
+            line[f"refined minus sft, {how}"] = {task: one["reward"] for task, one in compared.items()}
     return line
 
 
 def table(lines: list[dict]) -> str:
-    """Mean over the seeds, with the range where there are several."""
+    """Means over the seeds and their range; then, seed by seed, what GRPO changed in the mean reward and in the task that lost most."""
     rows = [["variant", "seeds", *TASKS, "reward", "range"]]
     for variant in VARIANTS:
         for stage in ("sft", "refined"):
@@ -116,7 +118,13 @@ def table(lines: list[dict]) -> str:
                              *(f"{statistics.mean(one['scores'][task] for one in own):.3f}" for task in TASKS),
                              f"{statistics.mean(rewards):.4f}", f"{min(rewards):.4f} to {max(rewards):.4f}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    written = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for line in lines:
+        for name in [name for name in line if name.startswith("refined minus sft")]:
+            change, worst = line[name]["all"], min(TASKS, key=lambda task: line[name][task]["mean"])
+            written.append(f"{line['variant']}, seed {line['seed']}, {name}: {change['mean']:+.4f} (p {change['p']:.3f}), "
+                           f"least {line[name][worst]['mean']:+.4f} ({worst})")
+    return "\n".join(written)
 
 
 def main():
@@ -136,8 +144,8 @@ def main():
         list(pool.map(views, {teacher for variant, _ in missing for teacher in ["simulator", *VARIANTS[variant].get("teachers", [])]}))
         students = {pool.submit(student, *one, options.steps, options.per_task): one for one in missing}
         for done in as_completed(students):
-            print("{}, seed {}".format(*students[done]), flush=True)
             lines.append(done.result())
+            print("{}, seed {}: finished".format(*students[done]), flush=True)
             with LOG.open("a") as log:
                 log.write(json.dumps(lines[-1]) + "\n")
     print(table(lines))

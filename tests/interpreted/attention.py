@@ -1,7 +1,6 @@
 """The attention kernels under Triton's interpreter, or on a GPU, against a float64 oracle that follows the definition token by token.
 
-Run by tests/test_kernels.py. A kernel may be at most 4 times as far from the oracle as plain torch in the same
-precision.
+Run by tests/test_kernels.py. A kernel may be at most 4 times as far from the oracle as plain torch in the same precision.
 """
 import itertools
 
