@@ -28,7 +28,7 @@ def main(run: Path, out: Path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1], "3_qa/heldout.jsonl").is_file():
-        print("grey_only.py: RUN OUT, where RUN is a finished run of `02 --teacher warp` with RUN/3_qa/heldout.jsonl", file=sys.stderr)
+    if len(sys.argv) != 3 or not Path(sys.argv[1], "3_qa/heldout.jsonl").is_file() or Path(sys.argv[1]).resolve() == Path(sys.argv[2]).resolve():
+        print("grey_only.py: RUN OUT, where RUN is a finished run of `02 --teacher warp` with RUN/3_qa/heldout.jsonl, OUT another folder", file=sys.stderr)
         sys.exit(2)
     main(*map(Path, sys.argv[1:]))
