@@ -141,7 +141,7 @@ def let_go(folder: Path):
 
 
 def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
-    """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than it was begun with are refused.
+    """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than those of what it holds are refused.
 
     `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
     that share a folder each hold a `part` of it.
@@ -161,7 +161,8 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
                    for key in sorted({*config, *old["config"]}) if old["config"].get(key) != config.get(key)]
         if old["parent"] != inherited:
             changed.append("the folder it reads was made anew")
-        if changed:
+        written = {other.name for other in folder.iterdir()} - {path.name, f".lock{part}"}  # a first try that wrote nothing binds nobody
+        if changed and (written or old["finished"]):
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
         if old["finished"]:
             let_go(folder)  # a kill may have come between the folder's last file and this
@@ -673,7 +674,6 @@ def main(cfg: Config):
         records.extend(drawn)
         left_out += missing
     if not records:
-        (folder / "meta.json").unlink()  # so that the next attempt may have other settings
         stop(f"nothing to write: {len(rooms)} rooms, {len(scenes) - len(rooms)} readable photographs, {broken} skipped"
              f"{f' ({cfg.images} is the place to look)' if cfg.images else ''}, {left_out} trajectories left out")
 

@@ -31,6 +31,21 @@ def gradients(student):
     return found
 
 
+@pytest.mark.parametrize("module", [sft, refine], ids=["04", "05"])
+def test_a_first_try_that_wrote_nothing_binds_no_settings(run, tmp_path, module):
+    number, student = module.__file__.rsplit("/")[-1][:2], run / "4_base"
+    for name in ("misspelt", "misspelt too"):
+        done = script(number, "--run", tmp_path, "--student", student, "--data", f"{name}.jsonl", check=False)
+        assert done.returncode == 2 and f"{name}.jsonl is missing" in done.stderr and "other settings" not in done.stderr
+    module.begin(tmp_path / "stage", {"seed": 0})
+    assert module.begin(tmp_path / "stage", {"seed": 1})["config"] == {"seed": 1}
+    assert json.loads((tmp_path / "stage/meta.json").read_text())["config"] == {"seed": 1}
+    (tmp_path / "stage/.lock_1_of_2").touch()  # another shard is there, or was
+    with pytest.raises(SystemExit):
+        module.begin(tmp_path / "stage", {"seed": 2})
+    assert json.loads((tmp_path / "stage/meta.json").read_text())["config"] == {"seed": 1}
+
+
 # --- shared prefixes -------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
