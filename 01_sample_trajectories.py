@@ -1,696 +1,749 @@
-"""Stage 1: sample where the camera goes. World2VLM (arXiv 2604.26934) teaches a VLM from pairs "action -> what you see
-afterwards"; this script draws the actions, turns them into camera poses and, for procedural rooms, draws the rooms themselves.
+"""Stage 1: sample where the camera goes.
 
-A trajectory is one of six single actions, a preset (forward then turn, ...) or a random sequence of 2-3 actions in which turns
-and moves alternate. An action of value v becomes max(min_frames - 1, ceil(|v| / max_step)) equal steps along the camera's axes:
+World2VLM (arXiv 2604.26934) teaches a VLM from pairs "action -> what you see afterwards". This
+script draws the actions, turns them into camera poses, and draws procedural rooms for the camera
+to move in or starts from photographs. A trajectory is a single action, a preset (forward then
+turn, ...) or a random sequence of 2-3 actions in which turns and moves alternate.
 
-    c2w[i+1] = c2w[i] @ [R(dyaw) | dt],   R(yaw) = [[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]],   right turn = +yaw
+An action of value v becomes max(MIN_FRAMES - 1, ceil(|v| / MAX_STEP)) equal steps along the
+camera's own axes (OpenCV: x right, y down, z forward), in metres, from c2w[0] = identity:
 
-in OpenCV axes (x right, y down, z forward), metres, c2w[0] = identity. In a room no frame comes nearer than --margin_m to a wall
-or an object.
+    c2w[i+1] = c2w[i] @ [R(dyaw) | dt],   R(yaw) = [[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]
 
-Where we depart from the paper: actions lie on a coarse grid (0.1 m, 10 degrees), and sequences that have a double are not drawn.
-None turns by 90 degrees ("turn right 90; forward 1" ends where "right 1; turn right 90" does), and the turns of turn-move-turn go
-the same way ("turn right 60; forward 1; turn left 30" ends where "turn left 30; right 1; turn right 60" does). Stage 3, which
-enumerates the grid, finds the few that remain.
+A turn to the right is +yaw. In a room no frame comes nearer than MARGIN_M to a wall or an object.
 
-Reads   --images: a folder of jpg, png and webp pictures, or a manifest.jsonl with lines {"image": "a.jpg", "fov_x_deg": 63.5},
-        the field of view being optional; --rooms N: nothing.
-Writes  RUN/1_trajectories/rooms/room_00000.json (world axes: x right, y down, z forward; floor y = 0, the middle x = z = 0)
-            {"scene_id": "room_00000", "width_m": 6.1, "depth_m": 7.4, "height_m": 2.8, "camera_height_m": 1.5, "texture_seed": 8,
-             "objects": [{"id": 0, "label": "red ball", "shape": "ball", "color": [215, 40, 40], "center_m": [1.0, -0.4, 2.0],
-             "size_m": [0.8, 0.8, 0.8], "yaw_deg": 0.0}, ...]}
-        RUN/1_trajectories/trajectories.jsonl, one line a trajectory (keyframes: frame index after each action, 0 first; start:
-        x_m, z_m, yaw_deg of frame 0 in its room, null for photographs; anchor: the photograph, null for rooms)
-            {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "anchor": null, "room":
-             "1_trajectories/rooms/room_00000.json", "split": "train", "width": 112, "height": 112, "fov_x_deg": 90.0, "actions":
-             [["turn_left", 40.0]], "keyframes": [0, 8], "c2w": [[[1.0, 0.0, ...], ...], ...], "start": [0.52, -1.3, 40.0]}
-        RUN/1_trajectories/trajectories.png (top view), meta.json
+Departures from the paper: values lie on a coarse grid (0.1 m, 10 degrees), and no sequence is
+drawn that has a double, another sequence with the same end. So a sequence has no turn by 90
+degrees ("turn right 90; forward 1" ends where "right 1; turn right 90" does) and no opposite
+turns around a move ("turn right 60; forward 1; turn left 30" ends where "turn left 30; right 1;
+turn right 60" does). Stage 3 goes through the whole grid and drops the few doubles that remain.
 
-    python 01_sample_trajectories.py --run runs/demo --rooms 3000           # 20 s on one core, 40 MB
+Reads   --images: a folder of jpg, png and webp pictures (searched to its bottom), one picture, or
+        a manifest.jsonl of {"image": "a.jpg", "fov_x_deg": 63.5}, the field of view optional.
+        Relative paths start at the manifest's folder and stay inside it. --rooms N reads nothing.
+Writes  RUN/1_trajectories/trajectories.jsonl, one line per trajectory. keyframes: the frame after
+        each action, 0 first. anchor: the photograph, null in rooms. start: x_m, z_m and yaw_deg
+        of frame 0 in its room, null for photographs.
+            {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "anchor": null,
+             "room": "1_trajectories/rooms/room_00000.json", "split": "train", "width": 112,
+             "height": 112, "fov_x_deg": 90.0, "actions": [["turn_left", 40.0]], "keyframes":
+             [0, 8], "c2w": [[[1.0, 0.0, ...], ...], ...], "start": [0.52, -1.3, 40.0]}
+        RUN/1_trajectories/rooms/*.json (see draw_room), trajectories.png (top view), meta.json
+
+    python 01_sample_trajectories.py --run runs/demo --rooms 3000       # 20 s on one core, 40 MB
     python 01_sample_trajectories.py --run runs/mine --images ~/photos
 
-Every draw is seeded by (seed, scene, trajectory, purpose): more rooms or trajectories leave the earlier ones as they were.
+Every draw is seeded by (seed, scene, trajectory, purpose): more rooms leave the others unchanged.
 """
+
+from __future__ import annotations
+
 import argparse
 import fcntl
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
 import re
 import resource
-import socket
 import struct
 import sys
 import time
 import warnings
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from numpy.random import Generator, default_rng
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-matplotlib.use("Agg")  # files only, no screen
-import matplotlib.pyplot as plt  # noqa: E402
+SMALL_ROOMS = (
+    "--room_px 84 --same_label_share 1 --twins 2 --twin_gap_m 0.6 --objects 6 8"
+    " --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
+)
+RECIPES = {
+    "paper": "",
+    "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
+    "base": f"{SMALL_ROOMS} --shares 0.7 0.15 0.15 --heldout 0.02 --seed 1",
+}
+
+
+@dataclass
+class Config:
+    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    run: str = HfArg(default="runs/demo", help="run folder; this stage writes RUN/1_trajectories")
+    images: str = HfArg(default="", help="photographs: a folder, one picture or a manifest.jsonl")
+    rooms: int = HfArg(default=0, help="procedural rooms to draw")
+    room_trajectories: int = HfArg(default=7, help="trajectories per room, each from its own start")
+    photo_trajectories: int = HfArg(default=7, help="trajectories per photograph, all different")
+    actions: str = HfArg(default="all", help="all | turns (single turns only) | moves (likewise)")
+    shares: list[float] = HfArg(
+        default_factory=lambda: [0.6, 0.2, 0.2],
+        help="of single actions (asked about by A1 and A2), presets and random sequences",
+    )
+    move_m: list[float] = HfArg(
+        default_factory=lambda: [0.3, 2.0],
+        help="least and largest move, metres: less hardly shows, more seldom fits a room",
+    )
+    move_grid_m: float = HfArg(default=0.1, help="moves are multiples of this, metres")
+    turn_deg: list[float] = HfArg(
+        default_factory=lambda: [10.0, 80.0],
+        help="least and largest turn in a room, degrees: 90 leaves nothing of the view",
+    )
+    photo_turn_deg: list[float] = HfArg(
+        default_factory=lambda: [10.0, 30.0],
+        help="the same for photographs, degrees: of a 54-degree view, 30 leave 24",
+    )
+    room_px: int = HfArg(default=112, help="side of a room's square frames, pixels")
+    room_fov_deg: float = HfArg(default=90.0, help="field of view in rooms, degrees")
+    objects: list[int] = HfArg(
+        default_factory=lambda: [4, 7], help="fewest and most objects per room"
+    )
+    same_label_share: float = HfArg(default=0.33, help="share of rooms with pairs of one label")
+    twins: int = HfArg(default=1, help="such pairs per room, at most 4: task D4 needs them")
+    twin_gap_m: float = HfArg(default=0.0, help="widest gap within a pair, metres; 0: any")
+    long_side_px: int = HfArg(default=576, help="longer side of photographs at most, pixels")
+    photo_fov_deg: float = HfArg(default=54.0, help="degrees of the longer side, unless EXIF tells")
+    heldout: float = HfArg(default=0.05, help="share of scenes kept out of training, one at least")
+    seed: int = HfArg(default=0, help="base of every draw")
+
+
+# --- actions and poses ---
+# N frames of a trajectory, P places on its path, S candidate starts, O objects
+
+TURNS = {"turn_left": -1, "turn_right": 1}  # sign of yaw
+# along the camera's (x, z)
+MOVES = {"forward": (0, 1), "backward": (0, -1), "shift_left": (-1, 0), "shift_right": (1, 0)}
+CLASSES = {"turn": list(TURNS), "shift": ["shift_left", "shift_right"], "move": list(MOVES)}
+SINGLES = ["move", "turn"]  # as many single turns (A2) as single moves (A1)
+PRESETS = [
+    "forward turn",
+    "turn forward",
+    "backward turn",
+    "shift turn",
+    "turn shift",
+    "forward turn forward",
+    "turn forward turn",
+    "shift turn forward",
+]
+RANDOMS = ["move turn", "turn move", "move turn move", "turn move turn"]
+
+TURN_GRID_DEG = 10.0  # turns are multiples of this
+MAX_STEP_M, MAX_STEP_DEG = 0.2, 5.0  # between two frames: what the video teachers were made for
+MIN_FRAMES = 8  # per action, first and last counted, for the same reason
+
+
+def pose_of(name: str, value: float):
+    """[R(yaw) | t] of one action -> [4, 4]."""
+    pose = np.eye(4)
+    if name in TURNS:
+        yaw = math.radians(TURNS[name] * value)
+        cos, sin = math.cos(yaw), math.sin(yaw)
+        pose[:3, :3] = [[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]
+    else:
+        pose[[0, 2], 3] = np.multiply(MOVES[name], value)
+    return pose
+
+
+def integrate(actions, max_step_m=MAX_STEP_M, max_step_deg=MAX_STEP_DEG, min_frames=MIN_FRAMES):
+    """[(name, metres or degrees), ...] -> c2w float32 [N, 4, 4], keyframes.
+
+    integrate([("turn_left", 40)]) has 9 frames and the keyframes [0, 8]: 40 degrees are 8 steps
+    of 5. Each action starts at the last pose of the one before, which is not repeated.
+    """
+    c2w, keyframes = [np.eye(4)], [0]
+    for name, value in actions:
+        max_step = max_step_deg if name in TURNS else max_step_m
+        # 1e-9: a quotient of 3.0000000000000004 means 3 steps
+        steps = max(math.ceil(abs(value) / max_step - 1e-9), min_frames - 1)
+        step = pose_of(name, value / steps)
+        for _ in range(steps):
+            c2w.append(c2w[-1] @ step)
+        keyframes.append(len(c2w) - 1)
+    return np.array(c2w, np.float32), keyframes
+
+
+def rng(*key) -> Generator:
+    """A generator of its own for every (seed, scene, trajectory, purpose)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return default_rng(np.array([*digest], np.uint32))
+
+
+def multiples(bounds: list, step: float) -> list:
+    """The multiples of `step` within the bounds: ([0.3, 0.55], 0.1) -> [0.3, 0.4, 0.5]."""
+    least = math.ceil(bounds[0] / step - 1e-9)
+    most = math.floor(bounds[-1] / step + 1e-9)
+    return [round(number * step, 6) for number in range(max(least, 1), most + 1)]
+
+
+def draw_actions(g: Generator, cfg: Config, turn_deg: list) -> list:
+    """One single action, preset or random sequence: [("shift_left", 0.7), ("turn_right", 30.0)].
+
+    turn_deg: least and largest turn, which differ between rooms and photographs.
+    """
+    if cfg.actions == "all":
+        shares = np.array(cfg.shares) / sum(cfg.shares)
+        kind = [SINGLES, PRESETS, RANDOMS][g.choice(3, p=shares)]
+    else:
+        kind = list(TURNS if cfg.actions == "turns" else MOVES)
+    classes = kind[g.integers(len(kind))].split()
+    names = [str(g.choice(CLASSES.get(name, [name]))) for name in classes]
+    turns_deg = multiples(turn_deg, TURN_GRID_DEG)
+    moves_m = multiples(cfg.move_m, cfg.move_grid_m)
+    # Sequences that have a double are not drawn (see the docstring): the turns around a move go
+    # the same way, and none goes by 90 degrees.
+    if len(names) == 3 and names[0] in TURNS:
+        names[2] = names[0]
+    if len(names) > 1:
+        turns_deg = [value for value in turns_deg if value % 90]
+    return [(name, float(g.choice(turns_deg if name in TURNS else moves_m))) for name in names]
+
+
+# --- rooms ---
+COLORS = {
+    "red": [215, 40, 40],
+    "green": [40, 165, 60],
+    "blue": [45, 80, 220],
+    "yellow": [240, 215, 40],
+    "purple": [140, 50, 175],
+    "orange": [245, 135, 25],
+    "cyan": [50, 205, 215],
+}
+SHAPES = {  # ranges of diameter or side and of height, metres: a level camera sees them
+    "ball": ((0.5, 1.1), None),
+    "crate": ((0.5, 1.1), (0.5, 1.4)),
+    "pillar": ((0.35, 0.7), (1.0, 1.6)),
+    "cone": ((0.6, 1.1), (0.7, 1.6)),
+}
+ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
+CAMERA_HEIGHT_M = 1.5  # one for all rooms, so that the floor tells distances
+MARGIN_M = 0.3  # least distance of a camera to walls and objects
+
+
+def draw_room(scene_id: str, cfg: Config) -> dict:
+    """A room and its objects, none of which touches another or a wall.
+
+    World axes: x right, y down, z forward; the floor is y = 0, its middle x = z = 0. An object
+    that finds no place in 200 tries is left out.
+    """
+    g = rng(cfg.seed, scene_id, "room")
+    width_m, depth_m = np.round(g.uniform(*ROOM_SIDE_M, 2), 2).tolist()
+    room = {
+        "scene_id": scene_id,
+        "width_m": width_m,
+        "depth_m": depth_m,
+        "height_m": round(g.uniform(2.6, 3.2), 2),
+        "camera_height_m": CAMERA_HEIGHT_M,
+        "texture_seed": int(g.integers(2**31)),
+    }
+    objects = []
+    for label in draw_labels(g, cfg):
+        twin = next((other for other in objects if other["label"] == label), None)
+        thing = draw_object(g, len(objects), label, twin)
+        radius_m = outer_radius(thing)
+        reach_m = half_size(room) - radius_m - 0.1
+        places = g.uniform(-1, 1, (200, 2)) * reach_m
+        # The first place that is clear of all other objects, and near the twin where asked.
+        fits = np.ones(200, bool)
+        for other in objects:
+            x, _, z = other["center_m"]
+            gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
+            fits &= gap_m > 0.2
+            if other is twin and cfg.twin_gap_m:
+                fits &= gap_m < cfg.twin_gap_m
+        if fits.any():
+            x, z = np.round(places[fits.argmax()], 2).tolist()
+            objects.append(thing | {"center_m": [x, thing["center_m"][1], z]})
+    return room | {"objects": objects}
+
+
+def draw_labels(g: Generator, cfg: Config) -> list:
+    """A room's labels, for example ["ball", "ball", "red cone"]: its pairs first.
+
+    The shapes of the pairs have no other object in the room: "the red ball" is never one of them.
+    """
+    labels = g.permutation([f"{color} {shape}" for color in COLORS for shape in SHAPES]).tolist()
+    if g.random() < cfg.same_label_share:
+        paired = g.permutation(list(SHAPES))[: cfg.twins].tolist()
+        others = [label for label in labels if label.split()[1] not in paired]
+        labels = np.repeat(paired, 2).tolist() + others
+    return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
+
+
+def draw_object(g: Generator, number: int, label: str, twin) -> dict:
+    """An object that has no place on the floor yet.
+
+    Its label is a color and a shape; within a pair it is the shape alone. The second of a pair is
+    its `twin` in another color: the pictures tell the two apart, but neither their names nor the
+    shapes of their boxes do.
+    """
+    *colors, shape = label.split()
+    if not colors:
+        colors = [name for name in COLORS if not twin or COLORS[name] != twin["color"]]
+    color = COLORS[colors[g.integers(len(colors))]]
+    if twin:
+        return twin | {"id": number, "color": color}
+    side_m, tall_m = SHAPES[shape]
+    width = height = depth = g.uniform(*side_m)
+    if shape != "ball":
+        height = g.uniform(*tall_m)
+    if shape == "crate":
+        depth = g.uniform(*side_m)
+    lift_m = 0.0
+    if shape in ("ball", "crate") and g.random() < 0.3:  # some hover at eye level
+        lift_m = g.uniform(0.2, 1.0)
+    return {
+        "id": number,
+        "label": label,
+        "shape": shape,
+        "color": color,
+        "center_m": [0.0, round(-lift_m - round(height, 2) / 2, 3), 0.0],
+        "size_m": [round(width, 2), round(height, 2), round(depth, 2)],
+        "yaw_deg": float(g.integers(360)) if shape == "crate" else 0.0,
+    }
+
+
+def half_size(room: dict):
+    """Metres from a room's middle to its walls, along x and z."""
+    return np.array([room["width_m"], room["depth_m"]]) / 2
+
+
+def outer_radius(thing: dict) -> float:
+    """Radius of the circle around an object's footprint, metres."""
+    width_m, _, depth_m = thing["size_m"]
+    return math.hypot(width_m, depth_m) / 2 if thing["shape"] == "crate" else width_m / 2
+
+
+def rotate(points, yaw_deg):
+    """R(yaw) @ points (x, z): from a camera's or crate's axes to the world's; -yaw leads back."""
+    x, z = points
+    cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
+    return cos * x + sin * z, cos * z - sin * x
+
+
+def clearance(x, z, room: dict):
+    """Metres from each point to the nearest wall or footprint, negative inside of one."""
+    half_x, half_z = half_size(room)
+    nearest = np.minimum(half_x - np.abs(x), half_z - np.abs(z))
+    for thing in room["objects"]:
+        center_x, _, center_z = thing["center_m"]
+        width_m, _, depth_m = thing["size_m"]
+        dx, dz = x - center_x, z - center_z
+        free_m = np.hypot(dx, dz) - width_m / 2
+        if thing["shape"] == "crate":
+            # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
+            dx, dz = np.abs(rotate((dx, dz), -thing["yaw_deg"]))
+            dx, dz = dx - width_m / 2, dz - depth_m / 2
+            free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
+            free_m += np.minimum(np.maximum(dx, dz), 0)
+        nearest = np.minimum(nearest, free_m)
+    return nearest
+
+
+def sees_an_object(x, z, yaw_deg, room: dict, fov_deg: float):
+    """Starts [S, 1] each -> [S] bool: is an object well inside the picture?
+
+    It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
+    it, which stage 2 finds out exactly.
+    """
+    things = [thing["center_m"] + thing["size_m"] for thing in room["objects"]]
+    center_x, y, center_z, width_m, height_m, _ = np.array(things).reshape(-1, 6).T  # [O] each
+    right, ahead = rotate((center_x - x, center_z - z), -yaw_deg)  # [S, O]
+    half_m = ahead * math.tan(math.radians(fov_deg) / 2)  # half of the picture's width there
+    off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
+    large = width_m * height_m > 0.015 * (2 * half_m) ** 2
+    return ((ahead > 0.3) & (off_m < 0.85 * half_m) & large).any(1)
+
+
+# --- photographs ---
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MIN_SIDE_PX = 32  # a frame with a shorter side shows nothing
+Image.MAX_IMAGE_PIXELS = 100_000_000  # PIL decodes up to twice as many: kilobytes can claim more
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
+BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
+
+
+def list_photos(source: str):
+    """--images -> [(name for the user, folder, {image, fov_x_deg}), ...] and malformed lines."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if path.suffix == ".jsonl":
+        named = []
+        for number, record in read_lines(path, "image"):
+            named.append((f"{path}:{number}: {record['image']!r}", path.parent, record))
+        return named, len(path.read_bytes().splitlines()) - len(named)
+    if not path.exists():
+        stop(f"--images {path}: there is no such folder, picture or manifest.jsonl")
+    files = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    files = [p for p in files if p.suffix.lower() in SUFFIXES and p.is_file()]
+    return [(p, path, {"image": str(p.relative_to(path))}) for p in files], 0
+
+
+def focal_length_px(tags: dict, width: int, height: int, cfg: Config) -> float:
+    """From the 35 mm equivalent in EXIF where it is usable, otherwise from --photo_fov_deg.
+
+    The equivalent compares diagonals (CIPA DCG-001), that of film being 43.27 mm.
+    """
+    half_px = max(width, height) / 2
+    try:
+        focal_px = float(tags.get(0xA405)) * math.hypot(width, height) / math.hypot(36, 24)
+    except (TypeError, ValueError):  # no tag, or a text or a pair where a number belongs
+        focal_px = 0.0
+    if not 2 < 2 * math.degrees(math.atan2(half_px, focal_px)) < 150:  # a wrong tag, not a lens
+        focal_px = half_px / math.tan(math.radians(cfg.photo_fov_deg) / 2)
+    return focal_px
+
+
+def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
+    """Where a photograph lies, its frame and its field of view; raises one of BROKEN.
+
+    A relative path must stay in its folder: through a link or "../" a stranger's archive could
+    reach any picture of yours. An absolute path is meant.
+    """
+    path = Path(os.path.abspath(Path(folder, record["image"])))
+    if not path.is_file():
+        raise ValueError("no such file")
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside and not os.path.isabs(record["image"]):
+        raise ValueError(f"leaves {folder}: name it by its absolute path in a manifest")
+    kinds = ["JPEG", "PNG", "WEBP"]
+    # odd EXIF data warn; they cost the focal length and nothing else
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=kinds) as image:
+        image.load()  # a truncated file shows only when it is decoded to its end
+        width, height = image.size
+        exif = image.getexif()
+        if exif.get(0x0112) in (5, 6, 7, 8):  # the orientations that lie on their side
+            width, height = height, width
+        focal_px = focal_length_px(exif.get_ifd(0x8769), width, height, cfg)
+    fov_x_deg = record.get("fov_x_deg") or 2 * math.degrees(math.atan(width / 2 / focal_px))
+    if not 1 <= float(fov_x_deg) <= 170:
+        raise ValueError(f"fov_x_deg {fov_x_deg} does not lie between 1 and 170")
+    scale = min(1.0, cfg.long_side_px / max(width, height))
+    width, height = round(width * scale), round(height * scale)
+    if min(width, height) < MIN_SIDE_PX:
+        raise ValueError(f"a frame of {width}x{height} px has a side below {MIN_SIDE_PX}")
+    frame = {"width": width, "height": height, "fov_x_deg": round(float(fov_x_deg), 4)}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return frame | {"anchor": str(path), "digest": digest}
+
+
+# --- scenes: a room or a photograph each ---
+def room_scene(name: str, cfg: Config) -> dict:
+    room = f"1_trajectories/rooms/{name}.json"
+    frame = {"width": cfg.room_px, "height": cfg.room_px, "fov_x_deg": cfg.room_fov_deg}
+    return {"scene_id": name, "source": "simulated", "anchor": None, "room": room} | frame
+
+
+def photo_scenes(named: list, cfg: Config) -> list:
+    """The photographs that can be read; the others are named on stderr."""
+    scenes, taken = [], set()
+    for name, folder, record in tqdm(named, "photographs", disable=not named):
+        try:
+            photo = read_photo(folder, record, cfg)
+        except BROKEN as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            tqdm.write(f"{name}: {why}; skipped", file=sys.stderr)
+            continue
+        scene_id = photo_id(Path(photo["anchor"]).stem, taken)
+        taken.add(scene_id.lower())  # some file systems do not tell upper from lower case
+        scenes.append({"scene_id": scene_id, "source": "real", "room": None} | photo)
+    return scenes
+
+
+def photo_id(stem: str, taken: set[str]) -> str:
+    """A scene_id made from a file's name: "My photo" -> "My_photo", or "My_photo_2", ..."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:60] or "photo"
+    if re.fullmatch(r"(?i)room_\d+", stem):  # those names are the rooms'
+        stem = f"photo_{stem}"
+    scene_id, number = stem, 2
+    while scene_id.lower() in taken:
+        scene_id, number = f"{stem}_{number}", number + 1
+    return scene_id
+
+
+def draw_splits(scenes: list, cfg: Config) -> dict:
+    """The scenes of one source -> {scene_id: "train" or "heldout"}.
+
+    A scene's own draw decides, so that a new scene moves no other; copies of a photograph share
+    theirs. But of two scenes or more at least one is held out and one is not.
+    """
+    draws = {}
+    for scene in scenes:
+        key = scene.get("digest", scene["scene_id"])
+        draws[scene["scene_id"]] = rng(cfg.seed, key, "split").random()
+    # Draws below the bar are held out; where that would be none or all, the bar moves by one.
+    bar, ordered = cfg.heldout, sorted(set(draws.values()))
+    if 0 < bar < 1 and len(ordered) > 1:
+        bar = ordered[1] if bar <= ordered[0] else min(bar, ordered[-1])
+    return {name: "heldout" if draw < bar else "train" for name, draw in draws.items()}
+
+
+# --- trajectories ---
+def draw_in_room(g: Generator, room: dict, cfg: Config):
+    """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
+
+    48 starts are tried at once for each of 20 draws of actions, so that long moves are hardly
+    rarer than short ones. A start that sees an object is preferred.
+    """
+    second_best = None
+    for _ in range(20):
+        actions = draw_actions(g, cfg, cfg.turn_deg)
+        c2w, _ = integrate(actions)
+        path = np.unique(c2w[:, [0, 2], 3].astype(float), axis=0).T  # [2, P]: a turn has one place
+        places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
+        starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
+        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
+        dx, dz = rotate(path, yaw_deg)  # [S, P]
+        free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
+        # 0: hits something, 1: is free, 2: sees an object besides
+        rank = free * (1 + sees_an_object(x, z, yaw_deg, room, cfg.room_fov_deg))
+        best = rank.argmax()
+        found = actions, starts[best].tolist()
+        if rank[best] == 2:
+            return found
+        if rank[best] == 1:
+            second_best = second_best or found
+    return second_best
+
+
+def draw_from_photo(g: Generator, records: list, cfg: Config):
+    """Actions that no record has, for all start at one place, and no start; None if not found."""
+    for _ in range(100):
+        actions = draw_actions(g, cfg, cfg.photo_turn_deg)
+        if all(record["actions"] != actions for record in records):
+            return actions, None
+    return None
+
+
+def draw_trajectories(scene: dict, room, split: str, cfg: Config) -> list:
+    """A scene's records in the order of their traj_id, without those that find no place."""
+    records = []
+    for index in range(cfg.room_trajectories if room else cfg.photo_trajectories):
+        g = rng(cfg.seed, scene["scene_id"], index, "trajectory")
+        drawn = draw_in_room(g, room, cfg) if room else draw_from_photo(g, records, cfg)
+        if drawn is None:
+            continue
+        actions, start = drawn
+        c2w, keyframes = integrate(actions)
+        record = {
+            "scene_id": scene["scene_id"],
+            "traj_id": f"t{index:03d}",
+            "source": scene["source"],
+            "anchor": scene["anchor"],
+            "room": scene["room"],
+            "split": split,
+            "width": scene["width"],
+            "height": scene["height"],
+            "fov_x_deg": scene["fov_x_deg"],
+            "actions": actions,
+            "keyframes": keyframes,
+            # 7 digits are float32's; + 0.0 makes -0.0 plain
+            "c2w": (np.round(c2w.astype(float), 7) + 0.0).tolist(),
+            "start": start,
+        }
+        records.append(record)
+    return records
+
+
+# --- the stage ---
+def draw_picture(drawn: dict, rooms: dict) -> bytes:
+    """The first twelve scenes from above: {scene_id: records} -> a PNG."""
+    figure = Figure(figsize=(16, 12))
+    figure.suptitle("From above, metres. The camera looks along the arrows, blue first, red last.")
+    for number, scene_id in enumerate([*drawn][:12], 1):
+        ax = figure.add_subplot(3, 4, number, aspect="equal", title=scene_id[:28])
+        if scene_id in rooms:
+            draw_objects(ax, rooms[scene_id])
+        else:
+            ax.axis("equal")
+        for record in drawn[scene_id]:
+            x, z, yaw_deg = record["start"] or (0, 0, 0)
+            c2w = np.array(record["c2w"])
+            dx, dz = rotate(c2w[:, [0, 2], 3].T, yaw_deg)
+            views = rotate(c2w[:, [0, 2], 2].T, yaw_deg)
+            ax.quiver(x + dx, z + dz, *views, range(len(c2w)), cmap="coolwarm", angles="xy")
+    file = io.BytesIO()
+    figure.savefig(file)
+    return file.getvalue()
+
+
+def draw_objects(ax, room: dict):
+    """The circles around a room's objects, in a panel whose frame is the walls."""
+    x, z = half_size(room)
+    ax.set(xlim=(-x, x), ylim=(-z, z))
+    for thing in room["objects"]:
+        x, _, z = thing["center_m"]
+        ax.add_patch(Circle((x, z), outer_radius(thing), color=np.array(thing["color"]) / 255))
+
+
+def refuse_impossible(cfg: Config):
+    """Settings that no draw could satisfy end the run before anything is written."""
+    if not cfg.images and cfg.rooms < 1:
+        stop("nothing to do: give --images FOLDER (or a manifest.jsonl), --rooms N, or both")
+    possible = {
+        "actions": cfg.actions in ("all", "turns", "moves"),
+        "shares": len(cfg.shares) == 3 and min(cfg.shares) >= 0 < sum(cfg.shares),
+        "move_m": cfg.move_grid_m > 0 and multiples(cfg.move_m, cfg.move_grid_m),
+        "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
+        "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
+        "room_px": cfg.room_px >= 8,
+        "room_fov_deg": 10 <= cfg.room_fov_deg <= 150,
+        "heldout": 0 <= cfg.heldout <= 1,
+    }
+    for name, holds in possible.items():
+        if not holds:
+            stop(f"--{name} {getattr(cfg, name)} cannot be: see --help")
+
+
+def main(cfg: Config):
+    started = time.perf_counter()
+    folder = Path(cfg.run) / "1_trajectories"
+    refuse_impossible(cfg)
+    named, malformed = list_photos(cfg.images) if cfg.images else ([], 0)
+    config = asdict(cfg)
+    del config["run"], config["recipe"]
+    meta = begin(folder, config)
+
+    names = [f"room_{number:05d}" for number in range(cfg.rooms)]
+    rooms = {name: draw_room(name, cfg) for name in names}
+    photos = photo_scenes(named, cfg)
+    scenes = [room_scene(name, cfg) for name in names]
+    splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)
+    drawn = {}
+    for scene in tqdm(scenes + photos, "scenes"):
+        name = scene["scene_id"]
+        drawn[name] = draw_trajectories(scene, rooms.get(name), splits[name], cfg)
+    records = [record for records in drawn.values() for record in records]
+
+    asked = len(rooms) * cfg.room_trajectories + len(photos) * cfg.photo_trajectories
+    counts = {
+        "rooms": len(rooms),
+        "photographs": len(photos),
+        "photographs skipped": len(named) + malformed - len(photos),
+        "trajectories": len(records),
+        "trajectories left out": asked - len(records),
+        "scenes held out": list(splits.values()).count("heldout"),
+    }
+    if not records:
+        stop(f"nothing to write: {counts}")
+    for name, room in rooms.items():
+        save(folder / "rooms" / f"{name}.json", json.dumps(room, indent=1))
+    lines = [json.dumps(record) + "\n" for record in records]
+    save(folder / "trajectories.jsonl", "".join(lines))
+    save(folder / "trajectories.png", draw_picture(drawn, rooms))
+    finish(folder, meta, counts, started)
+    for key, value in counts.items():
+        print(f"{key:24}{value:9,}")
+    print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
+
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
-def setting(default, help: str):
-    """A Config field whose unit and reason `--help` shows."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines and appends every default."""
 
 
-def parse(config_class):
-    """Command line -> config_class. argparse itself answers a wrong flag with one line and exit status 2."""
-    return config_class(**vars(HfArgumentParser(config_class, description=__doc__, formatter_class=Help).parse_args()))
+def run(main, config_class):
+    """Call main with the settings of the command line: the flags of --recipe, then your own."""
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names.add_argument("--recipe", choices=RECIPES, default="paper")
+    flags = RECIPES[names.parse_known_args()[0].recipe].split()
+    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
+    cfg = config_class(**vars(parser.parse_args([*flags, *sys.argv[1:]])))
+    try:
+        main(cfg)
+    except (OSError, SafetensorError) as error:  # what the disk refuses
+        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the command again")
 
 
 def stop(why: str):
-    """Bad input after which nothing sensible can follow: one line on stderr, exit status 2."""
+    """End the run for bad input after which nothing sensible can follow: one line, status 2."""
     print(f"{Path(__file__).name}: {why}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def run(main, config_class):
-    """main(the settings of the command line); a full disk, a read-only folder, an input deleted on the way are one line and exit status 2."""
-    cfg = parse(config_class)
-    try:
-        main(cfg)
-    except (OSError, SafetensorError) as error:  # safetensors' name for a write that failed
-        stop(f"{error}; what is finished stays in {cfg.run}: mend this, then run the same command again")
 
 
 def save(path: Path, content: str | bytes):
     """Write under a temporary name, then rename: no reader ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")  # one fixed name: the rerun after a kill overwrites it and leaves no litter
+    part = path.with_name(path.name + ".part")  # a fixed name: the next try overwrites it
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
 
 
 def read_lines(path: Path, *keys: str):
-    """(number, record) of each line of a JSONL file that holds all `keys`; every other is named on stderr, with the reason, and skipped."""
+    """Yield (line number, record) of a JSONL file; lines without `keys` are named and skipped."""
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or (missing := [key for key in keys if key not in record]):
-                raise ValueError("not a JSON object" if not isinstance(record, dict) else f"no {', '.join(missing)}")
-        except (ValueError, RecursionError) as error:  # malformed JSON and bad UTF-8 are ValueErrors too; brackets in brackets in ...
+            if not isinstance(record, dict) or not record.keys() >= set(keys):
+                raise ValueError(f"not a JSON object with {', '.join(keys)}")
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in ...
             print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
         else:
             yield number, record
 
 
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The records alone."""
-    return [record for _, record in read_lines(path, *keys)]
-
-
-def hold(folder: Path, part: str):
-    """One process at a time writes a folder, or its `part`: a lock that ends with its process, however that ends; the file says whose it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT, 0o644)  # never closed: closing would give it back
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f"{folder} is being written by {os.read(lock, 200).decode()}: wait for it, end it, or choose another --run")
-    os.truncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-
-def let_go(folder: Path):
-    """A finished folder needs no locks."""
-    for lock in folder.glob(".lock*"):
-        lock.unlink()
+def read_meta(folder: Path) -> dict:
+    """The meta.json of a stage's folder; empty where there is none."""
+    path = folder / "meta.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def begin(folder: Path, config: dict, parent: Path | None = None, part: str = "") -> dict:
-    """Open a stage's folder and return its meta record; a finished folder ends the run, other settings than those of what it holds are refused.
+    """Open a stage's folder and return its meta record; exit where it is finished or in use.
 
-    `config` holds the settings that decide the result (not --run, --shard, --workers); `parent` is the folder this stage reads; processes
-    that share a folder each hold a `part` of it.
+    config: the settings that decide the result; a folder begun with others is refused.
+    parent: the folder that this stage reads. part: the share of one of several writers.
     """
-    inherited = None
-    if parent is not None:
-        if not (parent / "meta.json").is_file() or not (inherited := json.loads((parent / "meta.json").read_text())).get("finished"):
-            stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
-        print(f"reads {parent}: " + ", ".join(f"{value} {key}" for key, value in inherited["counts"].items()))
-    path = folder / "meta.json"
-    if not (path.is_file() and json.loads(path.read_text())["finished"]):
-        hold(folder, part)  # and look again below: another process may have finished it meanwhile
+    inherited = read_meta(parent) if parent else None
+    if parent and not inherited.get("finished"):
+        stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
+    if parent:
+        print(f"reads {parent}:", ", ".join(f"{n} {key}" for key, n in inherited["counts"].items()))
+    if not read_meta(folder).get("finished"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT)  # open until the end
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"{folder} is being written by another process: wait, or choose another --run")
+    old = read_meta(folder)  # behind the lock: another process may have finished it meanwhile
+    if any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()) and old:
+        changed = [] if old["parent"] == inherited else ["the folder it reads was made anew"]
+        for key in sorted({*config, *old["config"]}):
+            if old["config"].get(key) != config.get(key):
+                changed.append(f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}")
+        if changed:
+            stop(f"{folder} was begun with other settings ({'; '.join(changed)}): name another")
+    if old.get("finished"):
+        print(f"{folder} is finished: nothing to do")
+        raise SystemExit(0)
     meta = {"stage": Path(__file__).stem, "finished": False, "config": config, "parent": inherited}
-    if path.is_file():
-        old = json.loads(path.read_text())
-        changed = [f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}"
-                   for key in sorted({*config, *old["config"]}) if old["config"].get(key) != config.get(key)]
-        if old["parent"] != inherited:
-            changed.append("the folder it reads was made anew")
-        written = {other.name for other in folder.iterdir()} - {path.name, f".lock{part}"}  # a first try that wrote nothing binds nobody
-        if changed and (written or old["finished"]):
-            stop(f"{folder} was begun with other settings ({'; '.join(changed)}): choose another --run, or delete the folder")
-        if old["finished"]:
-            let_go(folder)  # a kill may have come between the folder's last file and this
-            print(f"{folder} is finished: nothing to do")
-            raise SystemExit(0)
-    save(path, json.dumps(meta, indent=1))
+    save(folder / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
 def finish(folder: Path, meta: dict, counts: dict, started: float):
-    """Complete meta.json, the mark of a whole folder: `counts` (what the next stage prints), seconds, versions."""
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")} | {"python": sys.version.split()[0]}
-    meta = meta | {"finished": True, "counts": counts, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
-    save(folder / "meta.json", json.dumps(meta, indent=1))
-    let_go(folder)
-    peak_gb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
-    print(f"\n{folder}: {meta['seconds']} s, peak memory of the largest process {peak_gb:.2f} GB")
-# --- end of the common block ---
-
-
-@dataclass
-class Config:
-    run: str = setting("runs/demo", "folder of this run; this stage writes RUN/1_trajectories")
-    images: str = setting("", "photographs: a folder (searched to its bottom), one picture, or a manifest.jsonl of {image, "
-                              "fov_x_deg}, whose relative paths start at its own folder and stay inside it")
-    rooms: int = setting(0, "procedural rooms to draw")
-    room_trajectories: int = setting(7, "trajectories a room, each from its own start: they see it from all sides")
-    photo_trajectories: int = setting(7, "trajectories a photograph, all different, all from where it was taken")
-    actions: str = setting("all", "all | turns | moves. turns: single turns only, which the teacher `warp` draws without depth; "
-                                  "moves: single moves only, because two moves in a row commute and their order leaves no trace")
-    shares: list[float] = setting([0.6, 0.2, 0.2], "shares of single-step, preset and random trajectories: A1 and A2 ask the first")
-    move_m: list[float] = setting([0.3, 2.0], "shortest and longest move, metres: less hardly shows, more seldom fits a room")
-    move_grid_m: float = setting(0.1, "moves are multiples of this, metres: what an answer can name")
-    turn_deg: list[float] = setting([10.0, 80.0], "least and largest turn in a room, degrees: 90 leaves nothing of the view, and makes A3 ambiguous")
-    photo_turn_deg: list[float] = setting([10.0, 30.0], "the same for photographs, degrees: of a 54-degree view, 30 leave 24")
-    turn_grid_deg: float = setting(10.0, "turns are multiples of this, degrees")
-    max_step_m: float = setting(0.2, "largest move between two frames, metres: what the video teachers were made for")
-    max_step_deg: float = setting(5.0, "largest turn between two frames, degrees")
-    min_frames: int = setting(8, "least frames an action, first and last counted")
-    room_px: int = setting(112, "side of a room's square frames, pixels")
-    room_fov_deg: float = setting(90.0, "field of view in rooms, degrees")
-    room_side_m: list[float] = setting([5.0, 9.0], "range of a room's width and of its depth, metres")
-    objects: list[int] = setting([4, 7], "fewest and most objects a room")
-    same_label_share: float = setting(0.33, "share of rooms in which two objects bear the same label (`ball`: a red one and a blue one of one size); task D4 needs them")
-    twins: int = setting(1, "pairs of objects with one label in those rooms, at most 4")
-    twin_gap_m: float = setting(0.0, "widest gap between the two of a pair, metres; 0: any")
-    camera_height_m: float = setting(1.5, "height of the camera, metres: one for all rooms, so that the floor tells distances")
-    margin_m: float = setting(0.3, "least distance of any frame's camera to walls and objects, metres")
-    long_side_px: int = setting(576, "longer side of photographs' frames, pixels (never enlarged): Stable Virtual Camera's")
-    min_side_px: int = setting(32, "photographs with a shorter side below this when stored are skipped, pixels")
-    max_megapixels: float = setting(200.0, "larger photographs are skipped undecoded: a few kilobytes can claim gigabytes")
-    photo_fov_deg: float = setting(54.0, "field of view along the longer side where EXIF data tell no focal length, degrees")
-    heldout: float = setting(0.05, "share of scenes kept out of training: at least one room and one photograph, given two")
-    seed: int = setting(0, "base of every draw")
-
-
-# ---------------------------------------------------------------------------- actions and poses
-# N frames of a trajectory, S candidate starts, P points, O objects
-
-TURNS = {"turn_left": -1, "turn_right": 1}  # sign of yaw
-MOVES = {"forward": (0, 1), "backward": (0, -1), "shift_left": (-1, 0), "shift_right": (1, 0)}  # along the camera's (x, z)
-CLASSES = {"turn": list(TURNS), "shift": ["shift_left", "shift_right"], "move": list(MOVES)}
-PRESETS = [("forward", "turn"), ("turn", "forward"), ("backward", "turn"), ("shift", "turn"), ("turn", "shift"),
-           ("forward", "turn", "forward"), ("turn", "forward", "turn"), ("shift", "turn", "forward")]
-RANDOMS = [("move", "turn"), ("turn", "move"), ("move", "turn", "move"), ("turn", "move", "turn")]
-
-
-def integrate(actions: list, max_step_m: float = 0.2, max_step_deg: float = 5.0,
-              min_frames: int = 8) -> tuple[np.ndarray, list[int]]:
-    """[(name, value), ...] in metres and degrees -> c2w float32 [N, 4, 4] and the frame index after each action, 0 first.
-
-    integrate([("turn_left", 40)]) -> 9 frames, keyframes [0, 8]: 40 degrees are 8 steps of 5. Each action starts at the last pose
-    of the one before, which is not repeated. ValueError for an unknown name or a value that is not finite.
-    """
-    x_m, z_m, yaw_deg, keyframes = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)], [0]
-    for name, value in actions:
-        if name not in TURNS and name not in MOVES:
-            raise ValueError(f"unknown action {name!r}: choose from {', '.join([*MOVES, *TURNS])}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} {value}: the value must be a finite number")
-        # 1e-9: a quotient of 3.0000000000000004 means 3 steps
-        steps = max(math.ceil(abs(value) / (max_step_deg if name in TURNS else max_step_m) - 1e-9), 1, min_frames - 1)
-        part = value * np.arange(1, steps + 1) / steps
-        right, ahead = MOVES.get(name, (0, 0))
-        cos, sin = np.cos(np.deg2rad(yaw_deg[-1][-1])), np.sin(np.deg2rad(yaw_deg[-1][-1]))
-        x_m.append(x_m[-1][-1] + part * (right * cos + ahead * sin))  # R(yaw) @ (right, 0, ahead)
-        z_m.append(z_m[-1][-1] + part * (ahead * cos - right * sin))
-        yaw_deg.append(yaw_deg[-1][-1] + part * TURNS.get(name, 0))
-        keyframes.append(keyframes[-1] + steps)
-    yaw = np.deg2rad(np.concatenate(yaw_deg))
-    c2w = np.tile(np.eye(4), (len(yaw), 1, 1))
-    c2w[:, 0, 0] = c2w[:, 2, 2] = np.cos(yaw)
-    c2w[:, 0, 2], c2w[:, 2, 0] = np.sin(yaw), -np.sin(yaw)
-    c2w[:, 0, 3], c2w[:, 2, 3] = np.concatenate(x_m), np.concatenate(z_m)
-    return c2w.astype(np.float32), keyframes
-
-
-def rng(*key) -> np.random.Generator:
-    """A generator of its own for every (seed, scene, trajectory, purpose)."""
-    return np.random.default_rng(list(hashlib.sha256(repr(key).encode()).digest()))
-
-
-def grid(bounds: list[float], step: float) -> list[float]:
-    """The multiples of `step` within the bounds: grid([0.3, 0.55], 0.1) -> [0.3, 0.4, 0.5]."""
-    low, high = math.ceil(bounds[0] / step - 1e-9), math.floor(bounds[1] / step + 1e-9)
-    return [round(k * step, 6) for k in range(low, high + 1)]
-
-
-def draw_actions(g: np.random.Generator, cfg: Config, turns_deg: list[float], moves_m: list[float]) -> list[tuple[str, float]]:
-    """One single step, preset or random sequence, for example [("shift_left", 0.7), ("turn_right", 30.0)]."""
-    if cfg.actions == "all":
-        kinds = [[("move",), ("turn",)], PRESETS, RANDOMS]  # as many single turns (A2) as single moves (A1)
-        of_kind = kinds[g.choice(3, p=np.array(cfg.shares) / sum(cfg.shares))]
-    else:
-        of_kind = [(name,) for name in (TURNS if cfg.actions == "turns" else MOVES)]
-    classes = of_kind[g.integers(len(of_kind))]
-    names = [str(g.choice(CLASSES.get(name, [name]))) for name in classes]
-    if len(classes) == 3 and classes[0] == "turn":  # opposite turns are ambiguous, see the docstring
-        names[2] = names[0]
-    if len(classes) > 1:  # so is a turn of 90 degrees beside a move
-        turns_deg = [value for value in turns_deg if value % 90]
-    return [(name, float(g.choice(turns_deg if name in TURNS else moves_m))) for name in names]
-
-
-# ---------------------------------------------------------------------------- rooms
-COLORS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 220), "yellow": (240, 215, 40), "purple": (140, 50, 175),
-          "orange": (245, 135, 25), "cyan": (50, 205, 215)}
-SHAPES = {  # (least, most) diameter or side and (least, most) height, metres: high enough for a level camera at 1.5 m to see
-    "ball": ((0.5, 1.1), None), "crate": ((0.5, 1.1), (0.5, 1.4)),
-    "pillar": ((0.35, 0.7), (1.0, 1.6)), "cone": ((0.6, 1.1), (0.7, 1.6))}
-
-
-def draw_object(g: np.random.Generator, label: str, twin: dict | None) -> dict:
-    """An object without its place. Its label is a color and a shape, of a pair the shape alone: the second is the `twin` of the first in
-    another color, so that the pictures tell the two apart, and neither their names nor the shapes of their boxes do."""
-    *named, shape = label.split()
-    colors = named or [color for color in COLORS if not twin or list(COLORS[color]) != twin["color"]]
-    color = list(COLORS[colors[g.integers(len(colors))]])
-    if twin:
-        return {key: value for key, value in twin.items() if key != "id"} | {"color": color, "center_m": [0.0, twin["center_m"][1], 0.0]}
-    side_m, tall_m = SHAPES[shape]
-    size = [g.uniform(*side_m)] * 3 if tall_m is None else [g.uniform(*side_m), g.uniform(*tall_m), 0.0]
-    size[2] = g.uniform(*side_m) if shape == "crate" else size[0]
-    size = [round(float(side), 2) for side in size]
-    lift_m = g.uniform(0.2, 1.0) if shape in ("ball", "crate") and g.random() < 0.3 else 0.0  # some hover at eye level
-    yaw_deg = float(g.integers(360)) if shape == "crate" else 0.0
-    return {"label": label, "shape": shape, "color": color, "center_m": [0.0, round(-lift_m - size[1] / 2, 3), 0.0],
-            "size_m": size, "yaw_deg": yaw_deg}
-
-
-def draw_room(scene_id: str, cfg: Config) -> dict:
-    """A room and its objects, none touching another or a wall; an object that finds no place in 200 tries is left out."""
-    g = rng(cfg.seed, scene_id, "room")
-    width_m, depth_m = (round(float(side), 2) for side in g.uniform(*cfg.room_side_m, 2))
-    room = {"scene_id": scene_id, "width_m": width_m, "depth_m": depth_m, "height_m": round(float(g.uniform(2.6, 3.2)), 2),
-            "camera_height_m": cfg.camera_height_m, "texture_seed": int(g.integers(2 ** 31)), "objects": []}
-    labels = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    labels = [labels[i] for i in g.permutation(len(labels))]
-    if g.random() < cfg.same_label_share:  # the pairs' shapes have no other object in this room: "the red ball" is never one of them
-        paired = [list(SHAPES)[i] for i in g.permutation(len(SHAPES))[:cfg.twins]]
-        labels = [label for shape in paired for label in (shape, shape)] + [label for label in labels if label.split()[1] not in paired]
-    for label in labels[:g.integers(cfg.objects[0], cfg.objects[1] + 1)]:
-        twin = next((other for other in room["objects"] if other["label"] == label), None)
-        thing = draw_object(g, label, twin)
-        radius_m = outer_radius(thing)
-        for x, z in g.uniform(-1, 1, (200, 2)) * (width_m / 2 - radius_m - 0.1, depth_m / 2 - radius_m - 0.1):
-            if all(math.hypot(x - other["center_m"][0], z - other["center_m"][2]) > radius_m + outer_radius(other) + 0.2
-                   for other in room["objects"]) and (not twin or not cfg.twin_gap_m or math.hypot(
-                       x - twin["center_m"][0], z - twin["center_m"][2]) < 2 * radius_m + cfg.twin_gap_m):
-                thing["center_m"] = [round(float(x), 2), thing["center_m"][1], round(float(z), 2)]
-                room["objects"].append({"id": len(room["objects"]), **thing})
-                break
-    return room
-
-
-def outer_radius(thing: dict) -> float:
-    """Radius of the circle around an object's footprint, metres."""
-    return math.hypot(thing["size_m"][0], thing["size_m"][2]) / 2 if thing["shape"] == "crate" else thing["size_m"][0] / 2
-
-
-def turn_back(x: np.ndarray, z: np.ndarray, yaw_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """World offsets -> the axes of a camera or crate with this yaw: the inverse of R(yaw)."""
-    cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
-    return cos * x - sin * z, sin * x + cos * z
-
-
-def clearance(points: np.ndarray, room: dict) -> np.ndarray:
-    """Horizontal distance of points [..., 2] (x, z) to the nearest wall or footprint, metres; negative inside one -> [...]."""
-    nearest = np.minimum(room["width_m"] / 2 - np.abs(points[..., 0]), room["depth_m"] / 2 - np.abs(points[..., 1]))
-    for thing in room["objects"]:
-        x, z = points[..., 0] - thing["center_m"][0], points[..., 1] - thing["center_m"][2]
-        if thing["shape"] == "crate":
-            x, z = turn_back(x, z, thing["yaw_deg"])
-            x, z = np.abs(x) - thing["size_m"][0] / 2, np.abs(z) - thing["size_m"][2] / 2
-            distance = np.hypot(np.maximum(x, 0), np.maximum(z, 0)) + np.minimum(np.maximum(x, z), 0)
-        else:
-            distance = np.hypot(x, z) - thing["size_m"][0] / 2
-        nearest = np.minimum(nearest, distance)
-    return nearest
-
-
-def sees_something(starts: np.ndarray, room: dict, fov_deg: float) -> np.ndarray:
-    """Starts [S, 3] (x, z, yaw) -> [S] bool: an object's middle is well inside the picture, and it fills at least 1.5 % of it.
-
-    A question asks for 1 %; another object may stand before it, which stage 2 finds out exactly.
-    """
-    if not room["objects"]:
-        return np.ones(len(starts), bool)
-    center = np.array([thing["center_m"] for thing in room["objects"]])  # [O, 3]
-    area_m2 = np.array([thing["size_m"][0] * thing["size_m"][1] for thing in room["objects"]])
-    x, z = turn_back(center[:, 0] - starts[:, :1], center[:, 2] - starts[:, 1:2], starts[:, 2:])  # [S, O]
-    y = center[:, 1] + room["camera_height_m"]
-    half_m = np.maximum(z, 1e-6) * math.tan(math.radians(fov_deg) / 2)  # half the picture's width at the object's depth
-    return ((z > 0.3) & (np.abs(x) < 0.85 * half_m) & (np.abs(y) < 0.85 * half_m) & (area_m2 > 0.015 * (2 * half_m) ** 2)).any(1)
-
-
-def draw_walk(g: np.random.Generator, room: dict, cfg: Config, turns_deg: list[float],
-              moves_m: list[float]) -> tuple[list, list] | None:
-    """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None where 20 x 48 tries find none.
-
-    48 starts are tried at once for each draw of actions, so that long moves are hardly rarer than short ones. A start that sees
-    an object is preferred; one that sees none is taken when nothing else fits.
-    """
-    spare = None
-    for _ in range(20):
-        actions = draw_actions(g, cfg, turns_deg, moves_m)
-        c2w, _keyframes = integrate(actions, cfg.max_step_m, cfg.max_step_deg, cfg.min_frames)
-        path = c2w[:, [0, 2], 3].astype(float)
-        path = path[np.append(True, np.abs(np.diff(path, axis=0)).sum(1) > 0)]  # frames of a turn share one place: [P, 2]
-        reach_m = np.array([room["width_m"], room["depth_m"]]) / 2 - cfg.margin_m
-        starts = np.column_stack([np.round(g.uniform(-1, 1, (48, 2)) * reach_m, 2), 10.0 * g.integers(36, size=48)])  # [S, 3]
-        x, z = turn_back(path[:, 0], path[:, 1], -starts[:, 2:])  # turning back by -yaw is R(yaw): [S, P]
-        free = clearance(np.stack([starts[:, :1] + x, starts[:, 1:2] + z], -1), room).min(1) > cfg.margin_m
-        good = free & sees_something(starts, room, cfg.room_fov_deg)
-        if good.any():
-            return actions, starts[good.argmax()].tolist()
-        if spare is None and free.any():
-            spare = actions, starts[free.argmax()].tolist()
-    return spare
-
-
-# ---------------------------------------------------------------------------- photographs
-Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own, with its own message
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError,
-              struct.error)  # PIL raises each of these on one damaged file or another
-
-
-def list_photos(source: str) -> tuple[list[tuple[Path, float | None]], int]:
-    """--images -> [(absolute path, field of view or None), ...] in a fixed order, and how many manifest lines were unusable."""
-    path = Path(os.path.abspath(os.path.expanduser(source)))
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
-        inside = [p for p in found if p.resolve().is_relative_to(path.resolve())]
-        for p in sorted({*found} - {*inside}):  # a stranger's archive could so reach any picture of yours
-            print(f"{p}: a link that leaves {path}, copy the picture there or name it in a manifest; skipped", file=sys.stderr)
-        return [(p, None) for p in inside], len(found) - len(inside)
-    if path.suffix.lower() in SUFFIXES:
-        return [(path, None)], 0
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        stop(f"--images {source}: no such folder, and neither a jpg, png or webp picture nor a manifest.jsonl")
-    photos = []
-    for number, record in read_lines(path, "image"):
-        image, fov = record["image"], record.get("fov_x_deg")
-        if not isinstance(image, str) or not image:
-            print(f"{path}:{number}: \"image\": {image!r} is not a path; skipped", file=sys.stderr)
-        elif fov is not None and (isinstance(fov, bool) or not isinstance(fov, (int, float)) or not 1 <= fov <= 170):
-            print(f"{path}:{number}: {image}: fov_x_deg {fov!r} is not a number from 1 to 170; skipped", file=sys.stderr)
-        else:
-            photo = Path(os.path.abspath(path.parent / image))
-            if os.path.isabs(image) or path.parent in photo.parents and photo.resolve().is_relative_to(path.parent.resolve()):
-                photos.append((photo, fov))
-            else:  # "../x.jpg" is a slip or a trick; an absolute path is meant
-                print(f"{path}:{number}: {image}: leaves the manifest's folder, name it by its absolute path; skipped", file=sys.stderr)
-    return photos, len(path.read_bytes().splitlines()) - len(photos)
-
-
-def exif_focal_px(tags: dict, width: int, height: int) -> float | None:
-    """Focal length in pixels of a picture of this size, or None where its EXIF tags hold no usable one.
-
-    The 35 mm equivalent compares diagonals (CIPA DCG-001), that of film being 43.27 mm. Otherwise it is the focal length times
-    the sensor's pixels per millimetre, scaled by how far the picture has been shrunk since.
-    """
-    long_px = max(width, height)
-    try:
-        equivalent_mm, focal_mm, per_unit, shot_width, shot_height = (
-            float(tags.get(tag) or 0) for tag in (0xA405, 0x920A, 0xA20E, 0xA002, 0xA003))
-    except (TypeError, ValueError):  # a text or a pair where a number belongs
-        return None
-    unit_mm = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}.get(tags.get(0xA210, 2))  # inches unless the tag says otherwise
-    if equivalent_mm > 0:
-        focal_px = equivalent_mm * math.hypot(width, height) / math.hypot(36, 24)
-    elif focal_mm > 0 and per_unit > 0 and unit_mm:
-        focal_px = focal_mm * per_unit / unit_mm * long_px / (max(shot_width, shot_height) or long_px)
-    else:
-        return None
-    return focal_px if 2 < 2 * math.degrees(math.atan(long_px / 2 / focal_px)) < 150 else None  # beyond: a wrong tag, not a lens
-
-
-def read_photo(path: Path, fov_x_deg: float | None, cfg: Config) -> dict:
-    """Size of the stored frame (EXIF rotation applied) and field of view; raises one of UNREADABLE where the picture is broken."""
-    if not path.is_file():
-        raise ValueError("no such file")
-    data = path.read_bytes()
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
-        warnings.simplefilter("ignore")  # about odd EXIF data, which cost the focal length and nothing else
-        if image.width * image.height > cfg.max_megapixels * 1e6:
-            raise ValueError(f"{image.width}x{image.height} px are more than --max_megapixels {cfg.max_megapixels:g}")
-        image.load()  # a truncated file shows only when it is decoded to its end
-        exif = image.getexif()
-        width, height = image.size[::-1] if exif.get(0x0112) in (5, 6, 7, 8) else image.size  # these four lie on their side
-        focal_px = exif_focal_px(exif.get_ifd(0x8769), width, height)
-    scale = min(1.0, cfg.long_side_px / max(width, height))
-    frame_wh = [round(width * scale), round(height * scale)]
-    if min(frame_wh) < cfg.min_side_px:
-        raise ValueError(f"stored as {frame_wh[0]}x{frame_wh[1]} px, a side below --min_side_px {cfg.min_side_px}")
-    if fov_x_deg is None:
-        focal_px = focal_px or max(width, height) / 2 / math.tan(math.radians(cfg.photo_fov_deg) / 2)
-        fov_x_deg = round(2 * math.degrees(math.atan(width / 2 / focal_px)), 4)
-    digest = hashlib.sha256(data).hexdigest()
-    return {"width": frame_wh[0], "height": frame_wh[1], "fov_x_deg": float(fov_x_deg), "digest": digest}
-
-
-def why_unreadable(error: Exception) -> str:
-    """One line for the user."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a JPEG, PNG or WebP picture"
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-
-
-def photo_scenes(photos: list[tuple[Path, float | None]], cfg: Config) -> list[dict]:
-    """The photographs that can be read, each with a scene_id made from its name; the others are named on stderr."""
-    scenes, taken = [], set()
-    for path, fov in tqdm(photos, desc="photographs", unit="photo", disable=not photos):
-        try:
-            photo = read_photo(path, fov, cfg)
-        except UNREADABLE as error:
-            tqdm.write(f"{path}: {why_unreadable(error)}; skipped", file=sys.stderr)
-            continue
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_")[:60] or "photo"
-        stem = f"photo_{stem}" if re.fullmatch(r"(?i)room_\d+", stem) else stem  # those names are the rooms'
-        names = itertools.chain([stem], (f"{stem}_{k}" for k in itertools.count(2)))
-        scene_id = next(name for name in names if name.lower() not in taken)
-        taken.add(scene_id.lower())  # some file systems do not tell upper from lower case
-        scenes.append({"scene_id": scene_id, "source": "real", "anchor": str(path), "room": None, **photo})
-    return scenes
-
-
-# ---------------------------------------------------------------------------- splits, records, picture
-def draw_splits(scenes: list[dict], cfg: Config) -> dict[str, str]:
-    """scene_id -> "train" | "heldout". A scene's own draw decides, so that a new scene moves no other; copies of a photograph
-    share theirs. Where none of a source is drawn, its scene with the smallest draw is held out; where all are, the largest's is not.
-    """
-    splits = {}
-    for source in ("simulated", "real"):
-        draws = {scene["scene_id"]: rng(cfg.seed, scene.get("digest", scene["scene_id"]), "split").random()
-                 for scene in scenes if scene["source"] == source}
-        bar, ordered = cfg.heldout, sorted(set(draws.values()))
-        if 0 < bar < 1 and len(ordered) > 1:
-            bar = ordered[1] if bar <= ordered[0] else min(bar, ordered[-1])
-        splits |= {scene_id: "heldout" if draw < bar else "train" for scene_id, draw in draws.items()}
-    return splits
-
-
-def draw_trajectories(scene: dict, room: dict | None, split: str, cfg: Config) -> tuple[list[dict], int]:
-    """A scene's records in the order of their traj_id, and how many could not be placed."""
-    turns_deg = grid(cfg.turn_deg if room else cfg.photo_turn_deg, cfg.turn_grid_deg)
-    moves_m = grid(cfg.move_m, cfg.move_grid_m)
-    records, used = [], []
-    count = cfg.room_trajectories if room else cfg.photo_trajectories
-    for index in range(count):
-        g, start = rng(cfg.seed, scene["scene_id"], index, "trajectory"), None
-        if room:
-            found = draw_walk(g, room, cfg, turns_deg, moves_m)
-            if found is None:
-                continue
-            actions, start = found
-        else:  # all walks of a photograph start at one place: the same one twice would teach nothing
-            actions = next((a for _ in range(100) if (a := draw_actions(g, cfg, turns_deg, moves_m)) not in used), None)
-            if actions is None:
-                continue
-            used.append(actions)
-        c2w, keyframes = integrate(actions, cfg.max_step_m, cfg.max_step_deg, cfg.min_frames)
-        records.append({"scene_id": scene["scene_id"], "traj_id": f"t{index:03d}", "source": scene["source"],
-                        "anchor": scene["anchor"], "room": scene["room"], "split": split, "width": scene["width"],
-                        "height": scene["height"], "fov_x_deg": scene["fov_x_deg"], "actions": actions, "keyframes": keyframes,
-                        "c2w": (np.round(c2w.astype(float), 7) + 0.0).tolist(),  # 7 digits are float32's; + 0.0 makes -0.0 plain
-                        "start": start})
-    return records, count - len(records)
-
-
-def place(record: dict) -> np.ndarray:
-    """World (x_m, z_m, yaw in radians) of every frame; photographs start at the origin -> [N, 3]."""
-    c2w = np.array(record["c2w"])
-    x0, z0, yaw_deg = record["start"] or (0.0, 0.0, 0.0)
-    x, z = turn_back(c2w[:, 0, 3], c2w[:, 2, 3], -yaw_deg)
-    return np.column_stack([x0 + x, z0 + z, np.deg2rad(yaw_deg) + np.arctan2(c2w[:, 0, 2], c2w[:, 0, 0])])
-
-
-def draw_panel(ax, records: list[dict], room: dict | None):
-    """Top view of one scene, x to the right and z up: walls, objects in their colours, paths with their first and last view."""
-    for thing in room["objects"] if room else []:
-        x, _, z = thing["center_m"]
-        style = {"facecolor": np.array(thing["color"]) / 255, "edgecolor": "black", "linewidth": 0.5}
-        if thing["shape"] == "crate":
-            corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (thing["size_m"][0] / 2, thing["size_m"][2] / 2)
-            ax.add_patch(plt.Polygon(np.column_stack(turn_back(*corners.T, -thing["yaw_deg"])) + (x, z), **style))
-        else:
-            ax.add_patch(plt.Circle((x, z), thing["size_m"][0] / 2, **style))
-    walks = [place(record) for record in records]  # [N, 3] each
-    for walk in walks:
-        ax.plot(walk[:, 0], walk[:, 1], color="0.25", linewidth=0.9)
-        ax.plot(*walk[0, :2], "o", color="0.25", markersize=2.5)
-        for at, color in ((0, "0.65"), (-1, "#c2185b")):
-            x, z, yaw = walk[at]
-            ax.annotate("", (x + 0.6 * math.sin(yaw), z + 0.6 * math.cos(yaw)), (x, z), arrowprops={
-                "arrowstyle": "-|>", "color": color, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7})
-    title = records[0]["scene_id"][:28]
-    if room:
-        half_x, half_z = room["width_m"] / 2, room["depth_m"] / 2
-        ax.add_patch(plt.Rectangle((-half_x, -half_z), 2 * half_x, 2 * half_z, fill=False, linewidth=1.5))
-        title += f"  {2 * half_x:g} x {2 * half_z:g} m"
-    else:
-        half_x = half_z = max(1.0, max(float(np.abs(walk[:, :2]).max()) for walk in walks) + 0.7)
-    ax.set(xlim=(-half_x - 0.1, half_x + 0.1), ylim=(-half_z - 0.1, half_z + 0.1), aspect="equal", xticks=[], yticks=[])
-    ax.set_title(title, fontsize=8)
-    ax.spines[:].set_visible(False)
-
-
-def draw_picture(records: list[dict], rooms: dict[str, dict]) -> bytes:
-    """The top view as PNG: up to 12 scenes, rooms and photographs alike, and where all paths end as seen from their start."""
-    by_scene = {key: list(group) for key, group in itertools.groupby(records, lambda record: record["scene_id"])}
-    sources = [[key for key in by_scene if (key in rooms) == simulated] for simulated in (True, False)]
-    shown = [key for pair in itertools.zip_longest(*sources) for key in pair if key is not None][:12]
-    figure = plt.figure(figsize=(16, 8), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.75, 1])
-    for ax, scene_id in itertools.zip_longest(left.subplots(3, 4).flat, sorted(shown, key=lambda key: key not in rooms)):
-        if scene_id is None:
-            ax.axis("off")
-        else:
-            draw_panel(ax, by_scene[scene_id], rooms.get(scene_id))
-    left.suptitle("From above.  Dot: start.  Grey arrow: first view.  Red arrow: last view.", fontsize=10)
-    ends = np.array([record["c2w"][-1] for record in records])  # [trajectories, 4, 4]
-    turned_deg = np.rad2deg(np.arctan2(ends[:, 0, 2], ends[:, 0, 0]))
-    ax = right.subplots()
-    limit_m = max(1.0, float(np.abs(ends[:, [0, 2], 3]).max())) + 0.2
-    for radius_m in range(1, 2 + int(1.5 * limit_m)):
-        ax.add_patch(plt.Circle((0, 0), radius_m, fill=False, color="0.85", linewidth=0.6))
-    dots = ax.scatter(ends[:, 0, 3], ends[:, 2, 3], c=turned_deg, s=7, alpha=0.7, cmap="coolwarm", vmin=-90, vmax=90,
-                      linewidths=0)
-    ax.set(xlim=(-limit_m, limit_m), ylim=(-limit_m, limit_m), aspect="equal",
-           xlabel="to the right, metres", ylabel="ahead, metres")
-    ax.set_title(f"Where all {len(records):,} trajectories end, seen from their start (first view: up)", fontsize=10)
-    right.colorbar(dots, ax=ax, orientation="horizontal", shrink=0.7, label="turned by, degrees (right is positive)")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})  # a version number in the file would change its bytes
-    plt.close(figure)
-    return file.getvalue()
-
-
-# ---------------------------------------------------------------------------- the stage
-def check(cfg: Config):
-    """Settings that no draw could satisfy end the run before anything is written."""
-    def need(holds: bool, why: str):
-        if not holds:
-            stop(why)
-
-    need(cfg.images or cfg.rooms, "nothing to do: give --images FOLDER (or a manifest.jsonl), --rooms N, or both")
-    need(cfg.actions in ("all", "turns", "moves"), f"--actions {cfg.actions}: choose all, turns or moves")
-    need(len(cfg.shares) == 3 and min(cfg.shares) >= 0 < sum(cfg.shares),
-         f"--shares {cfg.shares}: three numbers, none below 0, not all 0")
-    for name in ("rooms", "twins", "twin_gap_m", "room_trajectories", "photo_trajectories", "margin_m", "min_side_px"):
-        need(getattr(cfg, name) >= 0, f"--{name} {getattr(cfg, name)}: it cannot be below 0")
-    for name in ("move_grid_m", "turn_grid_deg", "max_step_m", "max_step_deg", "camera_height_m", "max_megapixels"):
-        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: it must be above 0")
-    for name, least, most in (("move_m", 0.01, 1e3), ("turn_deg", 0.1, 179), ("photo_turn_deg", 0.1, 179),
-                              ("objects", 0, len(COLORS) * len(SHAPES)), ("room_side_m", max(3.0, 2 * cfg.margin_m + 1), 1e3)):
-        pair = getattr(cfg, name)
-        need(len(pair) == 2 and least <= pair[0] <= pair[1] <= most,
-             f"--{name} {pair}: two numbers from {least:g} to {most:g}, the smaller first")
-    for name, least, most in (("room_fov_deg", 10, 150), ("photo_fov_deg", 10, 150), ("heldout", 0, 1),
-                              ("room_px", 8, 8192), ("long_side_px", 8, 8192)):
-        need(least <= getattr(cfg, name) <= most, f"--{name} {getattr(cfg, name)}: choose from {least} to {most}")
-    need(grid(cfg.move_m, cfg.move_grid_m), f"--move_m {cfg.move_m} holds no multiple of --move_grid_m {cfg.move_grid_m}")
-    for name in ("turn_deg", "photo_turn_deg"):
-        turns_deg = grid(getattr(cfg, name), cfg.turn_grid_deg)
-        need(turns_deg, f"--{name} {getattr(cfg, name)} holds no multiple of --turn_grid_deg {cfg.turn_grid_deg}")
-        need(cfg.actions != "all" or not any(cfg.shares[1:]) or any(value % 90 for value in turns_deg),
-             f"--{name} {getattr(cfg, name)}: sequences need a turn other than 90 degrees; widen it, or set --shares 1 0 0")
-
-
-def main(cfg: Config):
-    started, folder = time.perf_counter(), Path(cfg.run) / "1_trajectories"
-    check(cfg)
-    photos, broken = list_photos(cfg.images) if cfg.images else ([], 0)
-    config = {key: value for key, value in asdict(cfg).items() if key != "run"}
-    meta = begin(folder, config | {"images": cfg.images and os.path.abspath(os.path.expanduser(cfg.images))})
-
-    rooms = {name: draw_room(name, cfg) for name in (f"room_{i:05d}" for i in range(cfg.rooms))}
-    scenes = [{"scene_id": name, "source": "simulated", "anchor": None, "room": f"1_trajectories/rooms/{name}.json",
-               "width": cfg.room_px, "height": cfg.room_px, "fov_x_deg": cfg.room_fov_deg} for name in rooms]
-    scenes += photo_scenes(photos, cfg)
-    broken += len(photos) - (len(scenes) - len(rooms))
-    splits = draw_splits(scenes, cfg)
-
-    records, left_out = [], 0
-    for scene in tqdm(scenes, desc="trajectories", unit="scene"):
-        drawn, missing = draw_trajectories(scene, rooms.get(scene["scene_id"]), splits[scene["scene_id"]], cfg)
-        records.extend(drawn)
-        left_out += missing
-    if not records:
-        stop(f"nothing to write: {len(rooms)} rooms, {len(scenes) - len(rooms)} readable photographs, {broken} skipped"
-             f"{f' ({cfg.images} is the place to look)' if cfg.images else ''}, {left_out} trajectories left out")
-
-    for name, room in rooms.items():
-        save(folder / "rooms" / f"{name}.json", json.dumps(room, indent=1))
-    save(folder / "trajectories.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    save(folder / "trajectories.png", draw_picture(records, rooms))
-    counts = {"rooms": len(rooms), "photographs": len(scenes) - len(rooms), "photographs skipped": broken,
-              "trajectories": len(records), "trajectories left out": left_out,
-              "frames": sum(len(record["c2w"]) for record in records),
-              "scenes held out": sum(split == "heldout" for split in splits.values())}
-    finish(folder, meta, counts, started)
-
-    kinds = Counter(steps[0][0] if len(steps := record["actions"]) == 1 else f"{len(steps)} actions" for record in records)
-    for key, value in {**counts, **dict(sorted(kinds.items()))}.items():
-        print(f"{key:24}{value:9,}")
-    print(f"look at {folder / 'trajectories.png'}\nnext: python 02_imagine_views.py --run {cfg.run}")
+    """Complete meta.json, the mark of a whole folder, with counts, seconds and versions."""
+    seconds = round(time.perf_counter() - started, 1)
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    done = {"finished": True, "counts": counts, "seconds": seconds, "versions": versions}
+    for lock in folder.glob(".lock*"):  # first, so that a kill here leaves none for ever
+        lock.unlink()
+    save(folder / "meta.json", json.dumps(meta | done, indent=1))
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"\n{folder}: {seconds} s, peak memory {peak_gb:.2f} GB")
+
+
+# --- end: settings, files and faults ---
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Fused attention and pose encodings in Triton, each beside a plain torch reference. See README.md."""
+"""Fused attention and pose encodings in Triton, each beside a plain torch reference: README.md."""
+
 from kernels.attention import attention
 from kernels.rays import plucker_rays
-from kernels.register import patches_in_one_product, register, windows_in_one_launch
+from kernels.register import prepare, register
 from kernels.temporal import temporal_attention
 
-__all__ = ["attention", "patches_in_one_product", "plucker_rays", "register", "temporal_attention", "windows_in_one_launch"]
+__all__ = ["attention", "plucker_rays", "prepare", "register", "temporal_attention"]

@@ -1,8 +1,12 @@
-"""What the grey alone tells: the held-out A1 and A2 questions of a run of `warp`, every pixel painted brown that is not grey (what warp cannot show).
+"""What the grey alone tells: held-out questions whose pictures show nothing but warp's holes.
 
-.venv/bin/python tests/grey_only.py runs/ablations/warp runs/ablations/grey writes 300 questions a task into runs/ablations/grey, for 06 --data_root.
-A student that still answers them has learnt to read the holes, not the room.
+.venv/bin/python tests/grey_only.py runs/ablations/warp runs/ablations/grey
+
+paints every pixel brown that is not grey (what warp cannot show) and writes 300 held-out
+questions each of A1 and A2 for 06 --data_root. A student that still answers them has learnt to
+read the holes, not the room.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -20,15 +24,22 @@ def only_grey(rgb: np.ndarray) -> np.ndarray:
 
 def main(run: Path, out: Path):
     records = [json.loads(line) for line in (run / "3_qa/heldout.jsonl").read_text().splitlines()]
-    kept = [record for task in ("A1", "A2") for record in [one for one in records if one["task_type"] == task][:PER_TASK]]
+    kept = []
+    for task in ("A1", "A2"):
+        kept += [record for record in records if record["task_type"] == task][:PER_TASK]
     for image in {image for record in kept for image in record["images"]}:
         (out / image).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(only_grey(np.array(Image.open(run / image).convert("RGB")))).save(out / image)
+        rgb = np.array(Image.open(run / image).convert("RGB"))
+        Image.fromarray(only_grey(rgb)).save(out / image)
     (out / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1], "3_qa/heldout.jsonl").is_file() or Path(sys.argv[1]).resolve() == Path(sys.argv[2]).resolve():
-        print("grey_only.py: RUN OUT, where RUN is a finished run of `02 --teacher warp` with RUN/3_qa/heldout.jsonl, OUT another folder", file=sys.stderr)
+    paths = [Path(name).resolve() for name in sys.argv[1:]]
+    if len({*paths}) != 2 or not (paths[0] / "3_qa/heldout.jsonl").is_file():
+        why = (
+            "grey_only.py RUN OUT: RUN is a finished run of `02 --teacher warp`, OUT another folder"
+        )
+        print(why, file=sys.stderr)
         sys.exit(2)
-    main(*map(Path, sys.argv[1:]))
+    main(*paths)

@@ -1,31 +1,54 @@
-"""The exam: scores by meaning, controls, intervals, bad input, resuming, the report. A stub answers unless a test says more."""
+"""The evaluation: scores by meaning, controls, intervals, bad input, resuming, the report.
+
+A stub answers unless a test says more.
+"""
+
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import load, script
 from PIL import Image
 
-exam = load("06_eval")
-ANSWERS = {"A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1.5 meters"],
-           "A2": ["turn left 30 degrees", "turn right 40 degrees", "turn right 90 degrees"],
-           "A3": ["turn left 30 degrees; move left 1 meters", "move forward 1 meters; turn right 90 degrees"],
-           "A4": ["true", "false"],
-           "D1": ["[100, 100, 300, 300]", "[500, 200, 700, 800]"], "D2": ["yes", "no"],
-           "D3": ["move left 1 meters", "turn left 30 degrees"],
-           "D4": ["yes", "no"], "S1": ["[100, 100, 300, 300]"], "S2": ["yes", "no"], "S3": ["1 meters", "3.5 meters"],
-           "S4": ["350 degrees", "20 degrees"], "S5": ["[100, 100, 300, 300]"], "S6": ["yes", "no"]}
+evaluation = load("06_eval")
+ANSWERS = {
+    "A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1.5 meters"],
+    "A2": ["turn left 30 degrees", "turn right 40 degrees", "turn right 90 degrees"],
+    "A3": [
+        "turn left 30 degrees; move left 1 meters",
+        "move forward 1 meters; turn right 90 degrees",
+    ],
+    "A4": ["true", "false"],
+    "D1": ["[100, 100, 300, 300]", "[500, 200, 700, 800]"],
+    "D2": ["yes", "no"],
+    "D3": ["move left 1 meters", "turn left 30 degrees"],
+    "D4": ["yes", "no"],
+    "S1": ["[100, 100, 300, 300]"],
+    "S2": ["yes", "no"],
+    "S3": ["1 meters", "3.5 meters"],
+    "S4": ["350 degrees", "20 degrees"],
+    "S5": ["[100, 100, 300, 300]"],
+    "S6": ["yes", "no"],
+}
 
 
 def record(task: str, answer: str, scene: str, images: list[str], words: str = "") -> dict:
     text = "<image>" * len(images) + f"{task}: object at [100, 100, 300, 400]. {words}"
-    return {"task_type": task, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
-            "images": images, "scene_id": scene,
-            "traj_id": "t000", "split": "heldout", "source": "simulated", "teacher": "simulator"}
+    return {
+        "task_type": task,
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
+        "images": images,
+        "scene_id": scene,
+        "traj_id": "t000",
+        "split": "heldout",
+        "source": "simulated",
+        "teacher": "simulator",
+    }
 
 
 def make_run(run: Path, rooms: int = 4) -> list[dict]:
@@ -38,7 +61,10 @@ def make_run(run: Path, rooms: int = 4) -> list[dict]:
             Image.fromarray(draw.integers(0, 255, (84, 84, 3), dtype=np.uint8)).save(run / image)
         for task, answers in ANSWERS.items():
             shown = images[:1] if task in ("D2", "S1", "S2", "S3", "S4") else images
-            records += [record(task, answer, f"room_{room}", shown, f"Case {i}.") for i, answer in enumerate(answers)]
+            records += [
+                record(task, answer, f"room_{room}", shown, f"Case {i}.")
+                for i, answer in enumerate(answers)
+            ]
     write(run / "3_qa" / "heldout.jsonl", records)
     write(run / "3_qa" / "sft.jsonl", [item | {"scene_id": "other"} for item in records])
     (run / "student").mkdir()
@@ -47,7 +73,9 @@ def make_run(run: Path, rooms: int = 4) -> list[dict]:
 
 def write(path: Path, records: list):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in records))
+    path.write_text(
+        "".join((item if isinstance(item, str) else json.dumps(item)) + "\n" for item in records)
+    )
 
 
 @pytest.fixture
@@ -56,130 +84,227 @@ def run(tmp_path):
     return tmp_path
 
 
-def examine(run: Path, monkeypatch, says, spent=None, **settings) -> dict:
-    """Run the exam with `says(question, blank) -> response` in place of a student, at the cost `spent`; its results."""
-    monkeypatch.setattr(exam, "load_student", lambda *args: None)
-    monkeypatch.setattr(exam, "prepare", lambda student, batch, blank: [(question, blank) for question in batch])
-    monkeypatch.setattr(exam, "answer", lambda student, prompts, most: [(says(*prompt), 3) for prompt in prompts])
-    monkeypatch.setattr(exam, "spent", spent or (lambda student, prompt, generated, seconds: exam.NOTHING | {"tokens": generated}))
-    cfg = exam.Config(**({"run": str(run), "checkpoint": "student", "batch": 16} | settings))
-    exam.main(cfg)
-    return json.loads((run / "6_eval" / (cfg.tag or "student") / "results.json").read_text())
+def fake(monkeypatch, says, cost=None):
+    """In place of a student: the response says(question, blank), at this cost."""
+    real = evaluation.prompts_of
+    student = SimpleNamespace(tokenizer=SimpleNamespace(batch_decode=lambda texts, **_: texts))
+
+    def prompts_of(student, batch, blank):
+        prompts = zip(batch, real(student, batch, blank), strict=True)
+        return [p if "fault" in p else {"question": q, "blank": blank} for q, p in prompts]
+
+    def generate(student, prompts, *_):
+        return [says(prompt["question"], prompt["blank"]) for prompt in prompts]
+
+    def open_pictures(student, paths, blank=False):
+        return [evaluation.read_picture(path) for path in paths], None
+
+    encoded = {"ids": [], "positions": np.zeros((3, 0)), "prompt": 0}
+    cost = evaluation.NOTHING | (cost or {"tokens": 3, "seconds": 0.1})
+    monkeypatch.setattr(evaluation, "load_for", lambda *_: student)
+    monkeypatch.setattr(evaluation, "prompts_of", prompts_of)
+    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluation, "open_pictures", open_pictures)
+    monkeypatch.setattr(evaluation, "encode_question", lambda *_: encoded)
+    monkeypatch.setattr(evaluation, "spent", lambda *_: cost)
+
+
+def evaluate(run: Path, monkeypatch, says, cost=None, **settings) -> dict:
+    """Evaluate `says(question, blank) -> response`; the results, empty where others are missing."""
+    with monkeypatch.context() as patch:
+        fake(patch, says, cost)
+        usual = {"run": str(run), "checkpoint": "student", "batch": 16, "tag": "student"}
+        cfg = evaluation.Config(**(usual | settings))
+        evaluation.main(cfg)
+    path = run / "6_eval" / cfg.tag / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def truth(question, blank):
     return question["truth"]
 
 
+def scores(results: dict, task: str, metric: str) -> dict:
+    return results["tasks"][task]["metrics"][metric]
+
+
 def test_truth_scores_one_and_constants_and_blank_less(run, monkeypatch, capsys):
-    results = examine(run, monkeypatch, lambda question, blank: "no" if blank else question["truth"])
-    assert results["questions"] == len(make_run(run / "again")) and results["skipped"] == results["unparsable"] == 0
-    for task, result in results["tasks"].items():
-        for metric, values in result["metrics"].items():
+    results = evaluate(run, monkeypatch, lambda q, blank: "no" if blank else q["truth"])
+    assert results["questions"] == len(make_run(run / "again"))
+    assert results["skipped"] == results["counts"]["unparsable"] == 0
+    for task in ANSWERS:
+        for metric, values in results["tasks"][task]["metrics"].items():
             best = 0 if metric.startswith("error") else 1
             assert values["mean"] == values["low"] == values["high"] == best
             if len(ANSWERS[task]) > 1:
                 assert values["constant"]["mean"] != best and values["blank"]["mean"] != best
     # box 1 copied: [100, 100, 300, 400] against the two true boxes, 40000 / 60000 and 0
-    assert results["tasks"]["D1"]["metrics"]["iou"]["copy"]["mean"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-6)
-    assert results["tasks"]["D1"]["metrics"]["iou"]["above_copy"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
-    assert results["mean_reward"]["mean"] == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"report: {run / '6_eval' / 'student' / 'report.html'}" and "IoU of copying box 1" in "\n".join(lines)
-    meta = json.loads((run / "6_eval" / "student" / "meta.json").read_text())
+    iou = scores(results, "D1", "iou")
+    assert iou["copy"]["mean"] == pytest.approx((2 / 3 + 0) / 2, abs=1e-6)
+    assert iou["above_copy"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert scores(results, "all", "reward")["mean"] == results["right"]["mean"] == 1
+    out, folder = capsys.readouterr().out, run / "6_eval/student"
+    assert out.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    assert re.search(r"D1 +IoU +8 +\S+ +±\S+ +0.000 ±0.000 +0.333 ±0.000 +1.000", out)
+    meta = json.loads((folder / "meta.json").read_text())
     assert meta["finished"] and meta["counts"]["answers"] == 2 * results["questions"]
-    assert {path.name for path in (run / "6_eval" / "student").iterdir()} == {"samples.jsonl", "results.json", "report.html", "meta.json"}
+    files = {"samples.jsonl", "results.json", "report.html", "accuracy_cost.svg", "meta.json"}
+    assert {path.name for path in folder.iterdir()} == files
 
 
-@pytest.mark.parametrize("task, answer, response, expected", [
-    ("A1", "move left 1 meters", "move left 1.5 meters", {"direction": 1, "error_m": 0.5}),
-    ("A1", "move left 1 meters", "move right 1 meters", {"direction": 0, "error_m": 2}),
-    ("A1", "move left 3 meters", "move forward 4 meters", {"direction": 0, "error_m": 5}),
-    ("A1", "move left 3 meters", "turn left 4 degrees", {"direction": 0, "error_m": None}),
-    ("A2", "turn left 30 degrees", "turn right 40 degrees", {"direction": 0, "error_deg": 70}),
-    ("A2", "turn left 30 degrees", "turn left 40 degrees", {"direction": 1, "error_deg": 10}),
-    ("A2", "turn left 30 degrees", "turn left 30 degrees, turn right 30 degrees",
-     {"answered": False, "direction": 0, "reward": 0}),
-    ("A3", "turn left 30 degrees; move left 1 meters", "Turn left 30.0 degrees, move left 1 meter.", {"exact": 1, "reward": 1}),
-    ("A3", "turn left 30 degrees; move left 1 meters", "turn left 40 degrees; move left 1 meters",
-     {"exact": 0, "answered": True}),
-    ("A4", "true", "yes", {"accuracy": 1}), ("A4", "true", "maybe", {"accuracy": 0, "answered": False}),
-    ("D1", "[0, 0, 100, 100]", "[50, 0, 150, 100]", {"iou": 1 / 3}),
-    ("D1", "[0, 0, 100, 100]", "x" * 300, {"iou": 0, "reward": 0}),
-    ("S3", "2 meters", "2.5 meters", {"error_m": 0.5}), ("S4", "350 degrees", "20 degrees", {"error_deg": 30}),
-    ("S4", "0 degrees", "180 degrees", {"error_deg": 180}), ("D2", "no", "", {"answered": False, "accuracy": 0})])
-def test_scores_by_meaning(task, answer, response, expected):
-    got = exam.measure(task, answer, response)
+TWO = "turn left 30 degrees; move left 1 meters"
+
+
+@pytest.mark.parametrize(
+    "kind, answer, response, expected",
+    [
+        ("motion", "move left 1 meters", "move left 1.5 meters", {"direction": 1, "error_m": 0.5}),
+        ("motion", "move left 1 meters", "move right 1 meters", {"direction": 0, "error_m": 2}),
+        ("motion", "move left 3 meters", "move forward 4 meters", {"direction": 0, "error_m": 5}),
+        ("motion", "move left 3 meters", "turn left 4 degrees", {"error_m": None, "right": 0}),
+        ("motion", "turn left 30 degrees", "turn right 40 degrees", {"error_deg": 70, "right": 0}),
+        ("motion", "turn left 30 degrees", "turn left 40 degrees", {"error_deg": 10, "right": 1}),
+        ("motion", "turn left 30 degrees", TWO, {"answered": False, "direction": 0, "reward": 0}),
+        ("motions", TWO, "Turn left 30.0 degrees, move left 1 meter.", {"exact": 1, "reward": 1}),
+        ("motions", TWO, TWO.replace("30", "40"), {"exact": 0, "answered": True, "right": 0}),
+        ("yes_no", "true", "yes", {"accuracy": 1, "right": 1}),
+        ("yes_no", "true", "maybe", {"accuracy": 0, "answered": False}),
+        ("yes_no", "no", "", {"answered": False, "accuracy": 0}),
+        ("choice", "B", "b.", {"answered": True, "accuracy": 1}),
+        ("choice", "B", "A", {"answered": True, "accuracy": 0}),
+        ("box", "[0, 0, 100, 100]", "[50, 0, 150, 100]", {"iou": 1 / 3, "right": 0}),
+        ("box", "[0, 0, 100, 100]", "x" * 300, {"iou": 0, "reward": 0, "answered": False}),
+        ("meters", "2 meters", "2.5 meters", {"error_m": 0.5, "right": 1}),
+        ("degrees", "350 degrees", "20 degrees", {"error_deg": 30, "right": 0}),
+        ("degrees", "0 degrees", "180 degrees", {"error_deg": 180}),
+    ],
+)
+def test_scores_by_meaning(kind, answer, response, expected):
+    got = evaluation.measure(kind, answer, response)
     assert {key: got[key] for key in expected} == pytest.approx(expected)
 
 
+def test_scores_go_by_the_answer_type_and_otherwise_by_the_task(run, monkeypatch):
+    image = ["2_views/room_0/t000/000.png"]
+    given = {"E1": ("motion", "turn left 30 degrees"), "E3": ("choice", "C"), "A2": (None, "no")}
+    records = []
+    for task, (kind, answer) in given.items():
+        records.append(record(task, answer, "room_0", image) | {"answer_type": kind})
+    records.append(record("A2", "turn left 30 degrees", "room_0", image) | {"answer_type": "??"})
+    write(run / "3_qa/heldout.jsonl", records)
+    results = evaluate(run, monkeypatch, truth)
+    tasks = {"E1": "error_deg", "E3": "accuracy", "A2": "error_deg"}
+    assert all(metric in results["tasks"][task]["metrics"] for task, metric in tasks.items())
+    assert results["questions"] == 3 and results["counts"]["skipped, unusable row"] == 1
+
+
 def test_left_right_swapped_student(run, monkeypatch):
-    swap = {"left": "right", "right": "left", "yes": "no", "no": "yes", "true": "false", "false": "true"}
-    results = examine(run, monkeypatch, lambda q, blank: re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), q["truth"]))
-    tasks = results["tasks"]
-    assert tasks["A1"]["metrics"]["direction"]["mean"] == pytest.approx(1 / 3, abs=1e-6)  # forward stays forward
-    assert tasks["A1"]["metrics"]["error_m"]["mean"] == pytest.approx((2 + 0 + 3) / 3, abs=1e-6)
-    assert tasks["A2"]["metrics"]["error_deg"]["mean"] == pytest.approx((60 + 80 + 180) / 3, abs=1e-4)
-    assert tasks["D2"]["metrics"]["accuracy"]["mean"] == tasks["A3"]["metrics"]["exact"]["mean"] == 0
+    pairs = {"left": "right", "yes": "no", "true": "false"}
+    swap = pairs | {b: a for a, b in pairs.items()}
+
+    def says(question, blank):
+        return re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), question["truth"])
+
+    results = evaluate(run, monkeypatch, says)
+    want = {("A1", "direction"): 1 / 3, ("A1", "error_m"): 5 / 3, ("A2", "error_deg"): 320 / 3}
+    want |= {("D2", "accuracy"): 0, ("A3", "exact"): 0}  # in A1 forward stays forward
+    for (task, metric), mean in want.items():
+        assert scores(results, task, metric)["mean"] == pytest.approx(mean, abs=1e-4)
 
 
 def test_unparsable_answers_are_counted_and_get_the_worst_error(run, monkeypatch):
-    results = examine(run, monkeypatch, lambda question, blank: "I can't tell")
-    assert results["unparsable"] == results["questions"] and results["mean_reward"]["mean"] == 0
-    # worst answers of the exam: left 1 -> right 1.5 (2.5); forward 0.5 -> right 1.5; right 1.5 -> left 1 (2.5)
-    assert results["tasks"]["A1"]["metrics"]["error_m"]["mean"] == pytest.approx((2.5 + 2.5 ** 0.5 + 2.5) / 3, abs=1e-6)
-    assert results["tasks"]["A2"]["metrics"]["error_deg"]["mean"] == pytest.approx((120 + 70 + 120) / 3, abs=1e-4)
+    results = evaluate(run, monkeypatch, lambda question, blank: "I can't tell")
+    assert results["counts"]["unparsable"] == results["questions"]
+    assert scores(results, "all", "reward")["mean"] == 0
+    # the worst true answers: left 1 -> right 1.5 (2.5); forward 0.5 -> right 1.5; right 1.5 -> 2.5
+    error_m, error_deg = scores(results, "A1", "error_m"), scores(results, "A2", "error_deg")
+    assert error_m["mean"] == pytest.approx((2.5 + 2.5**0.5 + 2.5) / 3, abs=1e-6)
+    assert error_deg["mean"] == pytest.approx((120 + 70 + 120) / 3, abs=1e-4)
 
 
 def test_best_constant():
     truths = ["turn left 30 degrees"] * 3 + ["turn right 40 degrees"] * 2
-    best = exam.best_constants("A2", truths, ["turn right 40 degrees", "turn left 30 degrees", "turn left 10 degrees"])
-    assert best["direction"]["mean"] == 0.6 and best["direction"]["answer"].startswith("turn left")
-    assert best["error_deg"] == {"mean": pytest.approx(28), "answer": "turn left 30 degrees"}  # 2 x 70 over 5; left 10: 32
-    assert exam.best_constants("A2", truths, []) == {}
+    usual = {"answer_type": "motion", "question": "", "response": "", "blank_response": None}
+    own = [usual | {"truth": truth} for truth in truths]
+    answers = Counter(["turn right 40 degrees", "turn left 30 degrees", "turn left 10 degrees"])
+    best = evaluation.fill_scores(own, {}, answers)
+    means = {m: np.mean([sample["constant_scores"][m] for sample in own]) for m in best}
+    assert means["direction"] == 0.6 and best["direction"].startswith("turn left")
+    assert means["error_deg"] == pytest.approx(28)  # 2 x 70 over 5; left 10: 32
+    assert best["error_deg"] == "turn left 30 degrees"
+    assert evaluation.fill_scores(own, {}, Counter()) == {}
 
 
-def test_interval():
+def test_bootstrap():
     draw = np.random.default_rng(0)
-    values = (draw.random(400) < 0.3).astype(float)
-    alone = exam.interval(values, [f"room {i}" for i in range(400)], "A1")
+    values, rooms = (draw.random(400) < 0.3).astype(float), [f"room {i}" for i in range(400)]
+    alone = evaluation.bootstrap(values, rooms, "A1")
     assert alone["low"] < alone["mean"] < alone["high"]
-    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / 400), rel=0.15)
-    alike = [f"room {i}" for i in np.repeat(np.arange(40), 10)]  # ten equal answers a room
-    together = exam.interval(np.repeat(values[:40], 10), alike, "A1")
+    width = 2 * 1.96 * np.sqrt(0.3 * 0.7 / 400)
+    assert alone["high"] - alone["low"] == pytest.approx(width, rel=0.15)
+    alike = np.repeat(rooms[:40], 10)  # ten equal answers per room
+    together = evaluation.bootstrap(np.repeat(values[:40], 10), alike, "A1")
     assert together["high"] - together["low"] > 2.5 * (alone["high"] - alone["low"])
-    assert exam.interval([1, 1, 1], ["a", "b", "c"]) == {"mean": 1, "low": 1, "high": 1}
-    assert exam.interval([1, 0], ["a", "a"]) == {"mean": 0.5, "low": None, "high": None}
-    assert exam.interval(values, ["room"] * 200 + ["hall"] * 200, 1) == exam.interval(values, ["room"] * 200 + ["hall"] * 200, 1)
+    same = evaluation.bootstrap(np.ones(3), ["a", "b", "c"])
+    assert same == {"mean": 1, "low": 1, "high": 1}
+    one = evaluation.bootstrap(np.array([1, 0]), ["a", "a"])
+    assert one == {"mean": 0.5, "low": None, "high": None}
+    assert evaluation.bootstrap(values, alike, 1) == evaluation.bootstrap(values, alike, 1)
+    weighted = evaluation.bootstrap(np.array([1, 0, 0]), [*"abc"], weights=np.array([2, 1, 1]))
+    assert weighted["mean"] == 0.5
+
+
+def test_p_of_no_difference_is_rarely_small():
+    """Under the null the p-value is below 0.1 about one time in ten."""
+    draw, small, scenes = np.random.default_rng(1), 0, [str(i) for i in range(60)]
+    for trial in range(200):
+        values = draw.integers(0, 2, 60) - draw.integers(0, 2, 60).astype(float)
+        small += evaluation.bootstrap(values, scenes, trial, difference=True)["p"] < 0.1
+    assert 6 <= small <= 36
 
 
 def test_hostile_answers_are_shown_harmless(run, monkeypatch):
-    hostile = ["<script>alert(1)</script>", "\u202eevil\u2066", "A" * 1_000_000, "</div></html><img src=x onerror=alert(1)>",
-               "\ud800 \0 \x1b[2J",
-               "&lt;b&gt; \"'`", "{{7*7}} ${x}", "[1, 2, 3, " + "9" * 150 + "]"]
-    results = examine(run, monkeypatch, lambda question, blank: hostile[question["number"] % len(hostile)], blank=False)
-    report = (run / "6_eval" / "student" / "report.html").read_bytes().decode()
-    assert report.count("<script") == 1 and f"<script>{exam.SCRIPT}</script>" in report  # the page's own
-    assert "onerror=alert(1)>" not in report and "\u202e" not in report and "\0" not in report
-    assert "&lt;script&gt;" in report and "1,000,000 characters" in report and len(report) < 10_000_000
+    hostile = [
+        "<script>alert(1)</script>",
+        "\u202eevil\u2066",
+        "A" * 1_000_000,
+        "\ud800 \0 \x1b[2J",
+    ]
+    hostile += ["</div></html><img src=x onerror=alert(1)>", "&lt;b&gt; \"'`", "{{7*7}} ${x}"]
+    hostile.append("[1, 2, 3, " + "9" * 150 + "]")
+
+    def says(question, blank):
+        return hostile[question["number"] % len(hostile)]
+
+    results = evaluate(run, monkeypatch, says, blank=False)
+    report = (run / "6_eval/student/report.html").read_bytes().decode()
+    assert "<script" not in report and "onerror=alert(1)>" not in report
+    assert "\u202e" not in report and "\0" not in report and "{{7*7}}" in report
+    assert "&lt;script&gt;" in report and "1,000,000 characters" in report
+    assert len(report) < 10_000_000
     assert "http" not in report.replace("http-equiv", "")  # one self-contained file
-    assert results["tasks"]["A1"]["metrics"]["direction"]["mean"] == 0 and results["blank_mean_reward"] is None
-    assert len((run / "6_eval" / "student" / "samples.jsonl").read_text().splitlines()) == results["questions"]
+    assert scores(results, "A1", "direction")["mean"] == 0 and "blank" not in results["right"]
+    samples = (run / "6_eval/student/samples.jsonl").read_text().splitlines()
+    assert len(samples) == results["questions"]
 
 
 def test_questions_and_tags_cannot_inject(run, monkeypatch):
-    evil = record("D4", "yes", "<b>room</b>", ["2_views/room_0/t000/000.png"] * 2, "<script></script> [5, 5, 9, 9]")
-    write(run / "3_qa" / "heldout.jsonl", [evil])
-    examine(run, monkeypatch, truth)
-    report = (run / "6_eval" / "student" / "report.html").read_text()
-    assert report.count("<script") == 1 and "<b>room" not in report
+    images, words = ["2_views/room_0/t000/000.png"] * 2, "<script></script> [5, 5, 9, 9]"
+    write(run / "3_qa/heldout.jsonl", [record("D4", "yes", "<b>room</b>", images, words)])
+    evaluate(run, monkeypatch, truth)
+    report = (run / "6_eval/student/report.html").read_text()
+    assert "<script" not in report and "<b>room" not in report
     for tag in ("../evil", "a/b", "..", "a b"):
-        with pytest.raises(SystemExit) as ended:
-            examine(run, monkeypatch, truth, tag=tag)
-        assert ended.value.code == 2
+        refused(run, monkeypatch, tag=tag)
 
 
-def test_resumed_exam_writes_the_same_files(run, monkeypatch):
+def refused(run, monkeypatch, status: int = 2, **settings):
+    with pytest.raises(SystemExit) as ended:
+        evaluate(run, monkeypatch, truth, **settings)
+    assert ended.value.code == status
+
+
+def test_resumed_evaluation_writes_the_same_files(run, monkeypatch):
     def says(question, blank):
         return question["truth"] if (question["number"] + blank) % 3 else "no"
 
@@ -190,144 +315,157 @@ def test_resumed_exam_writes_the_same_files(run, monkeypatch):
             if count < 0:
                 raise KeyboardInterrupt
             return says(question, blank)
+
         return answers
+
     def written():
-        samples = [json.loads(line) | {"cost": 0} for line in (folder / "samples.jsonl").read_text().splitlines()]
-        return samples, *((folder / name).read_bytes() for name in ("results.json", "report.html"))
-    examine(run, monkeypatch, says)
-    folder = run / "6_eval" / "student"
+        names = ("samples.jsonl", "results.json", "report.html", "accuracy_cost.svg")
+        return [(folder / name).read_bytes() for name in names]
+
+    evaluate(run, monkeypatch, says)
+    folder = run / "6_eval/student"
     whole = written()
     shutil.rmtree(folder)
     for count in (0, 40, 65):
         with pytest.raises(KeyboardInterrupt):
-            examine(run, monkeypatch, killed_at(count))
+            evaluate(run, monkeypatch, killed_at(count))
     log = folder / "samples.jsonl"
     kept = log.read_text()
     assert len(kept.splitlines()) >= 32 and not (folder / "results.json").exists()
     log.write_text(kept + kept.splitlines()[0][:20])  # what a kill may leave: half a line
     asked = []
-    examine(run, monkeypatch, lambda question, blank: asked.append(question["number"]) or says(question, blank))
+    evaluate(run, monkeypatch, lambda q, blank: asked.append(q["number"]) or says(q, blank))
     assert written() == whole
-    assert len(asked) == 2 * (len(whole[0]) - len(kept.splitlines()))  # what was answered is not asked again
+    samples = whole[0].splitlines()  # what was answered is not asked again
+    assert len(asked) == 2 * (len(samples) - len(kept.splitlines()))
 
 
-def test_finished_exam_is_only_shown_and_other_settings_refused(run, monkeypatch, capsys):
-    examine(run, monkeypatch, truth, tag="sft")
+def test_finished_evaluation_is_only_shown_and_other_settings_are_refused(run, monkeypatch, capsys):
+    evaluate(run, monkeypatch, truth, tag="sft")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        examine(run, monkeypatch, None, tag="sft")
+    refused(run, monkeypatch, status=0, tag="sft")
     out = capsys.readouterr().out
-    assert ended.value.code == 0 and "nothing to do" in out and out.splitlines()[-1].startswith("report: ")
-    with pytest.raises(SystemExit) as ended:
-        examine(run, monkeypatch, truth, tag="sft", per_task=3)
-    assert ended.value.code == 2 and "per_task was 0, now 3" in capsys.readouterr().err
+    assert "nothing to do" in out and out.splitlines()[-1].startswith("report: ")
+    refused(run, monkeypatch, tag="sft", temperature=1.0)
+    assert "temperature was 0.0, now 1.0" in capsys.readouterr().err
+    refused(run, monkeypatch, tag="sft", per_task=3)
 
 
 def test_beside_prints_one_table(run, monkeypatch, capsys):
-    examine(run, monkeypatch, lambda question, blank: "no", tag="base")
-    examine(run, monkeypatch, truth, tag="sft")
+    evaluate(run, monkeypatch, lambda question, blank: "no", tag="base")
+    evaluate(run, monkeypatch, truth, tag="sft")
     capsys.readouterr()
-    examine(run, monkeypatch, truth, tag="refined", beside=["base", "sft"])
+    evaluate(run, monkeypatch, truth, tag="refined", beside=["base", "sft"])
     lines = capsys.readouterr().out.splitlines()
-    head = next(line for line in lines if line.startswith("task"))
-    assert head.split() == ["task", "score", "n", "constant", "blank", "base", "sft", "refined"]
-    table = lines[lines.index(head):]
-    assert re.search(r"A2 +direction +12 +0\.667 +1\.000 +0\.000 ±0\.000 +1\.000 ±0\.000 +1\.000 ±0\.000", "\n".join(table))
-    assert table[-1].startswith("report: ") and len({len(line) for line in table[1:-3]}) == 1  # aligned
-    with pytest.raises(SystemExit) as ended:
-        examine(run, monkeypatch, truth, tag="next", beside=["missing"])
-    assert ended.value.code == 2
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("task")) :]
+    columns = ["task", "score", "n", "constant", "blank", "copy", "base", "sft", "refined"]
+    assert table[0].split() == columns
+    pattern = r"A2 +direction +12 +0\.667 .* +0\.000 ±0\.000 +1\.000 ±0\.000 +1\.000 ±0\.000"
+    assert re.search(pattern, "\n".join(table))
+    assert table[-1].startswith("report: ") and len({len(line) for line in table[:-1]}) == 1
+    with pytest.raises(FileNotFoundError):  # which `run` makes one line
+        evaluate(run, monkeypatch, truth, tag="next", beside=["missing"])
 
 
 def test_bad_questions_are_named_counted_and_skipped(run, monkeypatch, capsys):
     good = record("D2", "yes", "room_0", ["2_views/room_0/t000/000.png"])
-    bad = ['{"task_type": "D2", "mess', "[1, 2]", "\u00ff", "{}", good | {"task_type": "Z1"}, good | {"task_type": ["D2"]},
-           good | {"messages": []}, good | {"messages": "text"}, good | {"messages": good["messages"][:1]},
-           good | {"images": ["../secret.png"]},
-           good | {"images": ["/etc/passwd"]}, good | {"images": ["absent.png"]}, good | {"images": []},
-           good | {"images": "x.png"},
-           good | {"images": [5]}, good | {"images": ["a\0b"]},
-           good | {"messages": good["messages"][:1] + [{"role": "assistant", "content": "perhaps"}]},
-           record("A1", "move left 1 meters; move left 2 meters", "room_0", good["images"]),
-           record("D1", "[300, 300, 100, 100]", "room_0", good["images"]),
-           record("D2", "yes", "r", good["images"], "long " * 5000), record("D2", "yes", "r", good["images"], "half a character \ud800")]
-    write(run / "3_qa" / "heldout.jsonl", bad + [good, good | {"scene_id": "room_1"}])
-    results = examine(run, monkeypatch, truth)
+    (asked, told), images = good["messages"], good["images"]
+    bad = ['{"task_type": "D2", "mess', "[1, 2]", "\u00ff", "{}"]
+    bad += [good | {"task_type": task} for task in ("Z1", ["D2"])]
+    messages = [[], "text", [asked], [asked, told | {"content": "perhaps"}]]
+    bad += [good | {"messages": one} for one in messages]
+    paths = [["../secret.png"], ["/etc/passwd"], ["absent.png"], [], "x.png", [5], ["a\0b"]]
+    bad += [good | {"images": one} for one in paths]
+    bad.append(record("A1", "move left 1 meters; move left 2 meters", "room_0", images))
+    bad.append(record("D1", "[300, 300, 100, 100]", "room_0", images))
+    bad += [record("D2", "yes", "r", images, words) for words in ("long " * 9000, "half \ud800")]
+    write(run / "3_qa/heldout.jsonl", [*bad, good, good | {"scene_id": "room_1"}])
+    results = evaluate(run, monkeypatch, truth)
     assert results["questions"] == 2 and results["skipped"] == len(bad)
-    assert len(capsys.readouterr().err.replace("\r", "\n").strip().split("heldout.jsonl:")) >= len(bad)
-    write(run / "3_qa" / "heldout.jsonl", bad)
-    with pytest.raises(SystemExit) as ended:
-        examine(run, monkeypatch, truth, tag="none")
-    assert ended.value.code == 2
+    named = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(named) == len(bad)
+    write(run / "3_qa/heldout.jsonl", bad)
+    refused(run, monkeypatch, tag="none")
 
 
 def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
-    results = examine(run, monkeypatch, truth, per_task=2, tasks=["A1", "D1"], tag="few", train=["absent.jsonl"])
-    assert {task: result["questions"] for task, result in results["tasks"].items()} == {"A1": 2, "D1": 2}
-    assert results["tasks"]["A1"]["metrics"]["direction"]["constant"] is None and "absent.jsonl" in capsys.readouterr().err
-    for settings in ({"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}, {"checkpoint": "4_none"}):
-        with pytest.raises(SystemExit) as ended:
-            examine(run, monkeypatch, truth, tag="bad", **settings)
-        assert ended.value.code == 2
+    few = {"per_task": 2, "tasks": ["A1", "D1"], "tag": "few", "train": ["absent.jsonl"]}
+    results = evaluate(run, monkeypatch, truth, **few)
+    counts = {task: result["questions"] for task, result in results["tasks"].items()}
+    assert counts == {"A1": 2, "D1": 2, "all": 4}
+    assert "constant" not in scores(results, "A1", "direction")
+    assert "absent.jsonl" in capsys.readouterr().err
+    wrong = [{"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}]
+    for settings in [*wrong, {"checkpoint": "4_none"}, {"shard": "2/2"}, {"temperature": -1.0}]:
+        refused(run, monkeypatch, **({"tag": "bad"} | settings))
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_picture_that_comes_back_makes_it_another_exam(run):
-    """Questions are counted as they load: with a picture missing later ones have other numbers, and recorded answers would go to the wrong ones."""
-    cfg = exam.Config(run=str(run))
-    picture, asked = run / "2_views/room_0/t000/000.png", lambda: exam.read_exam(cfg, {}, run)[3]
-    whole, content = asked(), picture.read_bytes()
+def test_a_picture_that_comes_back_makes_it_another_evaluation(run, monkeypatch):
+    """With a picture missing later questions have other numbers: recorded answers would go to them.
+
+    (check_picture remembers, for the length of a process.)"""
+    picture = run / "2_views/room_0/t000/000.png"
+    content = picture.read_bytes()
+    evaluate(run, monkeypatch, truth)
     picture.unlink()
-    assert asked() != whole
+    evaluation.check_picture.cache_clear()
+    refused(run, monkeypatch)
     picture.write_bytes(content)
-    assert asked() == whole
+    evaluation.check_picture.cache_clear()
+    refused(run, monkeypatch, status=0)
 
 
-@pytest.mark.parametrize("settings", [["--device", "potato"], ["--device", "cuda"], ["--coupled", "warp", "--coupled_args", '"']])
-def test_wrong_devices_and_arguments_are_one_line(settings):
-    if settings[-1] == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = script("06", *settings, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and settings[-2] in done.stderr
+def test_a_wrong_flag_ends_with_status_2():
+    done = script("06", "--dtype", "potato", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "--dtype" in done.stderr
 
 
 def untrained_student(run):
     texts = [text for answers in ANSWERS.values() for text in answers]
-    texts += ["A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 S5 S6 : object at [100, 100, 300, 400]. Case 012."]
-    load("04_train_sft").build_tiny(run / "student", texts, 0)
+    texts.append("A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 S5 S6 : object at [100, 100, 300, 400].")
+    load("04_train_sft").build_tiny(run / "student", [*texts, "Case 012."], 0)
+
+
+def said_by(run, tag: str) -> dict:
+    samples = map(json.loads, (run / "6_eval" / tag / "samples.jsonl").open())
+    return {sample["number"]: (sample["response"], sample["blank_response"]) for sample in samples}
 
 
 def test_drawn_answers_depend_on_the_question_and_the_seed_alone(run):
-    """--temperature 1: the same draw in any batch, another with another seed; towards 0 the greedy answer."""
+    """--temperature 1: the same draw in any batch, another with another seed; 0: the greedy one."""
     untrained_student(run)
-    settings, said = {"run": str(run), "checkpoint": "student", "max_new_tokens": 4, "device": "cpu", "blank": False, "per_task": 3}, {}
-    for tag, more in {"drawn": {"temperature": 1.0}, "alone": {"temperature": 1.0, "batch": 1}, "other": {"temperature": 1.0, "seed": 1},
-                      "cold": {"temperature": 1e-9}, "greedy": {}}.items():
-        exam.main(exam.Config(**settings | more, tag=tag))
-        said[tag] = {sample["number"]: sample["response"] for sample in map(json.loads, (run / "6_eval" / tag / "samples.jsonl").open())}
-    unlike = {pair: sum(said[pair[0]][number] != said[pair[1]][number] for number in said["greedy"])
-              for pair in (("drawn", "alone"), ("drawn", "other"), ("drawn", "greedy"), ("cold", "greedy"))}
-    assert len(said["greedy"]) > 40 and unlike["drawn", "alone"] == 0 and min(unlike["drawn", "other"], unlike["drawn", "greedy"]) > 30, unlike
-    assert unlike["cold", "greedy"] < 8  # without training some tokens tie exactly
-    done = script("06", "--run", run, "--checkpoint", "student", "--temperature", -1, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--temperature at least 0" in done.stderr
+    usual = {"run": str(run), "checkpoint": "student", "max_new_tokens": 4, "blank": False}
+    drawn, said = {"temperature": 1.0}, {}
+    ways = {"drawn": drawn, "alone": drawn | {"batch": 1}, "other": drawn | {"seed": 1}}
+    for tag, more in (ways | {"cold": {"temperature": 1e-9}, "greedy": {}}).items():
+        evaluation.main(evaluation.Config(**usual, **more, per_task=3, tag=tag))
+        said[tag] = said_by(run, tag)
+
+    def unlike(a, b):
+        return sum(said[a][number] != said[b][number] for number in said["greedy"])
+
+    assert len(said["greedy"]) > 40 and unlike("drawn", "alone") == 0
+    assert min(unlike("drawn", "other"), unlike("drawn", "greedy")) > 30
+    assert unlike("cold", "greedy") < 8  # without training some tokens tie exactly
 
 
-def test_a_tiny_student_sits_the_exam(run):
-    """The real model code, on a checkpoint without training: batches equal single questions, a broken picture is skipped."""
+def test_a_tiny_student_is_evaluated(run):
+    """The real model code, without training: batches equal single questions, a broken picture is
+    skipped."""
     untrained_student(run)
-    picture = run / "2_views" / "room_3" / "t000" / "001.png"
+    picture = run / "2_views/room_3/t000/001.png"
     picture.write_bytes(picture.read_bytes()[:500])
-    settings = {"run": str(run), "checkpoint": "student", "max_new_tokens": 6, "device": "cpu"}
-    exam.main(exam.Config(**settings, tag="many", batch=64))
-    exam.main(exam.Config(**settings, tag="one", batch=1, per_task=6))
-    many, one = (json.loads((run / "6_eval" / tag / "results.json").read_text()) for tag in ("many", "one"))
-    two_pictures = sum(len(ANSWERS[task]) for task in ("A1", "A2", "A3", "A4", "D1", "D3", "D4", "S5", "S6"))
-    assert many["skipped"] == two_pictures and many["tasks"]["A1"]["skipped"] == 3 and many["tasks"]["S1"]["questions"] == 4
-    said = {tag: [json.loads(line) for line in (run / "6_eval" / tag / "samples.jsonl").read_text().splitlines()]
-            for tag in ("many", "one")}
-    together = {sample["number"]: (sample["response"], sample["blank_response"]) for sample in said["many"]}
-    assert all(together[sample["number"]] == (sample["response"], sample["blank_response"]) for sample in said["one"])
-    assert one["questions"] > 40
+    usual = {"run": str(run), "checkpoint": "student", "max_new_tokens": 6}
+    evaluation.main(evaluation.Config(**usual, tag="many", batch=64))
+    evaluation.main(evaluation.Config(**usual, tag="one", batch=1, per_task=6))
+    many = json.loads((run / "6_eval/many/results.json").read_text())
+    about_two = ("A1", "A2", "A3", "A4", "D1", "D3", "D4", "S5", "S6")
+    assert many["skipped"] == sum(len(ANSWERS[task]) for task in about_two)
+    assert many["counts"]["skipped, unreadable picture"] == many["skipped"]
+    assert many["tasks"]["A1"]["questions"] == 9 and many["tasks"]["S1"]["questions"] == 4
+    together, one = said_by(run, "many"), said_by(run, "one")
+    assert len(one) > 40 and all(together[number] == one[number] for number in one)
     with pytest.raises(SystemExit) as ended:
-        exam.main(exam.Config(**(settings | {"checkpoint": "3_qa"}), tag="none"))
+        evaluation.main(evaluation.Config(**(usual | {"checkpoint": "3_qa"}), tag="none"))
     assert ended.value.code == 2

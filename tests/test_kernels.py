@@ -1,7 +1,9 @@
+"""The kernels under Triton's interpreter and, where there is one, on a GPU.
+
+In processes of their own: TRITON_INTERPRET counts when triton is imported, and must not reach other
+tests.
 """
-The kernels under Triton's interpreter and, where there is one, on a GPU, in processes of their own: TRITON_INTERPRET counts when triton is
-imported, and must not reach other tests.
-"""
+
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 from conftest import GPU, ROOT
 
+INTERPRETED = sorted((ROOT / "tests/gpu/interpreted").glob("*.py"))
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None                # what `import triton` meets on macOS and Windows
@@ -23,28 +26,33 @@ assert plucker_rays(torch.eye(4)[None], torch.eye(3)[None], 2, 3).shape == (1, 6
 """
 
 
-def python(*arguments, **environment) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-                          capture_output=True, text=True)
+def python(*arguments, **variables) -> None:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
 def test_interpreted(path):
     pytest.importorskip("triton")
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("path", sorted((ROOT / "tests/interpreted").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
 def test_on_the_gpu(path):
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="0")
 
 
 def test_a_whole_model_interpreted():
-    """Part of test_kernels_register.py once more, on the kernels instead of the reference; its gradients take minutes there."""
+    """Part of test_kernels_register.py on the kernels instead of the reference.
+
+    Its gradients take minutes there.
+    """
     pytest.importorskip("triton")
-    python("-m", "pytest", "-q", ROOT / "tests/test_kernels_register.py", "-k", "qwen2.5 and logits", TRITON_INTERPRET="1")
+    path = ROOT / "tests/test_kernels_register.py"
+    python("-m", "pytest", "-q", path, "-k", "qwen2.5 and logits", TRITON_INTERPRET="1")
 
 
 def test_cpu_tensors_take_the_reference_without_triton():

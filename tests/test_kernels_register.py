@@ -1,7 +1,10 @@
-"""A tiny Qwen2.5-VL and the tiny student are the same model with attn_implementation="world2vlm" as with "eager".
+"""A tiny Qwen2.5-VL and the tiny student: the same with "world2vlm" attention as with "eager".
 
-Here CPU tensors take the reference; tests/test_kernels.py runs a part again under Triton's interpreter, where they take the kernels.
+Here CPU tensors take the reference; tests/test_kernels.py runs a part again under Triton's
+interpreter, where they take the kernels.
 """
+
+import copy
 import importlib
 
 import numpy as np
@@ -10,8 +13,10 @@ import torch
 from conftest import load, tiny_qwen25, write_questions
 from PIL import Image
 
-sft, refine = load("04"), load("05")
-ours_in_transformers = importlib.import_module("kernels.register")  # `kernels.register` is the function
+from kernels import decode, rows
+
+sft = load("04")
+register = importlib.import_module("kernels.register")  # `kernels.register` is the function
 
 
 @pytest.fixture(scope="module", params=["qwen2.5", "qwen3"])
@@ -20,124 +25,213 @@ def pair(request, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     if request.param == "qwen2.5":
         return [tiny_qwen25(run, folder, attention) for attention in ("eager", "world2vlm")]
-    return [sft.load_student(str(run / "4_base"), torch.float32, "cpu", attention, 10**6) for attention in ("eager", "world2vlm")]
+    options = (str(run / "4_base"), torch.float32, "cpu")
+    return [sft.load_student(*options, attention, 10**6) for attention in ("eager", "world2vlm")]
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     """Prompts with one, two and three pictures of different sizes, so of different lengths."""
     folder, draw, records = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
-    for number, sizes in enumerate([[(84, 84)], [(28, 56), (84, 56)], [(56, 112), (28, 28), (84, 28)]]):
+    all_sizes = [[(84, 84)], [(28, 56), (84, 56)], [(56, 112), (28, 28), (84, 28)]]
+    for number, sizes in enumerate(all_sizes):
         paths = []
         for k, size in enumerate(sizes):
             paths.append(str(folder / f"{number}-{k}.png"))
             Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(paths[-1])
         prompt = "<image>" * len(sizes) + "Which way did the camera turn?" * (number + 1)
-        records.append({"images": paths, "messages": [{"role": "user", "content": prompt},
-                                                      {"role": "assistant", "content": "turn left 40 degrees"}]})
+        turns = [("user", prompt), ("assistant", "turn left 40 degrees")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        records.append({"images": paths, "messages": messages})
     return records
 
 
 def left_padded(student, questions):
-    prompts = refine.open_prompts(student, questions)
-    T = max(len(prompt["ids"]) for prompt in prompts)
-    ids = torch.stack([torch.nn.functional.pad(p["ids"], (T - len(p["ids"]), 0), value=student.tokenizer.pad_token_id) for p in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p["ids"]), (T - len(p["ids"]), 0)) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == student.model.config.image_token_id).int(),
-            "pixel_values": torch.cat([p["pixels"] for p in prompts]), "image_grid_thw": torch.cat([p["grids"] for p in prompts])}
+    """The model's inputs for a batch of prompts."""
+    prompts, pixels, grids = [], [], []
+    for question in questions:
+        patches, grid = sft.open_pictures(student, question["images"])
+        encoded = rows.encode_question(student, question, grid)
+        asked = encoded["prompt"]
+        ids, positions = encoded["ids"][:asked], encoded["positions"][:, :asked]
+        prompts.append({"ids": ids, "positions": positions})
+        pixels.append(patches)
+        grids.append(grid)
+    ids, mask, positions = decode.left_padded(prompts, student.tokenizer.pad_token_id)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.cat(grids),
+    }
+
+
+def rows_of(student, folder):
+    """Two rows, each of two questions about the same pictures."""
+    write_questions(folder / "q.jsonl", folder, scenes=2, per_scene=2)
+    groups = {}
+    for question in sft.read_questions(folder / "q.jsonl", folder):
+        groups.setdefault(tuple(question["images"]), []).append(question)
+    made = []
+    for paths, group in groups.items():
+        pixels, grids = sft.open_pictures(student, paths)
+        encoded = [rows.encode_question(student, question, grids) for question in group]
+        picture_token = student.model.config.image_token_id
+        made += rows.share(encoded, pixels, grids, picture_token, 10**6)
+    assert [int(row["owner"].max()) + 1 for row in made] == [2, 2]
+    return made
+
+
+def logprobs(student, made):
+    return rows.row_logprobs(student.model, made, student.tokenizer.pad_token_id)
 
 
 @torch.no_grad()
 def test_logits_of_a_left_padded_batch(pair, questions):
     inputs = left_padded(pair[0], questions)
-    eager, ours = (student.model(**inputs).logits[inputs["attention_mask"].bool()] for student in pair)
+    real = inputs["attention_mask"].bool()
+    eager, ours = (student.model(**inputs).logits[real] for student in pair)
     torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generated_tokens(pair, questions, cache):
     inputs = left_padded(pair[0], questions)
-    eager, ours = (student.model.generate(**inputs, max_new_tokens=6, do_sample=False, cache_implementation=cache) for student in pair)
+    del inputs["position_ids"]
+    picture = pair[0].model.config.image_token_id
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == picture).int()
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    eager, ours = (student.model.generate(**inputs, **options) for student in pair)
     assert torch.equal(ours, eager)
 
 
-def test_our_own_generation(pair, questions):
-    eager, ours = (refine.generate(student, refine.open_prompts(student, questions), 6) for student in pair)
-    assert ours == eager
+@torch.no_grad()
+def test_decoding_on_a_cache_with_room(pair, questions):
+    """Our own decoding gives the same tokens."""
+    inputs = left_padded(pair[0], questions)
+    mask, position = inputs["attention_mask"], inputs["position_ids"][0, :, -1] + 1
+    pad, stop = pair[0].tokenizer.pad_token_id, pair[0].tokenizer.eos_token_id
+    found = []
+    for student in pair:
+        out = student.model(**inputs, use_cache=True)
+        cache = decode.cache_with_room(out.past_key_values, torch.arange(len(questions)), 6)
+        logits = out.logits[:, -1]
+        found.append(decode.decode(student.model, cache, logits, mask, position, stop, pad, 6))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_a_batch_with_shared_prefixes(pair, run, tmp_path, checkpointing):
-    write_questions(tmp_path / "q.jsonl", tmp_path, scenes=2, per_scene=2)
-    groups = sft.group_by_pictures(sft.read_questions(tmp_path / "q.jsonl", tmp_path), 16)
+def test_gradients_of_a_batch_with_shared_prefixes(pair, tmp_path, checkpointing):
     found = []
     for student in pair:
+        model = student.model
         if checkpointing:
-            student.model.activation_checkpointing_enable()
-        student.model.train()
-        (-sft.token_logprobs(student, sft.rows_of(student, groups, True, 10**6)).mean()).backward()
-        found.append({name: p.grad for name, p in student.model.named_parameters() if p.grad is not None})
-        student.model.zero_grad()
-        student.model.activation_checkpointing_disable()
-        student.model.eval()
-    assert found[0].keys() == found[1].keys() and max(g.abs().max() for g in found[0].values()) > 1e-3
-    for name in found[0]:
-        torch.testing.assert_close(found[1][name], found[0][name], atol=1e-5, rtol=1e-3, msg=name)
+            model.activation_checkpointing_enable()
+        model.train()
+        (-logprobs(student, rows_of(student, tmp_path)).mean()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(grads)
+        model.zero_grad()
+        model.activation_checkpointing_disable()
+        model.eval()
+    eager, ours = found
+    assert eager.keys() == ours.keys() and max(g.abs().max() for g in eager.values()) > 1e-3
+    for name in eager:
+        torch.testing.assert_close(ours[name], eager[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_a_training_loss_in_bfloat16(pair, tmp_path):
-    """Under autocast Qwen3-VL's q and k leave their norms in float32 and v its layer in bfloat16: they meet in bfloat16, as in SDPA."""
-    write_questions(tmp_path / "q.jsonl", tmp_path, scenes=2, per_scene=2)
-    groups = sft.group_by_pictures(sft.read_questions(tmp_path / "q.jsonl", tmp_path), 16)
-    exact, near = [], []
+    """Under autocast Qwen3-VL's q and k leave their norms in float32, and v its layer in bfloat16.
+
+    They meet in bfloat16, as in SDPA.
+    """
+    errors = []
     for student in pair:
-        rows = sft.rows_of(student, groups, True, 10**6)
+        made = rows_of(student, tmp_path)
         with torch.no_grad():
-            exact.append(sft.token_logprobs(student, rows))
+            exact = logprobs(student, made)
         with torch.autocast("cpu", torch.bfloat16):
-            near.append(sft.token_logprobs(student, rows))
-        near[-1].mean().backward()
-        assert all(p.grad.isfinite().all() for p in student.model.parameters() if p.grad is not None)
+            near = logprobs(student, made)
+        near.mean().backward()
+        grads = [p.grad for p in student.model.parameters() if p.grad is not None]
+        assert all(grad.isfinite().all() for grad in grads)
         student.model.zero_grad()
-    eager, ours = ((one.detach() - exact[0]).abs().max() for one in near)
+        errors.append((near.detach() - exact).abs().max())
+    eager, ours = errors
     assert 0 < ours < 2 * eager < 0.1
 
 
 @torch.no_grad()
 def test_the_vision_tower_calls_once_a_layer(pair, questions, monkeypatch):
-    """Three prompts, six pictures, many windows: one launch a layer, with cu_seqlens."""
-    launches, attention = [], ours_in_transformers.attention
-    monkeypatch.setattr(ours_in_transformers, "attention", lambda *a, **k: launches.append(k["cu_seqlens"]) or attention(*a, **k))
+    """Three prompts, six pictures, many windows: one launch per layer, with cu_seqlens."""
+    launches, attention = [], register.attention
+
+    def counted(*tensors, **options):
+        launches.append(options["cu_seqlens"])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(register, "attention", counted)
     pair[1].model(**left_padded(pair[1], questions))
     config = pair[1].model.config
-    assert sum(c is not None for c in launches) == config.vision_config.depth
-    assert sum(c is None for c in launches) == config.text_config.num_hidden_layers
-    assert max(len(c) - 1 for c in launches if c is not None) >= 6
+    windows = [cu_seqlens for cu_seqlens in launches if cu_seqlens is not None]
+    assert len(windows) == config.vision_config.depth
+    assert len(launches) - len(windows) == config.text_config.num_hidden_layers
+    assert max(len(cu_seqlens) - 1 for cu_seqlens in windows) >= 6
+
+
+@torch.no_grad()
+def test_packed_rows_reach_the_language_model_only(pair, tmp_path, monkeypatch):
+    """text_cu_seqlens is not taken for the tower's, and a plain cu_seqlens is refused."""
+    made, launches, attention = rows_of(pair[1], tmp_path), [], register.attention
+
+    def counted(*tensors, **options):
+        launches.append((options["causal"], options["cu_seqlens"].tolist()))
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(register, "attention", counted)
+    logprobs(pair[1], made)
+    lengths = [len(row["ids"]) for row in made]
+    starts = [0, lengths[0], sum(lengths)]
+    text = pair[1].model.config.text_config
+    assert [where for causal, where in launches if causal] == [starts] * text.num_hidden_layers
+    patches = sum(len(row["pixels"]) for row in made)
+    assert {where[-1] for causal, where in launches if not causal} == {patches}
+    inputs, _, _ = rows.pack(made)
+    inputs["cu_seqlens"] = inputs.pop("text_cu_seqlens")
+    with pytest.raises(ValueError, match="text_cu_seqlens"):
+        pair[1].model.model(**inputs)
 
 
 def test_what_it_cannot_do_is_an_error():
-    x = torch.zeros(1, 2, 3, 32)
+    x, module = torch.zeros(1, 2, 3, 32), torch.nn.Module()
     with pytest.raises(ValueError, match="prefix=segments"):
-        ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 3, 3))
-    with pytest.raises(ValueError, match="not both"):  # else the mask would quietly take the prefix's place
-        ours_in_transformers.forward(torch.nn.Module(), x, x, x, torch.ones(1, 3), prefix=torch.zeros(1, 3))
+        register.forward(module, x, x, x, torch.zeros(1, 1, 3, 3))
+    # Otherwise the mask would quietly take the prefix's place.
+    with pytest.raises(ValueError, match="not both"):
+        register.forward(module, x, x, x, torch.ones(1, 3), prefix=torch.zeros(1, 3))
     with pytest.raises(ValueError, match="no dropout"):
-        ours_in_transformers.forward(torch.nn.Module(), x, x, x, None, dropout=0.1)
+        register.forward(module, x, x, x, None, dropout=0.1)
 
 
-def test_the_patch_embedding_as_a_product_is_the_convolution(run, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+def test_the_patch_embedding_as_a_product_is_the_convolution(run, tmp_path, family):
     """Outputs and gradients, and a deep copy keeps weights of its own."""
-    import copy
-    for model in (sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6).model, tiny_qwen25(run, tmp_path, "eager").model):
-        proj = model.model.visual.patch_embed.proj
-        plain = torch.nn.Conv3d(proj.in_channels, proj.out_channels, proj.kernel_size, stride=proj.stride, bias=proj.bias is not None)
-        plain.load_state_dict(proj.state_dict())
-        patches = torch.randn(50, proj.in_channels, *proj.kernel_size)
-        got, want = proj(patches), plain(patches).flatten(1)
-        assert torch.allclose(got, want, atol=1e-5)
-        got.square().sum().backward(), want.square().sum().backward()
-        assert torch.allclose(proj.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
-        twin = copy.deepcopy(proj)
-        with torch.no_grad():
-            proj.weight.zero_()
-        assert torch.allclose(twin(patches), want, atol=1e-5)
+    if family == "qwen2.5":
+        student = tiny_qwen25(run, tmp_path, "eager")
+    else:
+        student = sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6)
+    proj = student.model.model.visual.patch_embed.proj
+    sizes = (proj.in_channels, proj.out_channels, proj.kernel_size)
+    plain = torch.nn.Conv3d(*sizes, stride=proj.stride, bias=proj.bias is not None)
+    plain.load_state_dict(proj.state_dict())
+    patches = torch.randn(50, proj.in_channels, *proj.kernel_size)
+    got, want = proj(patches), plain(patches).flatten(1)
+    assert torch.allclose(got, want, atol=1e-5)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    assert torch.allclose(proj.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-3)
+    twin = copy.deepcopy(proj)
+    with torch.no_grad():
+        proj.weight.zero_()
+    assert torch.allclose(twin(patches), want, atol=1e-5)

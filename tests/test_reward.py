@@ -1,37 +1,38 @@
-"""The reward of stages 5 and 6: equal to the published one for one well-formed answer, less for everything that games it."""
-import importlib.util
+"""The reward: the published one for one well-formed answer, less for all that games it."""
+
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import load
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "open_g4_reward.jsonl"
 
-
-def load(name: str):
-    """A script whose name starts with a digit, as a module."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-exam = load("06_eval")
+stage = load("06")
 
 
 def paid(task: str, answer, response) -> float:
-    return exam.reward(task, answer, response)["overall"]
+    return stage.reward(task, answer, response)["overall"]
 
 
-HONEST = {"A1": "move forward 1.2 meters", "A2": "turn left 40 degrees", "A3": "turn right 30 degrees; move forward 1 meters",
-          "A4": "true", "D1": "[412, 300, 530, 611]", "D2": "no", "D3": "move left 0.8 meters; turn left 20 degrees", "D4": "yes",
-          "S1": "[10, 20, 300, 400]", "S2": "yes", "S3": "2.3 meters", "S4": "350 degrees", "S5": "[10, 20, 300, 400]",
-          "S6": "no"}
+HONEST = {
+    "A1": "move forward 1.2 meters",
+    "A2": "turn left 40 degrees",
+    "A3": "turn right 30 degrees; move forward 1 meters",
+    "A4": "true",
+    "D1": "[412, 300, 530, 611]",
+    "D2": "no",
+    "D3": "move left 0.8 meters; turn left 20 degrees",
+    "D4": "yes",
+    "S1": "[10, 20, 300, 400]",
+    "S2": "yes",
+    "S3": "2.3 meters",
+    "S4": "350 degrees",
+    "S5": "[10, 20, 300, 400]",
+    "S6": "no",
+}
 
 
 @pytest.mark.parametrize("task", HONEST)
@@ -42,19 +43,34 @@ def test_honest_answer_is_paid_in_full(task):
 
 
 # What counts as ONE well-formed answer here is decided without the reward's own grammar.
-MOVE = r"(?:move\s+(?:forward|backward|left|right)\s+\d+(?:\.\d+)?\s+meters?|turn\s+(?:left|right)\s+\d+(?:\.\d+)?\s+degrees?)"
+MOVE = r"(?:move\s+(?:forward|backward|left|right)\s+\d+(?:\.\d+)?\s+meters?"
+MOVE += r"|turn\s+(?:left|right)\s+\d+(?:\.\d+)?\s+degrees?)"
 BETWEEN = r"(?:\s*[,;]\s*(?:then\s+)?|\s+then\s+|\s+and\s+)"
 BOX = r"(?:bbox\s*)?\[\s*-?\d+(?:\.\d+)?\s*(?:,\s*-?\d+(?:\.\d+)?\s*){3}\]"
-WELL_FORMED = {**dict.fromkeys(("A1", "A2"), MOVE + r"\s*[.!]?"),
-               **dict.fromkeys(("A3", "D3"), MOVE + f"(?:{BETWEEN}{MOVE})*" + r"\s*[.!]?"),
-               "D1": BOX, **dict.fromkeys(("A4", "D2", "D4"), r"(?:yes|no|true|false)\s*[.!]?")}
-TRUTH = WELL_FORMED | dict.fromkeys(("A1", "A2"), WELL_FORMED["A3"])  # some true answers of A1 there hold several actions
-COUNTS = {"A1": 39, "A2": 25, "A3": 49, "D3": 58, "D1": 243, "A4": 34, "D2": 26, "D4": 36}  # lines that match
+WELL_FORMED = {
+    **dict.fromkeys(("A1", "A2"), MOVE + r"\s*[.!]?"),
+    **dict.fromkeys(("A3", "D3"), MOVE + f"(?:{BETWEEN}{MOVE})*" + r"\s*[.!]?"),
+    "D1": BOX,
+    **dict.fromkeys(("A4", "D2", "D4"), r"(?:yes|no|true|false)\s*[.!]?"),
+}
+TRUTH = WELL_FORMED | dict.fromkeys(
+    ("A1", "A2"), WELL_FORMED["A3"]
+)  # some true answers of A1 there hold several actions
+COUNTS = {
+    "A1": 39,
+    "A2": 25,
+    "A3": 49,
+    "D3": 58,
+    "D1": 243,
+    "A4": 34,
+    "D2": 26,
+    "D4": 36,
+}  # lines that match
 LINES = (1441, 1291)  # 150 lines are paid less here
 
 
 def golden_lines():
-    """(task, answer, response, published score) of the lines whose true answer is a JSON record with both keys."""
+    """(task, answer, response, published score) of the lines whose true answer has both keys."""
     for line in GOLDEN.read_text().splitlines():
         record = json.loads(line)
         try:
@@ -68,11 +84,22 @@ def golden_lines():
 def test_equals_the_published_reward_on_every_well_formed_answer():
     count = dict.fromkeys(WELL_FORMED, 0)
     for task, answer, response, score in golden_lines():
-        if task in WELL_FORMED and isinstance(response, str) and re.fullmatch(TRUTH[task], str(answer).strip(), re.I) \
-                and re.fullmatch(WELL_FORMED[task], response.strip(), re.I) and len(response.strip()) <= 200:
-            got = exam.reward(task, answer, response)
+        if (
+            task in WELL_FORMED
+            and isinstance(response, str)
+            and re.fullmatch(TRUTH[task], str(answer).strip(), re.I)
+            and re.fullmatch(WELL_FORMED[task], response.strip(), re.I)
+            and len(response.strip()) <= 200
+        ):
+            got = stage.reward(task, answer, response)
             assert set(got) == set(score), (task, answer, response)
-            assert all(abs(got[part] - value) < 1e-9 for part, value in score.items()), (task, answer, response, got, score)
+            assert all(abs(got[part] - value) < 1e-9 for part, value in score.items()), (
+                task,
+                answer,
+                response,
+                got,
+                score,
+            )
             count[task] += 1
     assert count == COUNTS, count
 
@@ -80,49 +107,126 @@ def test_equals_the_published_reward_on_every_well_formed_answer():
 @pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden data absent: {GOLDEN}")
 def test_never_pays_more_than_the_published_reward():
     lines = list(golden_lines())
-    equal = sum(abs(paid(task, answer, response) - score["overall"]) < 1e-9 for task, answer, response, score in lines)
-    assert all(paid(task, answer, response) <= score["overall"] + 1e-9 for task, answer, response, score in lines)
-    assert (len(lines), equal) == LINES  # the rest: several actions or boxes, "remove forward", units outside the grammar
+    equal = sum(
+        abs(paid(task, answer, response) - score["overall"]) < 1e-9
+        for task, answer, response, score in lines
+    )
+    assert all(
+        paid(task, answer, response) <= score["overall"] + 1e-9
+        for task, answer, response, score in lines
+    )
+    assert (
+        len(lines),
+        equal,
+    ) == LINES  # the rest: several actions or boxes, "remove forward", units outside the grammar
 
 
-GAMED = [("A1", "move forward 1.2 meters", response) for response in (
-            "move forward 1.2 meters; move backward 1.2 meters; move left 1.2 meters; move right 1.2 meters",
-            "move forward 1.2 meters, move forward 0.4 meters", "move forward 1.2 meters move forward 1.2 meters",
-            "move forward 1.2 meters or move left 1.2 meters", "move left 1.2 meters; move forward 1.2 meters",
-            "remove forward 1.2 meters", "removes forward 1.2 meters", "_move forward 1.2 meters", "not move forward 1.2 meters",
-            "move forward 1.2 meters or 2", "move forward 1.2 meters 3.4 meters", "move forward 1.2-2.4 meters",
-            "move forward backward left right 1.2 meters", "forward backward left right move forward 1.2 meters",
-            "move forward 1.2 meters, forward 3 meters", "move forward 1.2 meters, moved left 3 m",
-            "move forward 1.2 meters. turn",
-            "1. move forward 1.2 meters 2. move left 1.2 meters", "it did not move forward 1.2 meters",
-            "don't move forward 1.2 meters",
-            "move forward 1.2 meters, yes no", "move forward 1.2 metersmove left 1 meters", "move forward 1.2meterstick")]
-GAMED += [("A2", "turn right 165 degrees", response) for response in (
-            "return right 165 degrees", "turn right 165 degrees; turn left 165 degrees",
-            "turn left 165 degrees, turn right 165 degrees",
-            "turn right 165 degrees, turn right 100 degrees", "overturn right 165 degrees",
-            "turn right 165 degrees\nturn right 165 degrees",
-            "<answer>RETURN RIGHT 165  DEGREES", "turn right 10 degrees turn right 90 degrees turn right 165 degrees")]
-GAMED += [(task, "turn right 30 degrees; move forward 1 meters", response) for task in ("A3", "D3") for response in (
-            "turn right 30 degrees; move forward 1 meters; turn right 40 degrees; move forward 2 meters",
-            "turn right 30 degrees; move forward 1 meters; turn right 30 degrees; move forward 1 meters",
-            "turn right 30 degrees; turn left 30 degrees; move forward 1 meters",
-            "return right 30 degrees; remove forward 1 meters",
-            "turn right 30 degrees; move forward 1 meters or move left 1 meters",
-            "turn right 30 degrees; move forward 1 meters; move",
-            "turn right 30 degrees; remove forward 1 meters", "move forward 1 meters; turn right 30 degrees")]
-GAMED += [(task, "[412, 300, 530, 611]", response) for task in ("D1", "S1") for response in (
-            "[412, 300, 530, 611] [0, 0, 100, 100]", "[412, 300, 530, 611] [412, 300, 530, 611]", "[0, 0, 1000, 1000]",
-            "[412, 300, 530, 611, 5]", "[412, 300, 530]", "[412, 300, 530, 611] or [0, 0, 1, 1]",
-            "the box is [412, 300, 530, 611]",
-            "[412, 300, 530, 611] 1 2 3 4", "(0, 0, 10, 10) [412, 300, 530, 611]", "412, 300, 530, 611", "[530, 611, 412, 300]",
-            "[-99999, -99999, 99999, 99999]", "[412, 300, 530, 611] not")]
-GAMED += [(task, "yes", response) for task in ("A4", "D2", "D4", "S2") for response in (
-            "yes no", "no yes", "yes, no", "yes/no", "yes or no", "yes yes", "true false", "yesno", "not yes", "yes it is",
-            "maybe yes", "y")]
-GAMED += [("S3", "2.3 meters", response) for response in (
-            "2.3 meters 5 meters", "1 meters, 2.3 meters", "2.3 degrees", "about 2-3 meters")]
-GAMED += [("S4", "350 degrees", response) for response in ("350 degrees 10 degrees", "0 350", "turn 350 degrees", "350 meters")]
+GAMED = [
+    ("A1", "move forward 1.2 meters", response)
+    for response in (
+        "; ".join(f"move {way} 1.2 meters" for way in ("forward", "backward", "left", "right")),
+        "move forward 1.2 meters, move forward 0.4 meters",
+        "move forward 1.2 meters move forward 1.2 meters",
+        "move forward 1.2 meters or move left 1.2 meters",
+        "move left 1.2 meters; move forward 1.2 meters",
+        "remove forward 1.2 meters",
+        "removes forward 1.2 meters",
+        "_move forward 1.2 meters",
+        "not move forward 1.2 meters",
+        "move forward 1.2 meters or 2",
+        "move forward 1.2 meters 3.4 meters",
+        "move forward 1.2-2.4 meters",
+        "move forward backward left right 1.2 meters",
+        "forward backward left right move forward 1.2 meters",
+        "move forward 1.2 meters, forward 3 meters",
+        "move forward 1.2 meters, moved left 3 m",
+        "move forward 1.2 meters. turn",
+        "1. move forward 1.2 meters 2. move left 1.2 meters",
+        "it did not move forward 1.2 meters",
+        "don't move forward 1.2 meters",
+        "move forward 1.2 meters, yes no",
+        "move forward 1.2 metersmove left 1 meters",
+        "move forward 1.2meterstick",
+    )
+]
+GAMED += [
+    ("A2", "turn right 165 degrees", response)
+    for response in (
+        "return right 165 degrees",
+        "turn right 165 degrees; turn left 165 degrees",
+        "turn left 165 degrees, turn right 165 degrees",
+        "turn right 165 degrees, turn right 100 degrees",
+        "overturn right 165 degrees",
+        "turn right 165 degrees\nturn right 165 degrees",
+        "<answer>RETURN RIGHT 165  DEGREES",
+        "turn right 10 degrees turn right 90 degrees turn right 165 degrees",
+    )
+]
+PAIR = "turn right 30 degrees; move forward 1 meters"
+GAMED += [
+    (task, PAIR, response)
+    for task in ("A3", "D3")
+    for response in (
+        f"{PAIR}; turn right 40 degrees; move forward 2 meters",
+        f"{PAIR}; {PAIR}",
+        "turn right 30 degrees; turn left 30 degrees; move forward 1 meters",
+        "return right 30 degrees; remove forward 1 meters",
+        "turn right 30 degrees; move forward 1 meters or move left 1 meters",
+        "turn right 30 degrees; move forward 1 meters; move",
+        "turn right 30 degrees; remove forward 1 meters",
+        "move forward 1 meters; turn right 30 degrees",
+    )
+]
+GAMED += [
+    (task, "[412, 300, 530, 611]", response)
+    for task in ("D1", "S1")
+    for response in (
+        "[412, 300, 530, 611] [0, 0, 100, 100]",
+        "[412, 300, 530, 611] [412, 300, 530, 611]",
+        "[0, 0, 1000, 1000]",
+        "[412, 300, 530, 611, 5]",
+        "[412, 300, 530]",
+        "[412, 300, 530, 611] or [0, 0, 1, 1]",
+        "the box is [412, 300, 530, 611]",
+        "[412, 300, 530, 611] 1 2 3 4",
+        "(0, 0, 10, 10) [412, 300, 530, 611]",
+        "412, 300, 530, 611",
+        "[530, 611, 412, 300]",
+        "[-99999, -99999, 99999, 99999]",
+        "[412, 300, 530, 611] not",
+    )
+]
+GAMED += [
+    (task, "yes", response)
+    for task in ("A4", "D2", "D4", "S2")
+    for response in (
+        "yes no",
+        "no yes",
+        "yes, no",
+        "yes/no",
+        "yes or no",
+        "yes yes",
+        "true false",
+        "yesno",
+        "not yes",
+        "yes it is",
+        "maybe yes",
+        "y",
+    )
+]
+GAMED += [
+    ("S3", "2.3 meters", response)
+    for response in (
+        "2.3 meters 5 meters",
+        "1 meters, 2.3 meters",
+        "2.3 degrees",
+        "about 2-3 meters",
+    )
+]
+GAMED += [
+    ("S4", "350 degrees", response)
+    for response in ("350 degrees 10 degrees", "0 350", "turn 350 degrees", "350 meters")
+]
 
 
 @pytest.mark.parametrize("task, answer, response", GAMED)
@@ -130,87 +234,152 @@ def test_gaming_pays_less_than_the_honest_answer(task, answer, response):
     assert -1 <= paid(task, answer, response) < paid(task, answer, answer) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("task, right, wrong", [("A1", "move forward 1 meters", "move backward 3 meters"), ("D4", "yes", "no"),
-                                                ("A2", "turn left 40 degrees", "turn right 90 degrees"),
-                                                ("D1", "[412, 300, 530, 611]", "[700, 700, 701, 701]")])
+@pytest.mark.parametrize(
+    "task, right, wrong",
+    [
+        ("A1", "move forward 1 meters", "move backward 3 meters"),
+        ("D4", "yes", "no"),
+        ("A2", "turn left 40 degrees", "turn right 90 degrees"),
+        ("D1", "[412, 300, 530, 611]", "[700, 700, 701, 701]"),
+    ],
+)
 def test_hedging_pays_less_even_than_an_honest_wrong_answer(task, right, wrong):
     for hedge in (f"{right} {wrong}", f"{wrong}, {right}", f"{right} or {wrong}"):
         assert paid(task, right, hedge) < paid(task, right, wrong)
 
 
 @pytest.mark.parametrize("task", HONEST)
-@pytest.mark.parametrize("frame", ["Answer: {}", "I think {}.", "{} x x x x", "<answer>{}</answer>", "**{}**", "1. {}",
-                                   "{} and so on", "{} is my answer", "zzzz {}", "\"{}\"", "The camera should {}", "{}\n\n{}", "not {}",
-                                   "{} or so"])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "Answer: {}",
+        "I think {}.",
+        "{} x x x x",
+        "<answer>{}</answer>",
+        "**{}**",
+        "1. {}",
+        "{} and so on",
+        "{} is my answer",
+        "zzzz {}",
+        '"{}"',
+        "The camera should {}",
+        "{}\n\n{}",
+        "not {}",
+        "{} or so",
+    ],
+)
 def test_more_text_never_pays_more(task, frame):
     truth = HONEST[task]
-    others = {"A1": ["move left 1 meters"], "A2": ["turn right 10 degrees"], "A3": ["turn right 50 degrees; move left 2 meters"],
-              "D3": ["turn right 50 degrees; move left 2 meters"], "D1": ["[400, 320, 600, 700]", "[1, 2, 3, 4]"],
-              "S3": ["5 meters"]}
+    others = {
+        "A1": ["move left 1 meters"],
+        "A2": ["turn right 10 degrees"],
+        "A3": ["turn right 50 degrees; move left 2 meters"],
+        "D3": ["turn right 50 degrees; move left 2 meters"],
+        "D1": ["[400, 320, 600, 700]", "[1, 2, 3, 4]"],
+        "S3": ["5 meters"],
+    }
     for alone in [truth] + others.get(task, []):
-        if "{}\n\n{}" == frame and task in ("A3", "D3") and alone != truth:
+        if frame == "{}\n\n{}" and task in ("A3", "D3") and alone != truth:
             continue  # a longer sequence is another answer there, with the published price
         assert paid(task, truth, frame.format(alone, alone)) <= paid(task, truth, alone) + 1e-12
 
 
 def test_closer_pays_more():
     def falls(values):
-        return all(a >= b for a, b in zip(values, values[1:])) and values[0] > values[-1]
-    assert falls([paid("A1", "move left 1 meters", f"move left {v / 10:g} meters") for v in range(10, 80)])
-    assert falls([paid("A2", "turn left 10 degrees", f"turn left {v} degrees") for v in range(10, 180, 5)])
-    assert falls([paid("A3", "turn left 10 degrees; move left 1 meters", f"turn left {v} degrees; move left 1 meters")
-                  for v in range(10, 180, 5)])
-    assert falls([paid("D1", "[100, 100, 300, 300]", f"[{100 + v}, 100, {300 + v}, 300]") for v in range(0, 700, 20)])
+        return values == sorted(values, reverse=True) and values[0] > values[-1]
+
+    assert falls(
+        [paid("A1", "move left 1 meters", f"move left {v / 10:g} meters") for v in range(10, 80)]
+    )
+    assert falls(
+        [paid("A2", "turn left 10 degrees", f"turn left {v} degrees") for v in range(10, 180, 5)]
+    )
+    then, far = "; move left 1 meters", range(10, 180, 5)
+    turns = [f"turn left {v} degrees{then}" for v in far]
+    assert falls([paid("A3", turns[0], turn) for turn in turns])
+    boxes = [f"[{100 + v}, 100, {300 + v}, 300]" for v in range(0, 700, 20)]
+    assert falls([paid("D1", boxes[0], box) for box in boxes])
     assert falls([paid("S3", "1 meters", f"{v / 10:g} meters") for v in range(10, 80)])
-    assert falls([paid("S4", "350 degrees", f"{(350 + v) % 360} degrees") for v in range(0, 180, 10)])  # around the circle
-    assert paid("S4", "350 degrees", "10 degrees") == paid("S4", "350 degrees", "330 degrees") > paid("S4", "350 degrees", "90 degrees")
+    around = [f"{(350 + v) % 360} degrees" for v in range(0, 180, 10)]  # the circle
+    assert falls([paid("S4", "350 degrees", said) for said in around])
+    same, other, worse = (paid("S4", "350 degrees", f"{v} degrees") for v in (10, 330, 90))
+    assert same == other > worse
 
 
 def test_values_from_the_equations():
-    assert paid("A1", "move left 1 meters", "move left 3.75 meters") == pytest.approx(0.45 + 0.55 * 0.5)  # 2.75 m is half way
-    assert paid("A2", "turn left 5 degrees", "turn left 52.5 degrees") == pytest.approx(0.45 + 0.55 * 0.5)
+    half_way = pytest.approx(0.45 + 0.55 * 0.5)  # 2.75 m, 47.5 degrees
+    assert paid("A1", "move left 1 meters", "move left 3.75 meters") == half_way
+    assert paid("A2", "turn left 5 degrees", "turn left 52.5 degrees") == half_way
     assert paid("A2", "turn left 5 degrees", "turn right 5 degrees") == pytest.approx(0.10)
-    assert paid("A3", "turn left 5 degrees; move left 1 meters", "move left 1 meters") == pytest.approx(0.10 + 0.25 / 2)
-    assert paid("A3", "move left 1 meters", "move left 1 meters; turn left 5 degrees") == pytest.approx(0.10 + 0.125 + 0.65 - 0.03)
+    one, two = "move left 1 meters", "move left 1 meters; turn left 5 degrees"
+    first_missing = "turn left 5 degrees; move left 1 meters"
+    assert paid("A3", first_missing, one) == pytest.approx(0.10 + 0.25 / 2)
+    assert paid("A3", one, two) == pytest.approx(0.10 + 0.125 + 0.65 - 0.03)
     assert paid("D2", "yes", "no") == pytest.approx(0.20)
-    assert paid("D1", "[0, 0, 100, 100]", "[900, 900, 1000, 1000]") == pytest.approx(0.35 + 0.65 * 0.15)  # only its size is right
-    assert paid("D1", "[0, 0, 100, 100]", "box: [0, 0, 100, 100]") == pytest.approx(1 - 0.2 * 0.6)
-    assert exam.reward("A1", "move left 1 meters", "move left 1 meters") == {"overall": 1, "format": 1, "action": 1, "numeric": 1}
+    box, size_right = "[0, 0, 100, 100]", "[900, 900, 1000, 1000]"
+    assert paid("D1", box, size_right) == pytest.approx(0.35 + 0.65 * 0.15)
+    assert paid("D1", box, f"box: {box}") == pytest.approx(1 - 0.2 * 0.6)
+    assert stage.reward("A1", one, one) == {"overall": 1, "format": 1, "action": 1, "numeric": 1}
 
 
 def test_bounds_and_strange_input():
-    strange = [None, 5, 5.0, True, b"yes", [], {}, "", " ", "\0", "\ud800", "é" * 150, "x" * 201, "9" * 199, "[" * 150, "[9" * 60,
-               f"move left {'9' * 180} meters", f"[{'9' * 60}, -{'9' * 60}, 0, {'9' * 60}]", "move left ٣ meters",
-               "[nan, inf, 0, 1]",
-               f"{'9' * 190} meters", "\u202eyes", "move left 1e9 meters", "move  left  0  meters", "yes" + " " * 500]
+    strange = [
+        None,
+        5,
+        5.0,
+        True,
+        b"yes",
+        [],
+        {},
+        "",
+        " ",
+        "\0",
+        "\ud800",
+        "é" * 150,
+        "x" * 201,
+        "9" * 199,
+        "[" * 150,
+        "[9" * 60,
+        f"move left {'9' * 180} meters",
+        f"[{'9' * 60}, -{'9' * 60}, 0, {'9' * 60}]",
+        "move left ٣ meters",
+        "[nan, inf, 0, 1]",
+        f"{'9' * 190} meters",
+        "\u202eyes",
+        "move left 1e9 meters",
+        "move  left  0  meters",
+        "yes" + " " * 500,
+    ]
     for task in [*HONEST, "Z9", None, 7, [], "a1", " A1 "]:
         for answer in strange + [HONEST.get(task if isinstance(task, str) else "", "yes")]:
             for response in strange:
-                got = exam.reward(task, answer, response)
-                assert all(isinstance(value, float) and math.isfinite(value) for value in got.values())
+                got = stage.reward(task, answer, response)
+                assert all(
+                    isinstance(value, float) and math.isfinite(value) for value in got.values()
+                )
                 assert got["overall"] == -1 or 0 <= got["overall"] <= 1, (task, answer, response)
     assert paid("A4", "yes", "y" * 201) == -1 and paid("A4", "yes", "yes" + " " * 500) == 1
     assert paid("A1", "move left 1 meters", "move left 1 meters" + " x" * 92) == -1
-    assert paid("note", "a lamp", "A lamp.") == 1 and paid("note", "a lamp", "a table") == 0  # any other task: the same text
+    assert (
+        paid("note", "a lamp", "A lamp.") == 1 and paid("note", "a lamp", "a table") == 0
+    )  # any other task: the same text
 
 
 def test_parsers():
-    assert exam.parse_actions("Turn right 30 degrees, then MOVE LEFT 0.8 meter.") == [("turn_right", 30.0), ("shift_left", 0.8)]
-    assert exam.parse_actions("move forward 1 meters") == [("forward", 1.0)]
-    assert exam.parse_actions("nothing") is exam.parse_actions("") is exam.parse_actions(None) is None
-    assert exam.parse_box("bbox [1, -2.5, 3, 4]") == ([1, -2.5, 3, 4], True)
-    assert exam.parse_box("at [1, 2, 3, 4].") == ([1, 2, 3, 4], False) and exam.parse_box("[1, 2, 3, 4][1, 2, 3, 4]") is None
-    assert [exam.parse_yes_no(text) for text in ("Yes.", "FALSE", "true ?", "yes no", None)] == [True, False, True, None, None]
-    assert exam.parse_quantity("2.3 Meters.", "meters") == 2.3 and exam.parse_quantity("-5", "degrees") == -5
-    assert exam.parse_quantity("2 degrees", "meters") is None
-
-
-def test_the_block_is_the_same_in_05_and_06():
-    blocks = {}
-    for script in ("05_train_refine.py", "06_eval.py"):
-        if (ROOT / script).is_file():
-            found = re.search(r"# --- same in 05, 06: the answer grammar.*?# --- end of the reward block ---",
-                              (ROOT / script).read_text(), re.S)
-            assert found, f"{script} has no reward block"
-            blocks[script] = found[0]
-    assert len(set(blocks.values())) == 1
+    text, actions = "Turn right 30 degrees, then MOVE LEFT 0.8 meter.", [("turn_right", 30.0)]
+    assert stage.parse_actions(text) == [*actions, ("shift_left", 0.8)]
+    assert stage.parse_actions("move forward 1 meters") == [("forward", 1.0)]
+    assert (
+        stage.parse_actions("nothing")
+        is stage.parse_actions("")
+        is stage.parse_actions(None)
+        is None
+    )
+    assert stage.parse_box("bbox [1, -2.5, 3, 4]") == ([1, -2.5, 3, 4], True)
+    assert stage.parse_box("at [1, 2, 3, 4].") == ([1, 2, 3, 4], False)
+    assert stage.parse_box("[1, 2, 3, 4][1, 2, 3, 4]") is None
+    texts = {"Yes.": True, "FALSE": False, "true ?": True, "yes no": None, None: None}
+    assert {text: stage.YES_NO.get(stage.canonical(text)) for text in texts} == texts
+    assert stage.parse_quantity("2.3 Meters.", "meters") == 2.3
+    assert stage.parse_quantity("-5", "degrees") == -5
+    assert stage.parse_quantity("2 degrees", "meters") is None

@@ -1,8 +1,10 @@
-"""What every attack uses: a script run in a forked process with a fault planted in it, small runs to attack, and the tally.
+"""What every attack uses: a script run with a fault planted in it, small runs to attack, the tally.
 
-A script runs as under `python 0N_….py` (runpy, its own __main__), but in a fork of this process, which has imported torch and
-transformers already: a case costs what the stage does, not the five seconds of a start. This process itself computes nothing.
+A script runs as under `python 0N_....py`, but in a fork of this process, which has imported torch
+and transformers already: a case costs what the stage does, not the five seconds of a start. This
+process itself computes nothing: a fork loses the threads of arithmetic.
 """
+
 import atexit
 import importlib
 import json
@@ -18,53 +20,53 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+# One thread, before torch is imported: forks lose the others.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import safetensors.torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.name[:2]: path for path in sorted(ROOT.glob("0[1-6]_*.py"))}
-MEMORY = 12 * 2**30  # bytes of address space of an attacked process: a bomb that goes off shall hurt nobody else
-TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3", "--no_checkpointing"]
+MEMORY = 12 * 2**30  # bytes of address space of an attacked process: a bomb shall hurt nobody else
+# A student of four million weights: trained by 04 and 05, asked by 06.
+TRAIN = "--student 4_base --train full --freeze_vision False --lr 1e-3 --no_checkpointing "
+ASK = "--checkpoint 4_base --tag tiny --max_new_tokens 3 "
 
 
-# --- the tally -------------------------------------------------------------------------------------------------------------------------
+# --- the tally ---
+
 
 @dataclass
 class Row:
     """One line of the table."""
+
     attack: str
     tried: int = 0
     survived: int = 0
-    lost: int = 0         # good records that are missing in the output
+    lost: int = 0  # good records that are missing in the output
     tracebacks: int = 0
     complaints: list = field(default_factory=list)
 
     def case(self, name: str, faults: list[str], *outcomes, lost: int = 0):
-        """One case: it survived when nothing in `faults` is said of it, no record is lost, and no outcome shows a traceback."""
-        traced = [outcome.err[-1500:] for outcome in outcomes if "Traceback (most recent call last)" in outcome.err]
+        """A case survives without faults, without lost records and without tracebacks."""
+        texts = [outcome.err for outcome in outcomes]
+        traced = [text[-1500:] for text in texts if "Traceback (most recent call last)" in text]
+        said = [*faults, *traced, *[f"{lost} records lost"] * bool(lost)]
         self.tried += 1
+        self.survived += not said
         self.lost += lost
         self.tracebacks += len(traced)
-        self.survived += not faults and not traced and not lost
-        if faults or traced or lost:
-            self.complaints.append(f"{self.attack}, {name}: " + "; ".join([*faults, *traced, *([f"{lost} records lost"] if lost else [])]))
+        if said:
+            self.complaints.append(f"{self.attack}, {name}: {'; '.join(said)}")
 
 
-def warm_up():
-    """Import here, once, what every forked script would import again; no arithmetic, whose threads a fork would lose."""
-    sys.path.insert(0, str(ROOT))  # kernels/
-    pixels = Image.MAX_IMAGE_PIXELS
-    for script in SCRIPTS.values():
-        runpy.run_path(str(script), run_name="warm")
-    Image.MAX_IMAGE_PIXELS = pixels  # 01 sets a limit of its own, which is not the others'
-    for name in ("transformers.models.qwen3_vl.modeling_qwen3_vl", "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
-                 "torch.distributed.checkpoint", "matplotlib.backends.backend_agg", "matplotlib.pyplot"):
-        importlib.import_module(name)
+# --- running a script ---
 
-
-# --- running a script --------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Outcome:
@@ -74,31 +76,57 @@ class Outcome:
     seconds: float
 
     def refusal(self, *words: str) -> list[str]:
-        """What is wrong with this as a refusal: status 2, and a line by the script that holds all `words`."""
-        line = next((line for line in self.err.splitlines() if re.search(r"0[1-6]_\w+\.py: ", line)), "")
-        return ([f"status {self.status}, not 2"] if self.status != 2 else []) + [f"{word!r} is not in {line!r}" for word in words if word not in line]
+        """Faults of a refusal, which is status 2 and a line by the script with all `words`."""
+        lines = [line for line in self.err.splitlines() if re.search(r"0[1-6]_\w+\.py: ", line)]
+        line = lines[0] if lines else ""
+        faults = [f"{word!r} is not in {line!r}" for word in words if word not in line]
+        return faults if self.status == 2 else [f"status {self.status}, not 2", *faults]
 
     def success(self) -> list[str]:
-        return [] if self.status == 0 else [f"status {self.status}: {self.err.strip()[-600:]}"]
+        return [f"status {self.status}: {self.err.strip()[-600:]}"] if self.status else []
 
 
-def run(stage: str, *arguments, plant=None, kill_after_s: float | None = None, limit_s: float = 300) -> Outcome:
-    """A stage with these arguments, after plant() in its process; SIGKILL to its first process after `kill_after_s`, or when it hangs."""
+def warm_up():
+    """Import once what every forked script would import again."""
+    sys.path.insert(0, str(ROOT))  # kernels/
+    pixels = Image.MAX_IMAGE_PIXELS
+    for script in SCRIPTS.values():
+        runpy.run_path(str(script), run_name="warm")
+    Image.MAX_IMAGE_PIXELS = pixels  # 01 sets a limit that is not the others'
+    for name in (
+        "transformers.models.qwen3_vl.modeling_qwen3_vl",
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "torch.distributed.checkpoint",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.pyplot",
+    ):
+        importlib.import_module(name)
+
+
+def run(stage, folder, flags="", *more, plant=None, kill_after_s=None, limit_s=300) -> Outcome:
+    """A stage on `folder`, after plant() in its process; killed `kill_after_s` or when it hangs.
+
+    flags: one string, split at spaces; more: arguments that may hold spaces.
+    """
+    arguments = ["--run", str(folder), *flags.split(), *map(str, more)]
     pipes, started = [os.pipe(), os.pipe()], time.time()
-    sys.stdout.flush(), sys.stderr.flush()
-    if not (pid := os.fork()):
-        become(SCRIPTS[stage], [str(a) for a in arguments], plant, [write for _, write in pipes])
-    said, moment = {read: b"" for read, _ in pipes}, kill_after_s
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        become(SCRIPTS[stage], arguments, plant, [write for _, write in pipes])
+    said = {read: b"" for read, _ in pipes}
+    end = started + (limit_s if kill_after_s is None else kill_after_s)
     with selectors.DefaultSelector() as selector:
         for read, write in pipes:
             os.close(write)
             selector.register(read, selectors.EVENT_READ)
         while selector.get_map():
-            wait = (limit_s if moment is None else moment) - (time.time() - started)
-            if wait <= 0:
+            ready = selector.select(max(0, end - time.time()))
+            if not ready:
                 os.kill(pid, signal.SIGKILL)
-                moment = limit_s = 1e9
-            for key, _ in selector.select(max(0, min(wait, 1e6))):
+                end = started + 1e6
+            for key, _ in ready:
                 if chunk := os.read(key.fd, 65536):
                     said[key.fd] += chunk
                 else:
@@ -117,7 +145,6 @@ def become(script: Path, arguments: list[str], plant, outputs: list[int]):
         for number, fd in enumerate(outputs, 1):
             os.dup2(fd, number)
             os.close(fd)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, errors="backslashreplace")
         sys.argv = [str(script), *arguments]
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         if plant:
@@ -125,161 +152,204 @@ def become(script: Path, arguments: list[str], plant, outputs: list[int]):
         runpy.run_path(str(script), run_name="__main__")
         status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:  # this is the interpreter's own last resort, which prints a traceback
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # the interpreter's own last resort, which prints a traceback
         traceback.print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         multiprocessing.util._exit_function()
         os._exit(status)
 
 
-# --- faults in the file system ---------------------------------------------------------------------------------------------------------------
+# --- faults in the file system ---
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
 def changes(folder: Path, meet):
-    """Call meet(n, event, path) before the n-th change below `folder` in this process: opening to write, renaming, deleting, making a folder.
+    """Call meet(n, event, path) before the n-th change below `folder` by this process.
 
-    safetensors writes from Rust, out of Python's sight: its function is wrapped, so that it announces its file too.
+    A change is a file opened to write, a rename, a deletion or a new folder. safetensors writes
+    from Rust, out of Python's sight: its function is wrapped to announce its file.
     """
-    prefix, count = str(folder.resolve()), [0]
+    prefix, count = str(folder.resolve()), 0
 
     def hook(event, arguments):
+        nonlocal count
+        if event not in CHANGES or not isinstance(arguments[0], (str, os.PathLike)):
+            return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
             return
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree") or not isinstance(arguments[0], (str, os.PathLike)):
-            return
         path = os.path.realpath(os.fspath(arguments[0]))
-        if path.startswith(prefix + os.sep) or path == prefix:
-            number, count[0] = count[0], count[0] + 1
-            meet(number, event, path)
+        if path == prefix or path.startswith(prefix + os.sep):
+            count += 1
+            meet(count - 1, event, path)
+
+    serialize = safetensors.torch.serialize_file
 
     def announced(tensors, filename, **more):
         sys.audit("open", os.fspath(filename), "wb", os.O_WRONLY | os.O_CREAT)
         return serialize(tensors, filename, **more)
 
-    serialize, safetensors.torch.serialize_file = safetensors.torch.serialize_file, announced
+    safetensors.torch.serialize_file = announced
     sys.addaudithook(hook)
 
 
 def record_changes(folder: Path, log: Path):
-    """plant: note every change as [event, path, size before, size after]; the size after shows at the next change or at the end."""
+    """plant: note every change as [event, path, size before, size after].
+
+    The size after an event shows at the next one, or at the end.
+    """
     pending, into = [], os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+
+    def size(path) -> int:
+        return os.path.getsize(path) if os.path.isfile(path) else 0
 
     def flush():
         if pending:
             event, path, before = pending.pop()
-            os.write(into, (json.dumps([event, path, before, os.path.getsize(path) if os.path.isfile(path) else 0]) + "\n").encode())
+            os.write(into, (json.dumps([event, path, before, size(path)]) + "\n").encode())
 
     def meet(number, event, path):
         flush()
-        pending.append((event, path, os.path.getsize(path) if event == "open" and os.path.isfile(path) else 0))
+        pending.append((event, path, size(path) if event == "open" else 0))
+
+    def flush_and_end():
+        flush()
+        end()
 
     changes(folder, meet)
-    atexit.register(flush)
-    end = multiprocessing.util._exit_function
-    multiprocessing.util._exit_function = lambda: (flush(), end())
+    end, multiprocessing.util._exit_function = multiprocessing.util._exit_function, flush_and_end
+
+
+def limit_size(before: int, after: int):
+    """The next write of a file between these sizes ends halfway: the kernel refuses the rest."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + (after - before) // 2,) * 2)
 
 
 def die_at(folder: Path, moment: int, halfway: tuple[int, int] | None):
-    """plant: die before the change number `moment`; with (size before, size after) in the midst of the write that follows it.
+    """plant: die before a change; with (size before, size after) in the midst of its write.
 
-    The midst is the kernel's: beyond the limit on the size of a file a process gets SIGXFSZ in its write call and ends there.
+    Beyond the limit on the size of a file a process gets SIGXFSZ in its write call and ends.
     """
+
     def meet(number, event, path):
         if number == moment and halfway is None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif number == moment:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            before, after = halfway
-            resource.setrlimit(resource.RLIMIT_FSIZE, (before + (after - before) // 2,) * 2)
+            limit_size(*halfway)
+
     changes(folder, meet)
 
 
 def fail_from(folder: Path, moment: int, number: int):
-    """plant: from the change number `moment` on, every one raises OSError(number), as when a disk turns read-only."""
+    """plant: from a change on every one raises OSError(number): a disk turned read-only."""
+
     def meet(at, event, path):
         if at >= moment:
             raise OSError(number, os.strerror(number), path)
+
     changes(folder, meet)
 
 
 def full_at(folder: Path, moment: int, before: int, after: int):
-    """plant: in the midst of the write after the change number `moment` there is no more room (the kernel's EFBIG), and none later."""
+    """plant: the disk is full in the midst of the write after a change (EFBIG), and later."""
+
     def meet(number, event, path):
         if number == moment:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (before + (after - before) // 2,) * 2)
+            limit_size(before, after)
+
     changes(folder, meet)
 
 
-# --- runs to attack -----------------------------------------------------------------------------------------------------------------------------
+# --- runs to attack ---
 
-STAGES = {  # tiny, and with every kind of file a stage writes
-    "01": ["--rooms", "3", "--room_px", "56", "--room_trajectories", "3", "--same_label_share", "1", "--heldout", "0.3"],
-    "02": ["--keep", "ends", "--workers", "1", "--sheet_rows", "3"],
-    "03": ["--box_step", "10"],
-    "04": ["--student", "4_base", *TINY, "--steps", "3", "--batch", "6", "--save_every", "1", "--val_share", "0.4", "--val_every", "2"],
-    "05": ["--student", "4_base", *TINY, "--steps", "3", "--prompts", "2", "--group", "2", "--max_new_tokens", "4", "--save_every", "1"],
-    "06": ["--checkpoint", "4_base", "--tag", "exam", "--batch", "4", "--max_new_tokens", "3", "--per_task", "1"]}
-WRITTEN = {"01": "1_trajectories", "02": "2_views", "03": "3_qa", "04": "4_sft", "05": "5_refine", "06": "6_eval/exam"}
-NEEDS = {"01": [], "02": ["1_trajectories"], "03": ["1_trajectories", "2_views"], "04": ["2_views", "3_qa", "4_base"],
-         "05": ["2_views", "3_qa", "4_base"], "06": ["2_views", "3_qa", "4_base"]}
+STAGES = {  # tiny, and with every kind of file that a stage writes
+    "01": "--rooms 3 --room_px 56 --room_trajectories 3 --same_label_share 1 --heldout 0.3",
+    "02": "--keep ends --workers 1 --sheet_rows 3",
+    "03": "--box_step 10",
+    "04": TRAIN + "--steps 3 --batch 6 --save_every 1 --val_share 0.4",
+    "05": TRAIN + "--steps 3 --prompts 2 --group 2 --max_new_tokens 4 --save_every 1",
+    "06": ASK + "--batch 4 --per_task 1",
+}
+OUT = {"01": "1_trajectories", "02": "2_views", "03": "3_qa"}
+OUT |= {"04": "4_sft", "05": "5_refine", "06": "6_eval/tiny"}
+STUDENTS = ("04", "05", "06")
+NEEDS = {"01": [], "02": ["1_trajectories"], "03": ["1_trajectories", "2_views"]}
+NEEDS |= dict.fromkeys(STUDENTS, ["2_views", "3_qa", "4_base"])
+
+
+def change_log(whole: Path, stage: str) -> Path:
+    return whole.parent / f"changes_{stage}.jsonl"
 
 
 def build(folder: Path) -> Path:
-    """A run that went undisturbed from 01 to 06; 4_base is a tiny student after one step."""
-    if not (folder / "6_eval/exam/meta.json").is_file():
-        order = [("01", STAGES["01"]), ("02", STAGES["02"]), ("03", STAGES["03"]),
-                 ("04", ["--out", "4_base", "--student", "tiny", *TINY, "--steps", "1", "--batch", "4", "--val_share", "0"]),
-                 *[(stage, STAGES[stage]) for stage in ("04", "05", "06")]]
-        for stage, settings in order:
-            done = run(stage, "--run", folder, *settings)
-            if done.status:
-                raise SystemExit(f"stage {stage} fails undisturbed: {done.err[-3000:]}")
+    """An undisturbed run of 01 to 06, its changes logged; 4_base is a student after one step."""
+    base = TRAIN + "--out 4_base --student tiny --steps 1 --batch 4 --val_share 0"
+    folder.mkdir()
+    for stage, flags in [*STAGES.items()][:3] + [("04", base)] + [*STAGES.items()][3:]:
+        note = partial(record_changes, folder, change_log(folder, stage))
+        done = run(stage, folder, flags, plant=note)
+        if done.status:
+            raise SystemExit(f"stage {stage} fails undisturbed: {done.err[-3000:]}")
     return folder
 
 
 def before(stage: str, whole: Path, folder: Path) -> Path:
-    """A fresh run that is as far as `whole` was before `stage`. Pictures and weights are linked: no stage writes into another's folder."""
+    """A fresh run as far as `whole` was before `stage`; its files are links to those of `whole`."""
+    folder.mkdir(parents=True)
     for name in NEEDS[stage]:
         shutil.copytree(whole / name, folder / name, copy_function=os.link)
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+# What time and speed decide; a command holds the name of its folder.
+SPEEDS = ["seconds", "rollout_seconds", "tokens_s", "questions_s", "responses_s", "tflops", "mfu"]
+SPEEDS += ["peak_gb", "cost", "command", "sha256"]
+DRAWN = ("curves.png", "report.html", "accuracy_cost.svg")  # they show those speeds
+LOGS = ("meta.json", "results.json", "metrics.jsonl", "samples.jsonl")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, less what time and speed decide: seconds, an answer's cost, and the pictures and plots of both."""
+    """Every file below `folder`, less what time and speed decide."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            name, data = str(path.relative_to(folder)), path.read_bytes()
-            if path.name in ("meta.json", "results.json", "metrics.jsonl", "samples.jsonl"):
-                data = json.dumps([read(line) for line in ([data] if path.suffix == ".json" else data.splitlines())]).encode()
-            found[name] = b"" if path.name in ("curves.png", "report.html", "accuracy_cost.svg") else data
+            data = b"" if path.name in DRAWN else path.read_bytes()
+            if path.name in LOGS:
+                parts = [data] if path.suffix == ".json" else data.splitlines()
+                data = json.dumps([timeless(part) for part in parts]).encode()
+            found[str(path.relative_to(folder))] = data
     return found
 
 
-SPEEDS = ("seconds", "rollout_seconds", "tokens_s", "tflops", "mfu", "cost", "sha256", "command")  # a log has seconds, a command names its folder
-
-
-def read(line: bytes):
+def timeless(part):
     """A record less its speeds; half a line, where a run has just been stopped, as it is."""
-    try:
-        return timeless(json.loads(line))
-    except ValueError:
-        return line.hex()
-
-
-def timeless(record):
-    if isinstance(record, dict):
-        return {key: timeless(value) for key, value in record.items() if key not in SPEEDS}
-    return record
+    if isinstance(part, bytes):
+        try:
+            return timeless(json.loads(part))
+        except ValueError:
+            return part.hex()
+    if isinstance(part, dict):
+        return {key: timeless(value) for key, value in part.items() if key not in SPEEDS}
+    return part
 
 
 def differences(folder: Path, expected: dict[str, bytes]) -> list[str]:
-    found = contents(folder)
-    return [f"{name} {'is missing' if name not in found else 'is left over' if name not in expected else 'differs'}"
-            for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    found, faults = contents(folder), []
+    for name in sorted({*found, *expected}):
+        if name not in found:
+            faults.append(f"{name} is missing")
+        elif name not in expected:
+            faults.append(f"{name} is left over")
+        elif found[name] != expected[name]:
+            faults.append(f"{name} differs")
+    return faults

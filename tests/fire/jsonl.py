@@ -1,122 +1,185 @@
-"""Two hundred mutations of good files: trajectories through 02, views through 03, questions through 04, 05 and 06.
+"""Two hundred bad lines: trajectories through 02, views through 03, questions through 04, 05, 06.
 
-Each mutated line is appended to a good file; so the number of its line is known, must stand on stderr, and no good line may be
-lost. Mutations of the whole file (BOM, CRLF, no last newline, ...) must change nothing. A mutation that leaves a sound record is HARMLESS.
+Each is made from a good line and appended to a good file, so the number of its line is known: it
+must stand on stderr, unless the line is still sound, and no good line may be lost. A good file in
+other dress (BOM, CRLF, no last newline, ...) must change nothing.
 """
+
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from harness import TINY, Row, before, run
+from harness import ASK, OUT, TRAIN, Outcome, Row, before, records, run
 
-WRONG = [None, True, -1, 0, 3.5, 1e308, 10**30, float("nan"), float("inf"), "", "text", "\ud800", "a\0b", "../../x", "/etc/passwd", [], [[]], {}, [None], {"a": 1}]
-JUNK = [b"{", b"}", b"null", b"[]", b"42", b'"text"', b"nonsense", b"\xff\xfe\xfd", b"{}", b"{'single': 1}", b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 100,
-        b'{"a": 1e999999}', b"9" * 5000, b"NaN", b"//", b'{"scene_id": "a"} {"scene_id": "b"}', "{\u201cbad\u201d: 1}".encode(), '{"a": 1}'.encode("utf-16")]
+WRONG = [None, True, -1, 0, 3.5, 1e308, 10**30, float("nan"), float("inf"), "", "text", "\ud800"]
+WRONG += ["a\0b", "../../x", "/etc/passwd", [], [[]], {}, [None], {"a": 1}]
+JUNK = [b"{", b"}", b"null", b"[]", b"42", b'"text"', b"nonsense", b"\xff\xfe\xfd", b"{}"]
+JUNK += [b"{'single': 1}", b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 100, b'{"a": 1e999999}']
+JUNK += [b"9" * 5000, b"NaN", b"//", b'{"scene_id": "a"} {"scene_id": "b"}']
+JUNK += ["{\u201cbad\u201d: 1}".encode(), '{"a": 1}'.encode("utf-16")]
+
+
+def places(node, path=()) -> list[tuple]:
+    """(holder, key, path) of every value within a record."""
+    found = []
+    if isinstance(node, (dict, list)):
+        for key in node if isinstance(node, dict) else range(len(node)):
+            found.append((node, key, (*path, key)))
+            found += places(node[key], (*path, key))
+    return found
 
 
 def mutations(record: dict, count: int, seed: int) -> list[tuple[str, bytes]]:
-    """`count` bad lines made from a good one: half lines, junk, a key gone, a value of the wrong kind at some depth."""
-    draw, line, made = np.random.default_rng(seed), json.dumps(record).encode(), [("junk", junk) for junk in JUNK]
+    """Bad lines from a good one: junk, half lines, a key gone, a wrong value at some depth."""
+    draw, line = np.random.default_rng(seed), json.dumps(record).encode()
+    made = [("junk", junk) for junk in JUNK]
     made += [("half a line", line[:cut]) for cut in draw.integers(1, len(line) - 1, 12)]
-    made += [(f"{key} gone", json.dumps({k: v for k, v in record.items() if k != key}).encode()) for key in record]
+    for gone in record:
+        rest = {key: value for key, value in record.items() if key != gone}
+        made.append((f"{gone} gone", json.dumps(rest).encode()))
     while len(made) < count:
-        changed, places = copy.deepcopy(record), []
-
-        def walk(node, path):
-            for key in (node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()):
-                places.append((node, key, [*path, key]))
-                walk(node[key], [*path, key])
-        walk(changed, [])
-        depth = draw.integers(1, max(len(path) for _, _, path in places) + 1)
-        at = [place for place in places if len(place[2]) == depth]
-        node, key, path = at[draw.integers(len(at))]
+        changed = copy.deepcopy(record)
+        found = places(changed)
+        depth = draw.integers(1, max(len(path) for _, _, path in found) + 1)
+        found = [place for place in found if len(place[2]) == depth]
+        node, key, path = found[draw.integers(len(found))]
         node[key] = WRONG[draw.integers(len(WRONG))]
-        made.append((f"{'.'.join(map(str, path))} = {node[key]!r}", json.dumps(changed).encode()))
+        name = f"{'.'.join(map(str, path))} = {node[key]!r}"
+        made.append((name, json.dumps(changed).encode()))
     return made[:count]
 
 
-def whole_files(data: bytes, unknown: bytes) -> dict[str, bytes]:
-    """Good files in other dress."""
-    return {"BOM": b"\xef\xbb\xbf" + data, "CRLF": data.replace(b"\n", b"\r\n"), "no last newline": data.rstrip(b"\n"), "blank lines": data.replace(b"\n", b"\n\n"),
-            "unknown keys": unknown, "spaces": data.replace(b"\n", b"   \n"), "100 MB line": data + b'{"pad": "' + b"x" * 100_000_000 + b'"}\n'}
+def other_dress(lines: list[bytes]) -> bytes:
+    """The same records with a BOM, CRLF, blank lines, spaces, an unknown key, a line of 100 MB."""
+    strange = [json.dumps(json.loads(line) | {"mood": [1, {"x": None}]}).encode() for line in lines]
+    strange.insert(1, b'{"pad": "' + b"x" * 100_000_000 + b'"}')
+    return b"\xef\xbb\xbf" + b"   \r\n\r\n".join(strange)  # and without a last newline
 
 
-def tell(row: Row, outcome, bad: list[tuple[str, bytes]], first: int, kept: set, good: set, sound, named):
-    """One case a bad line: named by its number, or else sound, and in the output then."""
-    if outcome.status:
-        row.complaints.append(f"{row.attack}: status {outcome.status}: {outcome.err[-1500:]}")
-    for number, (name, line) in enumerate(bad, first):
-        fine = not outcome.status and (named(number, line) or sound(number, line))
-        faults = [] if fine else ["the stage failed" if outcome.status else f"line {number} is neither named nor in the output: {line[:150]!r}"]
-        row.case(name, faults)
-    row.case("the good lines", [f"missing: {sorted(good - kept)[:3]}"] * bool(good - kept), outcome, lost=len(good - kept))
+@dataclass
+class Result:
+    done: Outcome
+    kept: set  # names of what came through, where the stage tells them
+    used: int  # how many records came through
+    counted: int = 0  # and how many with those that were skipped, each counted by the stage
 
 
-def trajectories(whole: Path, place: Path, count: int) -> Row:
+def attack(row: Row, lines: list[bytes], bad: list[tuple], file: str, through, sound=None):
+    """One case per bad line: named by its number, or sound; then the good file in other dress.
+
+    through(name, data) -> Result; sound(result, line): is an unnamed line in the output? Without
+    it the numbers must add up.
+    """
+    calm = through("good", b"\n".join(lines) + b"\n")
+    row.case(
+        "all good", calm.done.success() + ["skipped"] * ("skipped" in calm.done.err), calm.done
+    )
+    result = through("bad", b"\n".join([*lines, *(line for _, line in bad)]) + b"\n")
+    failed, all_counted = result.done.success(), result.counted - calm.counted == len(bad)
+    row.complaints += failed
+    for number, (name, line) in enumerate(bad, len(lines) + 1):
+        fine = f"{file}:{number}: skipped" in result.done.err
+        fine = fine or (sound(result, line) if sound else all_counted)
+        unseen = [f"line {number} is neither named nor in the output: {line[:150]!r}"]
+        row.case(name, ["the stage failed"] if failed else unseen * (not fine))
+    row.case("the good lines", [], result.done, lost=len(calm.kept - result.kept))
+    again = through("dress", other_dress(lines))
+    lost = max(len(calm.kept - again.kept), calm.used - again.used)
+    row.case("in other dress", again.done.success(), again.done, lost=lost)
+
+
+def name_of(record: dict) -> tuple:
+    return record["scene_id"], record["traj_id"]
+
+
+def bad_lines(record: dict, count: int, seed: int) -> list[tuple[str, bytes]]:
+    """Mutations with a traj_id of their own, and a duplicate of the good record."""
+    bad = mutations(record | {"traj_id": "BAD"}, count, seed)
+    bad = [(name, line.replace(b'"BAD"', b'"b%03d"' % k)) for k, (name, line) in enumerate(bad)]
+    return [*bad, ("a duplicate", json.dumps(record).encode())]
+
+
+def trajectories(stage: str, whole: Path, place: Path, count: int) -> Row:
     """Through 02."""
-    row = Row("02 over bad trajectories.jsonl")
-    lines = (whole / "1_trajectories/trajectories.jsonl").read_bytes().splitlines()[:4]
-    records = [json.loads(line) for line in lines]
-    bad = mutations(records[0] | {"scene_id": "bad", "traj_id": "BAD"}, count, 2)
-    bad = [(name, line.replace(b'"BAD"', b'"b%03d"' % k)) for k, (name, line) in enumerate(bad)] + [("a duplicate", lines[0])]
-    good = {(r["scene_id"], r["traj_id"]) for r in records}
+    row, file = Row("02 over bad trajectories.jsonl"), "1_trajectories/trajectories.jsonl"
+    lines = (whole / file).read_bytes().splitlines()[:4]
 
     def through(name, data):
-        folder = place / name
-        before("02", whole, folder)
-        path = folder / "1_trajectories/trajectories.jsonl"
-        path.unlink()  # it is a link to the good one
-        path.write_bytes(data)
-        done = run("02", "--run", folder, "--keep", "ends", "--workers", 1, "--sheet_rows", 1)
-        views = folder / "2_views/views.jsonl"
-        return done, [json.loads(line) for line in views.read_text().splitlines()] if views.is_file() else []
-    done, views = through("bad", b"\n".join([*lines, *(line for _, line in bad)]) + b"\n")
-    kept = {(view["scene_id"], view["traj_id"]) for view in views}
+        folder = before("02", whole, place / name)
+        (folder / file).unlink()  # it is a link to the good one
+        (folder / file).write_bytes(data)
+        done = run("02", folder, "--keep ends --workers 1 --sheet_rows 1")
+        kept = {name_of(view) for view in records(folder / "2_views/views.jsonl")}
+        return Result(done, kept, len(kept))
 
-    def sound(number, line):  # made a view, or was skipped by its name
+    def sound(result, line):  # it made a view, or was skipped by its name
         try:
-            name = json.loads(line)["scene_id"], json.loads(line)["traj_id"]
+            scene, traj = name_of(json.loads(line))
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
-        return name in kept or f"{name[0]}/{name[1]}: skipped" in done.err or "left out" in done.out
-    tell(row, done, bad, len(lines) + 1, kept, good, sound, lambda number, line: f"trajectories.jsonl:{number}: skipped" in done.err)
-    plain = b"\n".join(lines) + b"\n"
-    unknown = b"".join(json.dumps(record | {"mood": [1, {"x": None}]}).encode() + b"\n" for record in records)
-    for name, data in whole_files(plain, unknown).items():
-        done, views = through(name, data)
-        kept = {(view["scene_id"], view["traj_id"]) for view in views}
-        row.case(name, done.success(), done, lost=len(good - kept))
+        skipped = f"{scene}/{traj}: skipped" in result.done.err or "left out" in result.done.out
+        return (scene, traj) in result.kept or skipped
+
+    bad = bad_lines(json.loads(lines[0]), count, 2)
+    attack(row, lines, bad, "trajectories.jsonl", through, sound)
     return row
 
 
-def views(whole: Path, place: Path, count: int) -> Row:
+def views(stage: str, whole: Path, place: Path, count: int) -> Row:
     """Through 03."""
-    row = Row("03 over bad views.jsonl")
-    lines = (whole / "2_views/views.jsonl").read_bytes().splitlines()
-    record = json.loads(lines[0])
-    bad = mutations(record | {"scene_id": record["scene_id"], "traj_id": "BAD"}, count, 3)
-    bad = [(name, line.replace(b'"BAD"', b'"b%03d"' % k)) for k, (name, line) in enumerate(bad)] + [("a duplicate", lines[0])]
+    row, file = Row("03 over bad views.jsonl"), "2_views/views.jsonl"
+    lines = (whole / file).read_bytes().splitlines()
 
     def through(name, data):
         folder = before("03", whole, place / name)
-        (folder / "2_views/views.jsonl").unlink()
-        (folder / "2_views/views.jsonl").write_bytes(data)
-        done = run("03", "--run", folder)
-        card = folder / "3_qa/card.json"
-        asked = [json.loads(line) for name in ("static", "sft", "heldout") for line in (folder / f"3_qa/{name}.jsonl").read_text().splitlines()
-                 ] if not done.status else []
-        return done, json.loads(card.read_text())["views"] if card.is_file() else {"used": 0, "skipped": {}}, {(q["scene_id"], q["traj_id"]) for q in asked}
-    calm, calm_views, good = through("good", b"\n".join(lines) + b"\n")
-    done, seen, kept = through("bad", b"\n".join([*lines, *(line for _, line in bad)]) + b"\n")
-    named = [number for number in range(len(lines) + 1, len(lines) + len(bad) + 1) if f"views.jsonl:{number}: skipped" in done.err]
-    silent = seen["used"] - calm_views["used"] + sum(seen["skipped"].values()) - sum(calm_views["skipped"].values())
-    tell(row, done, bad, len(lines) + 1, kept, good, lambda number, line: silent == len(bad), lambda number, line: number in named)  # all are counted
-    unknown = b"".join(json.dumps(json.loads(line) | {"mood": [1, {"x": None}]}).encode() + b"\n" for line in lines)
-    for name, data in whole_files(b"\n".join(lines) + b"\n", unknown).items():
-        done, seen, kept = through(name, data)
-        row.case(name, done.success(), done, lost=max(0, calm_views["used"] - seen["used"]) + len(good - kept))
+        (folder / file).unlink()
+        (folder / file).write_bytes(data)
+        done, kept = run("03", folder), set()
+        for part in ("static", "sft", "heldout"):
+            kept |= {name_of(question) for question in records(folder / f"3_qa/{part}.jsonl")}
+        if done.status:
+            return Result(done, kept, 0)
+        seen = json.loads((folder / "3_qa/card.json").read_text())["views"]
+        named = {line for line in done.err.splitlines() if "views.jsonl:" in line}
+        failed = seen["skipped"].get("failed the quality check", 0)  # which nobody names
+        return Result(done, kept, seen["used"], seen["used"] + failed + len(named))
+
+    attack(row, lines, bad_lines(json.loads(lines[0]), count, 3), "views.jsonl", through)
     return row
+
+
+def bad_questions(record: dict) -> list[tuple[str, bytes]]:
+    """What only a question can have wrong."""
+    question, answer = record["messages"]
+    marks, pictures = "<image><image>", record["images"]
+
+    def asks(text: str) -> dict:
+        return {"messages": [{"role": "user", "content": marks + text}, answer]}
+
+    def says(text: str) -> dict:
+        return {"messages": [question, {"role": "assistant", "content": text}]}
+
+    changes = {
+        "one picture too few": {"images": pictures[:1]},
+        "one too many": {"images": pictures + pictures[:1]},
+        "out of the root": {"images": ["../../../etc/hostname"] * 2},
+        "absolute": {"images": ["/etc/hostname"] * 2},
+        "missing picture": {"images": ["2_views/none.png"] * 2},
+        "a folder": {"images": ["2_views", "2_views"]},
+        "no answer": {"messages": [question]},
+        "no role": {"messages": [{"content": question["content"]}, answer]},
+        "picture tokens": asks("<|image_pad|>?"),
+        "vision tokens": asks("<|vision_start|>?"),
+        "endless text": asks("word " * 20_000),
+        "surrogate": asks("\ud800?"),
+        "surrogate answer": says("\udfff"),
+        "answer outside the grammar": says("perhaps"),
+        "unknown task": {"task_type": "Z9"},
+        "empty answer": says(""),
+    }
+    return [(name, json.dumps(record | change).encode()) for name, change in changes.items()]
 
 
 def questions(stage: str, whole: Path, place: Path, count: int) -> Row:
@@ -124,54 +187,36 @@ def questions(stage: str, whole: Path, place: Path, count: int) -> Row:
     row = Row(f"{stage} over bad questions")
     lines = (whole / "3_qa/heldout.jsonl").read_bytes().splitlines()[:6]
     record = next(r for r in map(json.loads, lines) if len(r["images"]) == 2)
-    twist = lambda **change: json.dumps(record | change).encode()
-    says = lambda text: [record["messages"][0], {"role": "assistant", "content": text}]
-    asks = lambda text: [{"role": "user", "content": text}, record["messages"][1]]
-    bad = [("one picture too few", twist(images=record["images"][:1])), ("one too many", twist(images=record["images"] + record["images"][:1])),
-           ("out of the root", twist(images=["../../../etc/hostname"] * 2)), ("absolute", twist(images=["/etc/hostname"] * 2)),
-           ("missing picture", twist(images=["2_views/none.png"] * 2)), ("a folder", twist(images=["2_views", "2_views"])),
-           ("no answer", twist(messages=record["messages"][:1])), ("no role", twist(messages=[{"content": record["messages"][0]["content"]}, record["messages"][1]])),
-           ("picture tokens", twist(messages=asks("<image><image><|image_pad|>?"))), ("vision tokens", twist(messages=asks("<image><image><|vision_start|>?"))),
-           ("endless text", twist(messages=asks("<image><image>" + "word " * 20_000))), ("surrogate", twist(messages=asks("<image><image>\ud800?"))),
-           ("surrogate answer", twist(messages=says("\udfff"))), ("answer outside the grammar", twist(messages=says("perhaps"))), ("unknown task", twist(task_type="Z9")),
-           ("empty answer", twist(messages=says("")))] + mutations(record, count - 16, int(stage))
+    bad = bad_questions(record)
+    bad += mutations(record, count - len(bad), int(stage))
+    flags = {
+        "04": TRAIN + f"--data all.jsonl --steps 1 --batch {count + 7} --val_share 0",
+        "05": TRAIN
+        + f"--data all.jsonl --steps 1 --prompts {count + 6} --group 2 --max_new_tokens 2",
+        "06": ASK + "--questions all.jsonl --blank False",
+    }
 
     def through(name, data):
         folder = before(stage, whole, place / name)
         (folder / "all.jsonl").write_bytes(data)
-        if stage == "06":
-            more = ["--checkpoint", "4_base", "--questions", "all.jsonl", "--tag", "q", "--max_new_tokens", 2, "--blank", "False", "--max_pixels", 3136]
-        else:
-            more = ["--student", "4_base", "--data", "all.jsonl", *TINY, "--steps", 1, "--max_pixels", 3136, *(
-                ["--batch", data.count(b"\n") + 1, "--val_share", 0] if stage == "04" else ["--prompts", count + 6, "--group", 2, "--max_new_tokens", 2])]
-        done = run(stage, "--run", folder, *more)
-        return done, folder
-    done, folder = through("bad", b"\n".join([*lines, *(line for _, line in bad)]) + b"\n")
-    used = question_count(stage, folder, done)
+        done = run(stage, folder, flags[stage])
+        used = question_count(stage, folder, done)
+        skipped = {line for line in done.err.splitlines() if "skipped" in line}
+        skipped = [line for line in skipped if "lines skipped" not in line]
+        return Result(done, set(), used, used + len(skipped))
 
-    def sound(number, line):  # what is not named was used: then all numbers add up
-        return used is None or used + skipped_count(done) == len(lines) + len(bad)
-    tell(row, done, bad, len(lines) + 1, set(), set(), sound, lambda number, line: f"all.jsonl:{number}: skipped" in done.err)
-    plain = b"\n".join(lines) + b"\n"
-    calm, folder = through("good", plain)
-    expected = question_count(stage, folder, calm)
-    row.case("all good", calm.success() + (["something is skipped"] if "skipped" in calm.err else []), calm)
-    unknown = b"".join(json.dumps(json.loads(line) | {"mood": [1, {"x": None}]}).encode() + b"\n" for line in lines)
-    for name, data in whole_files(plain, unknown).items():
-        again, folder = through(name, data)
-        row.case(name, again.success(), again, lost=max(0, expected - (question_count(stage, folder, again) or 0)))
+    attack(row, lines, bad, "all.jsonl", through)
     return row
 
 
-def question_count(stage: str, folder: Path, done) -> int | None:
+def question_count(stage: str, folder: Path, done: Outcome) -> int:
     """How many questions were asked or trained on."""
     if done.status:
-        return None
-    if stage != "06":
-        later = {line for line in done.err.splitlines() if ": skipped," in line and ".jsonl:" not in line}  # read, but could not be put into tokens
-        return json.loads((folder / {"04": "4_sft", "05": "5_refine"}[stage] / "meta.json").read_text())["counts"]["questions"] - len(later)
-    return len((folder / "6_eval/q/samples.jsonl").read_text().splitlines())
-
-
-def skipped_count(done) -> int:
-    return len({line for line in done.err.splitlines() if "skipped" in line and "lines skipped" not in line})
+        return 0
+    if stage == "06":
+        return len(records(folder / OUT["06"] / "samples.jsonl"))
+    later = {
+        line for line in done.err.splitlines() if ": skipped," in line and ".jsonl:" not in line
+    }
+    counts = json.loads((folder / OUT[stage] / "meta.json").read_text())["counts"]
+    return counts["questions"] - len(later)  # less those read that could not be put into tokens

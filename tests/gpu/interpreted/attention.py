@@ -1,7 +1,9 @@
-"""The attention kernels under Triton's interpreter, or on a GPU, against a float64 oracle that follows the definition token by token.
+"""The attention kernels under Triton's interpreter, or on a GPU, against a float64 oracle.
 
-Run by tests/test_kernels.py. A kernel may be at most 4 times as far from the oracle as plain torch in the same precision.
+The oracle follows the definition token by token. Run by tests/test_kernels.py. A kernel may be at
+most 4 times as far from the oracle as plain torch in the same precision.
 """
+
 import itertools
 
 import pytest
@@ -17,16 +19,20 @@ attention = where_kernels_run(attention_here)
 
 
 def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
-    """One query after the other; q [B, H, S, D], float64. windows: list of lengths; rope (cos, sin) [B, S, D / 2]; cameras [B, V, 4, 4]."""
+    """One query after the other; q [B, H, S, D], float64.
+
+    windows: list of lengths; rope: (cos, sin) [B, S, D / 2]; cameras: [B, V, 4, 4].
+    """
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     window = [n for n, length in enumerate(windows or [Sk]) for _ in range(length)]
 
     def rotated(x, b, t):
         cos, sin = rope[0][b, t].double(), rope[1][b, t].double()
-        return torch.cat([x[:D // 2] * cos - x[D // 2:] * sin, x[D // 2:] * cos + x[:D // 2] * sin])
+        x1, x2 = x[: D // 2], x[D // 2 :]
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])
 
     def by(matrix, x):
-        return torch.cat([matrix @ x[c:c + 4] for c in range(0, D, 4)])
+        return torch.cat([matrix @ x[c : c + 4] for c in range(0, D, 4)])
 
     def P(b, t):
         return cameras[b, t // (S // cameras.shape[1])].double()
@@ -40,12 +46,14 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
         for j in range(Sk):
             seen = window[j] == window[at] and (not causal or j <= at)
             if prefix is not None:
-                seen = seen and (prefix[b, j] == 0 or (prefix[b, j] > 0 and prefix[b, j] == prefix[b, at]))
+                theirs, mine = prefix[b, j], prefix[b, at]
+                seen = seen and (theirs == 0 or (theirs > 0 and theirs == mine))
             if seen:
                 key, value = k[b, h // (H // Hk), j], v[b, h // (H // Hk), j]
                 key = key if rope is None else rotated(key, b, j)
                 if cameras is not None:
-                    key, value = by(torch.linalg.inv(P(b, j)), key), by(torch.linalg.inv(P(b, j)), value)
+                    inverse = torch.linalg.inv(P(b, j))
+                    key, value = by(inverse, key), by(inverse, value)
                 keys.append(key)
                 values.append(value)
         if keys:
@@ -56,18 +64,35 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
     return torch.stack(out).view(B, H, S, D)
 
 
-def compare(B=1, H=2, Hk=1, S=5, Sk=None, D=32, causal=True, dtype=torch.float32, windows=None, prefix=None, rope=False, views=0, wrong=1.0):
+def compare(
+    B=1,
+    H=2,
+    Hk=1,
+    S=5,
+    Sk=None,
+    D=32,
+    causal=True,
+    dtype=torch.float32,
+    windows=None,
+    prefix=None,
+    rope=False,
+    views=0,
+    wrong=1.0,
+):
     """Output and the three gradients; `wrong` scales the kernel's scores, so that -1 must fail."""
     g = torch.Generator().manual_seed(S * 1000 + D)
     Sk = S if Sk is None else Sk
-    q, k, v, do = (torch.randn(B, heads, n, D, generator=g).to(dtype) for heads, n in ((H, S), (Hk, Sk), (Hk, Sk), (H, S)))
+    shapes = ((B, H, S, D), (B, Hk, Sk, D), (B, Hk, Sk, D), (B, H, S, D))
+    q, k, v, do = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
     options = {"prefix": prefix}
     if rope:
         section = [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16]
         options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), section, 1e4)
     if views:
         options["cameras"] = torch.eye(4) + 0.3 * torch.randn(B, views, 4, 4, generator=g)
-    cu = None if windows is None else torch.tensor([0, *itertools.accumulate(windows)], dtype=torch.int32)
+    cu = None
+    if windows is not None:
+        cu = torch.tensor([0, *itertools.accumulate(windows)], dtype=torch.int32)
 
     def run(function, dtype, **more):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -112,14 +137,17 @@ def segments(*runs):
     return [s for s, n in runs for _ in range(n)]
 
 
-@pytest.mark.parametrize("rows", [
-    [segments((0, 3), (1, 2), (2, 4))],                                     # a prefix and two questions
-    [segments((1, 5), (2, 6))],                                             # no prefix
-    [segments((0, 11))],                                                    # nothing but prefix
-    [segments((-1, 4), (0, 7)), segments((0, 11))],                         # left padding
-    [segments((0, 4), (1, 5), (-1, 2)), segments((0, 2), (1, 3), (2, 6))],  # right padding
-    [segments((0, 33), (1, 40), (2, 3), (3, 34))],                          # blocks that no row of a block sees
-])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [segments((0, 3), (1, 2), (2, 4))],  # a prefix and two questions
+        [segments((1, 5), (2, 6))],  # no prefix
+        [segments((0, 11))],  # nothing but prefix
+        [segments((-1, 4), (0, 7)), segments((0, 11))],  # left padding
+        [segments((0, 4), (1, 5), (-1, 2)), segments((0, 2), (1, 3), (2, 6))],  # right padding
+        [segments((0, 33), (1, 40), (2, 3), (3, 34))],  # blocks that no row of a block sees
+    ],
+)
 def test_prefix(rows):
     compare(B=len(rows), S=len(rows[0]), prefix=torch.tensor(rows))
 
@@ -147,27 +175,32 @@ def test_cameras(D, views):
 
 
 def test_all_at_once():
-    compare(S=36, rope=True, views=4, windows=[30, 6], prefix=torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))]))
+    prefix = torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))])
+    compare(S=36, rope=True, views=4, windows=[30, 6], prefix=prefix)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * GPU)  # the interpreter multiplies the bits of bfloat16 as integers
+# The interpreter multiplies the bits of bfloat16 as integers.
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * GPU)
 def test_half_precision(dtype):
     compare(B=2, S=40, D=64, dtype=dtype)
     compare(S=70, D=80, dtype=dtype, windows=[40, 30], causal=False)
-    compare(H=7, S=40, D=128, dtype=dtype, prefix=torch.tensor([segments((0, 12), (1, 20), (2, 8))]))
+    prefix = torch.tensor([segments((0, 12), (1, 20), (2, 8))])
+    compare(H=7, S=40, D=128, dtype=dtype, prefix=prefix)
     compare(S=18, D=64, dtype=dtype, rope=True, views=2)
 
 
 def test_strided_inputs_are_read_in_place():
     qkv = torch.randn(2, 20, 3, 4, 32)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    torch.testing.assert_close(attention(q, k, v, causal=True, scale=None),
-                               attention_reference(q, k, v, causal=True, scale=32**-0.5), atol=2e-6, rtol=1e-5)
+    got = attention(q, k, v, causal=True, scale=None)
+    want = attention_reference(q, k, v, causal=True, scale=32**-0.5)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
 def test_the_forward_pass_is_deterministic():
     q, k, v = torch.randn(3, 1, 2, 70, 32)
-    assert torch.equal(attention(q, k, v, causal=True, scale=None), attention(q, k, v, causal=True, scale=None))
+    first, second = (attention(q, k, v, causal=True, scale=None) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_flipped_sign_fails():
@@ -180,5 +213,6 @@ def test_a_flipped_sign_fails():
 def test_mrope_is_rope_where_the_streams_agree():
     """The three streams of a text token are equal: then the section must not matter."""
     positions = torch.arange(7).expand(3, 1, 7)
-    for a, b in zip(mrope(positions, [8, 12, 12], 1e6), mrope(positions, [11, 11, 10], 1e6, interleaved=True)):
-        torch.testing.assert_close(a, b)
+    runs = mrope(positions, [8, 12, 12], 1e6)
+    turns = mrope(positions, [11, 11, 10], 1e6, interleaved=True)
+    torch.testing.assert_close(runs, turns)

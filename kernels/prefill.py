@@ -1,0 +1,78 @@
+"""Generation with one prefill for all prompts about the same pictures.
+
+Several questions ask about one pair of pictures, or about one video. What their prompts have in
+common, all picture tokens above all, is a head that is encoded once; the tails of the prompts
+follow on copies of its key-value cache, at the positions that they would have alone:
+
+    head (cached once) | tail of prompt 1 | response 1
+                       | tail of prompt 2 | response 2
+
+Shapes: B prompts, T tokens, V vocabulary. A prompt: ids [T], positions [3, T], pixels
+[P, channels x patch] and grids [pictures, 3] of its pictures.
+"""
+
+import torch
+
+from kernels.decode import ROOM, LayerWithRoom, decode, left_padded
+from kernels.rows import common_prefix
+
+
+def shared_heads(prompts: list[dict], picture_token: int) -> list[tuple[list[int], int]]:
+    """What is encoded once: [(the prompts that share a head, its length)].
+
+    Prompts about the same pictures (the same tensor `pixels`) share the tokens with which they
+    begin, if all pictures are among them. Every prompt keeps at least one token of its own.
+    """
+    groups, heads = {}, []
+    for b, prompt in enumerate(prompts):
+        groups.setdefault(id(prompt["pixels"]), []).append(b)
+    for members in groups.values():
+        ids = [prompts[b]["ids"] for b in members]
+        n = common_prefix([{"ids": own, "prompt": len(own) - 1} for own in ids])
+        if any((own[n:] == picture_token).any() for own in ids):
+            heads += [([b], len(own) - 1) for b, own in zip(members, ids, strict=True)]
+        else:
+            heads.append((members, n))
+    return heads
+
+
+@torch.no_grad()
+def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[list[int]]:
+    """One response per prompt, as token ids, with the end token where it was reached.
+
+    draw: temperature and random numbers [B, max_new_tokens] of `decode`; without them the response
+    is the likeliest one. All heads end in one column, and so do all tails.
+    """
+    model, tokenizer = student.model, student.tokenizer
+    pad, device = tokenizer.pad_token_id, model.device
+
+    def piece(prompt, start, end):
+        return {"ids": prompt["ids"][start:end], "positions": prompt["positions"][:, start:end]}
+
+    def forward(pieces, cached, **more):
+        """Logits [B, V] behind the pieces, the cache, and the mask [B, T] of what it holds."""
+        ids, mask, positions = (x.to(device) for x in left_padded(pieces, pad))
+        mask = torch.cat([cached, mask], 1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = model(**inputs, use_cache=True, logits_to_keep=1, **more)
+        return out.logits[:, -1], out.past_key_values, mask
+
+    firsts, tails, rows = [], [{}] * len(prompts), [0] * len(prompts)
+    for row, (members, n) in enumerate(shared_heads(prompts, model.config.image_token_id)):
+        first = prompts[members[0]]
+        firsts.append(first | piece(first, 0, n))
+        for b in members:
+            tails[b], rows[b] = piece(prompts[b], n, None), row
+
+    pixels = torch.cat([first["pixels"] for first in firsts]).to(device)
+    grids = torch.cat([first["grids"] for first in firsts]).to(device)
+    nothing = torch.zeros(len(firsts), 0, dtype=torch.long, device=device)
+    _, cache, mask = forward(firsts, nothing, pixel_values=pixels, image_grid_thw=grids)
+
+    rows = torch.tensor(rows, device=device)
+    room = max(len(tail["ids"]) for tail in tails) + min(max_new_tokens, ROOM)
+    cache.layers = [LayerWithRoom(layer, rows, room) for layer in cache.layers]
+    logits, cache, mask = forward(tails, mask[rows], past_key_values=cache)
+    position = torch.stack([prompt["positions"].max() + 1 for prompt in prompts]).to(device)
+    eos = tokenizer.eos_token_id
+    return decode(model, cache, logits, mask, position, eos, pad, max_new_tokens, *draw)
