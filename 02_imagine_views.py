@@ -1368,9 +1368,10 @@ def qc_picture(records: list[dict]) -> Figure:
         for record in records:
             if record["qc"][key] is not None:
                 values.setdefault(record["teacher"], []).append(record["qc"][key])
-        panel.hist(values.values(), 40, label=[*values])
         panel.set(xlabel=key, ylabel="trajectories")
-        panel.legend(fontsize=8)
+        if values:
+            panel.hist([*values.values()], 40, label=[*values])
+            panel.legend(fontsize=8)
     return figure
 
 
@@ -1570,7 +1571,7 @@ def fault_of(trajectory: dict) -> str:
             "scene_id, traj_id": all(re.fullmatch(NAME, name.encode()) for name in names),
             "room": not room.is_absolute() and ".." not in room.parts,
             "anchor": trajectory["room"] or Path(trajectory["anchor"]),
-            "start": len(start) == 3 and max(map(abs, start)) < 1e6,
+            "start": len(start) == 3 and all(abs(value) < 1e6 for value in start),
             "width, height": min(size) >= 8 and max(size) <= 8192,
             "fov_x_deg": 1 <= trajectory["fov_x_deg"] <= 170,
             "actions": all(name + "" and abs(value) < 1e6 for name, value in trajectory["actions"]),
@@ -1838,6 +1839,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 # --- end: a picture ---
+# --- same in 02, 06: shards ---
 @contextmanager
 def alone(folder: Path):
     """Shards take turns inside: a lock on the folder itself, which ends with its process."""
@@ -1848,6 +1850,9 @@ def alone(folder: Path):
         yield
     finally:
         os.close(handle)
+
+
+# --- end: shards ---
 
 
 if __name__ == "__main__":

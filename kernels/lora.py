@@ -96,6 +96,6 @@ def save_adapter(model: torch.nn.Module, folder: Path, base: str, writes: bool):
         "bias": "none",
         "target_modules": rf".*language_model.*\.({names})",
     }
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -259,7 +259,9 @@ def shard(model, device: str, dtype: str):
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for layer in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
-        fully_shard(layer, **how).set_gradient_divide_factor(1.0)
+        fully_shard(layer, **how)
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.answer_logprobs = MethodType(answer_logprobs, model)
     register_fsdp_forward_method(model, "answer_logprobs")
 

@@ -45,7 +45,7 @@ def test_rooms_through_all_six(tmp_path):
     report = run / "6_eval/refine/report.html"
     assert str(report) in done.stdout.splitlines()[-1] and report.is_file()
     results = json.loads(report.with_name("results.json").read_text())
-    assert set(results["tasks"]) == {"A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4"}
+    assert set(results["tasks"]) == {"A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4", "all"}
     meta, chain = json.loads(report.with_name("meta.json").read_text()), []
     while meta:
         chain.append(meta["stage"][:2])
