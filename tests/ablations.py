@@ -134,8 +134,11 @@ def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
     for ending, how in (("", "greedy"), ("-drawn", "drawn")):
         script("06", run, "paper", compare=[f"sft{ending}", f"refine{ending}"])
         compared = json.loads((run / "6_eval/compare.json").read_text())["tasks"]
-        changes = {task: one["reward"] for task, one in compared.items()}
-        line[f"refined minus sft, {how}"] = changes
+        changes = line[f"refined minus sft, {how}"] = {}
+        for task, one in compared.items():
+            reward = one["reward"]
+            changes[task] = {"n": one["n"], "a": reward["a"]["mean"], "b": reward["mean"]}
+            changes[task] |= reward["above_a"]  # mean, low, high and p of the difference
     return line
 
 

@@ -50,30 +50,18 @@ ROWS = {  # stage, questions per pair, frozen tower, unit, how many per step, ta
 }
 
 # The words of stage 3: questions of about 30 tokens, answers of 2 to 10.
+TURN, BOX = "turn left 40 degrees", "[620, 300, 740, 610]"
+MOVES = "turn right 30 degrees; move forward 1 meters"
 LAMP = "The red lamp is at [410, 300, 530, 610] in image 1"
-TURN = "turn left 40 degrees"
-TEXTS = [
-    (
-        "A3",
-        "Which 2 or 3 actions did the camera do from image 1 to image 2, in order?",
-        "turn right 30 degrees; move forward 1 meters",
-    ),
-    ("A2", "Which way and how far did the camera turn from image 1 to image 2?", TURN),
-    ("A4", f"From image 1 to image 2 the camera did: {TURN}. True or false?", "true"),
-    ("D1", f"{LAMP}. The camera did: {TURN}. Where is it in image 2?", "[620, 300, 740, 610]"),
-    (
-        "D3",
-        f"{LAMP}, at [620, 300, 740, 610] in image 2. Which 1 or 2 actions did the camera do, "
-        "in order?",
-        TURN,
-    ),
-    (
-        "D4",
-        f"{LAMP}. The camera did: {TURN}. Is the lamp at [620, 300, 740, 610] in image 2 the "
-        "same one?",
-        "yes",
-    ),
-]
+TEXTS = f"""
+A3 | Which 2 or 3 actions did the camera do from image 1 to image 2, in order? | {MOVES}
+A2 | Which way and how far did the camera turn from image 1 to image 2? | {TURN}
+A4 | From image 1 to image 2 the camera did: {TURN}. True or false? | true
+D1 | {LAMP}. The camera did: {TURN}. Where is it in image 2? | {BOX}
+D3 | {LAMP}, at {BOX} in image 2. Which 1 or 2 actions did the camera do, in order? | {TURN}
+D4 | {LAMP}. The camera did: {TURN}. Is the lamp at {BOX} in image 2 the same one? | yes
+"""
+TEXTS = [line.split(" | ") for line in TEXTS.strip().splitlines()]
 LONG = "o" * 201  # one token; no question holds it, see write_checkpoint
 # TRL must make of a prompt and its completion, token for token, what our scripts make of it: no
 # line break behind <|im_end|>.
