@@ -5,6 +5,7 @@ A path in smaller steps, the same frames in any order, broken weights.
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ SIZE = (
 )  # height, width of the frames: one and a half times as wide as high, like the photograph
 SETTINGS = ("--teacher", "sana-wm", "--sana_size", *SIZE, "--steps", 2, "--device", "cpu")
 SCRIPT = ROOT / "02_imagine_views.py"
+# Subprocesses sum in the same order as this process, which conftest limits to one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 LEFT = [("turn_left", 10)]
 
 
