@@ -47,7 +47,6 @@ Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S1-S6), grpo.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import io
@@ -57,7 +56,6 @@ import math
 import os
 import random
 import re
-import resource
 import sys
 import textwrap
 import time
@@ -988,17 +986,13 @@ def main(cfg: Config):
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines and appends every default."""
-
-
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names.add_argument("--recipe", choices=RECIPES, default="paper")
-    flags = RECIPES[names.parse_known_args()[0].recipe].split()
-    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    cfg = config_class(**vars(parser.parse_args([*flags, *sys.argv[1:]])))
+    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    recipe = parser.parse_args().recipe
+    if recipe not in RECIPES:
+        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
+    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -1049,8 +1043,6 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
     inherited = read_meta(parent) if parent else None
     if parent and not inherited.get("finished"):
         stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
-    if parent:
-        print(f"reads {parent}:", ", ".join(f"{n} {key}" for key, n in inherited["counts"].items()))
     if not read_meta(folder).get("finished"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT)  # open until the end
@@ -1059,11 +1051,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
         except BlockingIOError:
             stop(f"{folder} is being written by another process: wait, or choose another --run")
     old = read_meta(folder)  # behind the lock: another process may have finished it meanwhile
-    if any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()) and old:
+    if old and any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()):
         changed = [] if old["parent"] == inherited else ["the folder it reads was made anew"]
         for key in sorted({*config, *old["config"]}):
-            if old["config"].get(key) != config.get(key):
-                changed.append(f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}")
+            was, now = old["config"].get(key), config.get(key)
+            if was != now:
+                changed.append(f"{key} was {was!r}, now {now!r}")
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): name another")
     if old.get("finished"):
@@ -1077,13 +1070,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder, with counts, seconds and versions."""
     seconds = round(time.perf_counter() - started, 1)
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    done = {"finished": True, "counts": counts, "seconds": seconds, "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": seconds}
+    meta["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
     for lock in folder.glob(".lock*"):  # first, so that a kill here leaves none for ever
         lock.unlink()
-    save(folder / "meta.json", json.dumps(meta | done, indent=1))
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{folder}: {seconds} s, peak memory {peak_gb:.2f} GB")
+    save(folder / "meta.json", json.dumps(meta, indent=1))
+    print(f"\n{folder}: {seconds} s; {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
 
 
 # --- end: settings, files and faults ---

@@ -32,7 +32,6 @@ a curriculum: `batches`. Where the LoRA goes: `choose_trained`. The optimiser: `
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import functools
 import hashlib
@@ -600,17 +599,13 @@ def make_optimizers(model: torch.nn.Module, cfg: Config) -> list[torch.optim.Opt
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines and appends every default."""
-
-
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names.add_argument("--recipe", choices=RECIPES, default="paper")
-    flags = RECIPES[names.parse_known_args()[0].recipe].split()
-    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    cfg = config_class(**vars(parser.parse_args([*flags, *sys.argv[1:]])))
+    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    recipe = parser.parse_args().recipe
+    if recipe not in RECIPES:
+        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
+    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -661,8 +656,6 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
     inherited = read_meta(parent) if parent else None
     if parent and not inherited.get("finished"):
         stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
-    if parent:
-        print(f"reads {parent}:", ", ".join(f"{n} {key}" for key, n in inherited["counts"].items()))
     if not read_meta(folder).get("finished"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT)  # open until the end
@@ -671,11 +664,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
         except BlockingIOError:
             stop(f"{folder} is being written by another process: wait, or choose another --run")
     old = read_meta(folder)  # behind the lock: another process may have finished it meanwhile
-    if any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()) and old:
+    if old and any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()):
         changed = [] if old["parent"] == inherited else ["the folder it reads was made anew"]
         for key in sorted({*config, *old["config"]}):
-            if old["config"].get(key) != config.get(key):
-                changed.append(f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}")
+            was, now = old["config"].get(key), config.get(key)
+            if was != now:
+                changed.append(f"{key} was {was!r}, now {now!r}")
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): name another")
     if old.get("finished"):
@@ -689,13 +683,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder, with counts, seconds and versions."""
     seconds = round(time.perf_counter() - started, 1)
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    done = {"finished": True, "counts": counts, "seconds": seconds, "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": seconds}
+    meta["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
     for lock in folder.glob(".lock*"):  # first, so that a kill here leaves none for ever
         lock.unlink()
-    save(folder / "meta.json", json.dumps(meta | done, indent=1))
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{folder}: {seconds} s, peak memory {peak_gb:.2f} GB")
+    save(folder / "meta.json", json.dumps(meta, indent=1))
+    print(f"\n{folder}: {seconds} s; {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
 
 
 # --- end: settings, files and faults ---
@@ -814,10 +807,12 @@ MAX_PIXELS = 1_003_520  # of a picture at most, larger ones are scaled down; the
 LORA_SCALE = 2  # alpha / rank; the paper's 512 / 256
 WEIGHT_DECAY = 0.1  # of matrices; the paper's
 MAX_NORM = 1.0  # a longer gradient is scaled down to it
-PROCESSOR_FILES = "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
-PROCESSOR_FILES += "special_tokens_map.json chat_template.jinja chat_template.json "
-PROCESSOR_FILES += "preprocessor_config.json processor_config.json video_preprocessor_config.json "
-PROCESSOR_FILES += "generation_config.json"
+PROCESSOR_FILES = """
+    tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json
+    special_tokens_map.json chat_template.jinja chat_template.json
+    preprocessor_config.json processor_config.json video_preprocessor_config.json
+    generation_config.json
+"""
 
 
 def start_processes(cfg, folder: Path) -> tuple:
@@ -927,9 +922,10 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizers: list, rank
         reader = HuggingFaceStorageReader(str(saved / "state"))
         dcp.load(training_state(model, optimizers), storage_reader=reader)  # into these tensors
         print(f"resumed after step {step}")
-    for log in folder.glob("*.jsonl") if rank == 0 else ():  # what was logged after it goes
-        kept = [line for _, line in read_lines(log, "step") if line["step"] <= step]
-        save(log, "".join(json.dumps(line) + "\n" for line in kept))
+    if rank == 0:
+        for log in folder.glob("*.jsonl"):  # what was logged after it goes
+            kept = [line for _, line in read_lines(log, "step") if line["step"] <= step]
+            save(log, "".join(json.dumps(line) + "\n" for line in kept))
     return step
 
 
@@ -940,7 +936,9 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     100 times the usual one. broken: the questions whose own log-probability is not finite.
     """
     norm = float(gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
-    usual = max(MAX_NORM, float(np.median(norms[-100:]))) if len(norms) > 9 else math.inf
+    usual = math.inf
+    if len(norms) > 9:  # the first steps may be wild
+        usual = max(MAX_NORM, float(np.median(norms[-100:])))
     norms.append(norm)
     if math.isfinite(loss + norm) and norm <= 100 * usual:
         return
@@ -973,9 +971,12 @@ def log_step(folder: Path, line: dict, shown: str, steps: int):
     line["peak_gb"] = round((torch.cuda.max_memory_allocated() or host) / 1e9, 2)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    told = [f"{name} {line[name]:<9.4g}" for name in shown.split() if name in line]
+    words = [f"step {line['step']:>5}/{steps} "]
+    for name in shown.split():
+        if name in line:
+            words.append(f"{name} {line[name]:<9.4g}")
     eta_min = line["seconds"] * (steps - line["step"]) / 60
-    print(f"step {line['step']:>5}/{steps} ", *told, f"ETA {eta_min:.1f} min", flush=True)
+    print(*words, f"ETA {eta_min:.1f} min", flush=True)
 
 
 def draw_curves(folder: Path, shown: str):

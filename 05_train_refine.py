@@ -28,7 +28,6 @@ tests/forks/dapo.patch does. Another reward: `reward`, at the end.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import fcntl
 import functools
@@ -310,17 +309,19 @@ def batches(questions: list[dict], size: int, seed: int):
 
 def measure(prompts: list[dict]) -> dict:
     """Mean reward, per task too, and tokens per response, of all processes."""
-    own = []
+    lengths, scores = [], {}
     for prompt in prompts:
-        lengths = [len(tokens) for tokens in prompt["tokens"]]
-        own.append((str(prompt["question"]["task_type"]), mean(prompt["scores"]), mean(lengths)))
-    everyone, rewards = gather(own), {}
-    if not everyone:  # not one picture of this step opened
-        return {"reward": 0.0, "rewards": rewards, "length": 0.0}
-    tasks, scores, lengths = zip(*everyone, strict=True)
-    for task in sorted({*tasks}):
-        rewards[task] = mean(score for other, score, _ in everyone if other == task)
-    return {"reward": mean(scores), "rewards": rewards, "length": mean(lengths)}
+        lengths += [len(tokens) for tokens in prompt["tokens"]]
+        task = str(prompt["question"]["task_type"])
+        scores.setdefault(task, []).extend(prompt["scores"])
+    lengths = gather(lengths)
+    if not lengths:  # not one picture of this step opened
+        return {"reward": 0.0, "rewards": {}, "length": 0.0}
+    of_tasks = {}
+    for task, own in gather([*scores.items()]):
+        of_tasks.setdefault(task, []).extend(own)
+    rewards = {task: mean(of_tasks[task]) for task in sorted(of_tasks)}
+    return {"reward": mean(sum(of_tasks.values(), [])), "rewards": rewards, "length": mean(lengths)}
 
 
 def log_rollout(folder: Path, step: int, prompt: dict):
@@ -410,17 +411,13 @@ def main(cfg: Config):
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines and appends every default."""
-
-
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names.add_argument("--recipe", choices=RECIPES, default="paper")
-    flags = RECIPES[names.parse_known_args()[0].recipe].split()
-    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    cfg = config_class(**vars(parser.parse_args([*flags, *sys.argv[1:]])))
+    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    recipe = parser.parse_args().recipe
+    if recipe not in RECIPES:
+        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
+    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -471,8 +468,6 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
     inherited = read_meta(parent) if parent else None
     if parent and not inherited.get("finished"):
         stop(f"{parent} is missing or unfinished: run the stage that writes it to its end first")
-    if parent:
-        print(f"reads {parent}:", ", ".join(f"{n} {key}" for key, n in inherited["counts"].items()))
     if not read_meta(folder).get("finished"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f".lock{part}", os.O_RDWR | os.O_CREAT)  # open until the end
@@ -481,11 +476,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
         except BlockingIOError:
             stop(f"{folder} is being written by another process: wait, or choose another --run")
     old = read_meta(folder)  # behind the lock: another process may have finished it meanwhile
-    if any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()) and old:
+    if old and any(path.name not in ("meta.json", f".lock{part}") for path in folder.iterdir()):
         changed = [] if old["parent"] == inherited else ["the folder it reads was made anew"]
         for key in sorted({*config, *old["config"]}):
-            if old["config"].get(key) != config.get(key):
-                changed.append(f"{key} was {old['config'].get(key)!r}, now {config.get(key)!r}")
+            was, now = old["config"].get(key), config.get(key)
+            if was != now:
+                changed.append(f"{key} was {was!r}, now {now!r}")
         if changed:
             stop(f"{folder} was begun with other settings ({'; '.join(changed)}): name another")
     if old.get("finished"):
@@ -499,13 +495,12 @@ def begin(folder: Path, config: dict, parent: Path | None = None, part: str = ""
 def finish(folder: Path, meta: dict, counts: dict, started: float):
     """Complete meta.json, the mark of a whole folder, with counts, seconds and versions."""
     seconds = round(time.perf_counter() - started, 1)
-    versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    done = {"finished": True, "counts": counts, "seconds": seconds, "versions": versions}
+    meta = meta | {"finished": True, "counts": counts, "seconds": seconds}
+    meta["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
     for lock in folder.glob(".lock*"):  # first, so that a kill here leaves none for ever
         lock.unlink()
-    save(folder / "meta.json", json.dumps(meta | done, indent=1))
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{folder}: {seconds} s, peak memory {peak_gb:.2f} GB")
+    save(folder / "meta.json", json.dumps(meta, indent=1))
+    print(f"\n{folder}: {seconds} s; {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
 
 
 # --- end: settings, files and faults ---
@@ -624,10 +619,12 @@ MAX_PIXELS = 1_003_520  # of a picture at most, larger ones are scaled down; the
 LORA_SCALE = 2  # alpha / rank; the paper's 512 / 256
 WEIGHT_DECAY = 0.1  # of matrices; the paper's
 MAX_NORM = 1.0  # a longer gradient is scaled down to it
-PROCESSOR_FILES = "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
-PROCESSOR_FILES += "special_tokens_map.json chat_template.jinja chat_template.json "
-PROCESSOR_FILES += "preprocessor_config.json processor_config.json video_preprocessor_config.json "
-PROCESSOR_FILES += "generation_config.json"
+PROCESSOR_FILES = """
+    tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json
+    special_tokens_map.json chat_template.jinja chat_template.json
+    preprocessor_config.json processor_config.json video_preprocessor_config.json
+    generation_config.json
+"""
 
 
 def start_processes(cfg, folder: Path) -> tuple:
@@ -737,9 +734,10 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizers: list, rank
         reader = HuggingFaceStorageReader(str(saved / "state"))
         dcp.load(training_state(model, optimizers), storage_reader=reader)  # into these tensors
         print(f"resumed after step {step}")
-    for log in folder.glob("*.jsonl") if rank == 0 else ():  # what was logged after it goes
-        kept = [line for _, line in read_lines(log, "step") if line["step"] <= step]
-        save(log, "".join(json.dumps(line) + "\n" for line in kept))
+    if rank == 0:
+        for log in folder.glob("*.jsonl"):  # what was logged after it goes
+            kept = [line for _, line in read_lines(log, "step") if line["step"] <= step]
+            save(log, "".join(json.dumps(line) + "\n" for line in kept))
     return step
 
 
@@ -750,7 +748,9 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     100 times the usual one. broken: the questions whose own log-probability is not finite.
     """
     norm = float(gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
-    usual = max(MAX_NORM, float(np.median(norms[-100:]))) if len(norms) > 9 else math.inf
+    usual = math.inf
+    if len(norms) > 9:  # the first steps may be wild
+        usual = max(MAX_NORM, float(np.median(norms[-100:])))
     norms.append(norm)
     if math.isfinite(loss + norm) and norm <= 100 * usual:
         return
@@ -783,9 +783,12 @@ def log_step(folder: Path, line: dict, shown: str, steps: int):
     line["peak_gb"] = round((torch.cuda.max_memory_allocated() or host) / 1e9, 2)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    told = [f"{name} {line[name]:<9.4g}" for name in shown.split() if name in line]
+    words = [f"step {line['step']:>5}/{steps} "]
+    for name in shown.split():
+        if name in line:
+            words.append(f"{name} {line[name]:<9.4g}")
     eta_min = line["seconds"] * (steps - line["step"]) / 60
-    print(f"step {line['step']:>5}/{steps} ", *told, f"ETA {eta_min:.1f} min", flush=True)
+    print(*words, f"ETA {eta_min:.1f} min", flush=True)
 
 
 def draw_curves(folder: Path, shown: str):
@@ -885,15 +888,28 @@ def score_box(true, said, alone: bool) -> dict:
     overflow = np.abs(said - np.clip(said, 0.0, 1000.0)).mean()
     ordered = said[0] < said[2] and said[1] < said[3]
     validity = 0.7 * ordered + 0.3 * max(0.0, 1 - overflow / 200)
-    iou, a, b = box_iou(true, said), sorted_box(true), sorted_box(said)
-    distance = np.hypot(*(b[:2] + b[2:] - a[:2] - a[2:]) / 2)
-    center = max(0.0, 1 - distance / max(80.0, 0.6 * np.hypot(*(a[2:] - a[:2]))))
+    a, b = sorted_box(true), sorted_box(said)
+    iou = box_iou(a, b)
+    # between the centres, at most 0.6 of the true diagonal
+    x, y = b[:2] + b[2:] - a[:2] - a[2:]
+    width, height = a[2:] - a[:2]
+    reach = max(80.0, 0.6 * math.hypot(width, height))
+    center = max(0.0, 1 - math.hypot(x, y) / 2 / reach)
+    # between the corners
     l1 = max(0.0, 1 - np.abs(a - b).mean() / 180)
-    ratio = np.maximum(1.0, b[2:] - b[:2]) / np.maximum(1.0, a[2:] - a[:2])
-    size = max(0.0, 1 - np.abs(np.log(ratio)).sum() / 1.6)
+    # between the sides, as ratios
+    ratios = (b[2:] - b[:2]).clip(1) / (a[2:] - a[:2]).clip(1)
+    size = max(0.0, 1 - np.abs(np.log(ratios)).sum() / 1.6)
     geometry = (0.45 * iou + 0.20 * center + 0.20 * l1 + 0.15 * size) * (0.3 + 0.7 * validity)
-    parts = {"validity": validity, "geometry": geometry, "iou": iou, "center": center}
-    return parts | {"format": 1.0 if alone else 0.4, "size": size, "l1": l1}
+    return {
+        "validity": validity,
+        "geometry": geometry,
+        "format": 1.0 if alone else 0.4,
+        "iou": iou,
+        "center": center,
+        "l1": l1,
+        "size": size,
+    }
 
 
 def score_actions(true, said) -> dict:
@@ -942,6 +958,7 @@ def reward(task_type, answer, response, answer_type=None) -> dict:
         return {"overall": same, "format": same, "accuracy": same}
     true, said = PARSERS[kind](answer), PARSERS[kind](response)
     parts = {"format": 1.0}
+    # no answer, or two where one was asked for
     if true is None or said is None or (kind == "motion" and len(said) > 1):
         parts = dict.fromkeys(WEIGHTS[kind], 0.0)
     elif kind == "box":
@@ -949,10 +966,13 @@ def reward(task_type, answer, response, answer_type=None) -> dict:
     elif kind == "yes_no":
         parts["accuracy"] = float(true == said)
     elif kind in ("meters", "degrees"):
-        turn = (said - true + 180) % 360 - 180  # the shorter way around
-        parts["numeric"] = numeric_score(turn if kind == "degrees" else said - true, kind)
+        error = said - true
+        if kind == "degrees":  # the shorter way around
+            error = (error + 180) % 360 - 180
+        parts["numeric"] = numeric_score(error, kind)
+    elif kind == "motion":
+        parts |= score_actions(true[:1], said)
     else:
-        true = true[:1] if kind == "motion" else true
         parts |= score_actions(true, said)
     parts = {name: parts[name] for name in WEIGHTS[kind]}
     overall = sum(weight * parts[name] for name, weight in WEIGHTS[kind].items())

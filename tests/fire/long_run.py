@@ -58,7 +58,7 @@ def judge(row: Row, name: str, done, readings: np.ndarray, items: int):
     mb, files = np.polyfit(thousands, least, 1)[0]
     growth = f"{mb:+.2f} MB and {files:+.2f} open files per 1,000 after warm-up"
     print(f"{name}: {items:,} items in {done.seconds:.0f} s, {growth}", flush=True)
-    row.case(name, done.success() + [f"grows by {growth}"] * (mb > 1 or files > 0.5), done)
+    row.case(name, done.success() + [f"grows by {growth}"] * bool(mb > 1 or files > 0.5), done)
 
 
 def count_lines(path: Path) -> int:
