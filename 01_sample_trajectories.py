@@ -71,6 +71,7 @@ RECIPES = {
     "paper": "",
     "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
     "base": f"{SMALL_ROOMS} --shares 0.7 0.15 0.15 --heldout 0.02 --seed 1",
+    "photos": "--pan --photo_trajectories 28",
 }
 
 
@@ -108,8 +109,18 @@ class Config:
     same_label_share: float = HfArg(default=0.33, help="share of rooms with pairs of one label")
     twins: int = HfArg(default=1, help="such pairs per room, at most 4: task D4 needs them")
     twin_gap_m: float = HfArg(default=0.0, help="widest gap within a pair, metres; 0: any")
-    long_side_px: int = HfArg(default=576, help="longer side of photographs at most, pixels")
-    photo_fov_deg: float = HfArg(default=54.0, help="degrees of the longer side, unless EXIF tells")
+    long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
+    fov_x_deg: float = HfArg(
+        default=0.0, help="of photographs, degrees; 0: as the manifest, transforms.json or EXIF say"
+    )
+    pan: bool = HfArg(
+        default=False,
+        help="frames are narrower cameras inside a photograph, single turns only, for teacher pan; "
+        "always so in 360-degree panoramas (2:1)",
+    )
+    view_fov_deg: float = HfArg(
+        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
+    )
     heldout: float = HfArg(default=0.05, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -122,16 +133,8 @@ TURNS = {"turn_left": -1, "turn_right": 1}  # sign of yaw
 MOVES = {"forward": (0, 1), "backward": (0, -1), "shift_left": (-1, 0), "shift_right": (1, 0)}
 CLASSES = {"turn": list(TURNS), "shift": ["shift_left", "shift_right"], "move": list(MOVES)}
 SINGLES = ["move", "turn"]  # as many single turns (A2) as single moves (A1)
-PRESETS = [
-    "forward turn",
-    "turn forward",
-    "backward turn",
-    "shift turn",
-    "turn shift",
-    "forward turn forward",
-    "turn forward turn",
-    "shift turn forward",
-]
+PRESETS = ["forward turn", "turn forward", "backward turn", "shift turn", "turn shift"]
+PRESETS += ["forward turn forward", "turn forward turn", "shift turn forward"]
 RANDOMS = ["move turn", "turn move", "move turn move", "turn move turn"]
 
 TURN_GRID_DEG = 10.0  # turns are multiples of this
@@ -384,19 +387,49 @@ def list_photos(source: str):
     return [(p, path, {"image": str(p.relative_to(path))}) for p in files], 0
 
 
-def focal_length_px(tags: dict, width: int, height: int, cfg: Config) -> float:
-    """From the 35 mm equivalent in EXIF where it is usable, otherwise from --photo_fov_deg.
+ASSUMED_FOV_DEG = 54.0  # along the longer side, where nothing tells
+VIEW_FOV_DEG = {False: 30.0, True: 75.0}  # of a frame inside a photograph, a panorama
+MOST_TURN = 0.8  # of a frame's field of view: what is left is seen twice
 
-    The equivalent compares diagonals (CIPA DCG-001), that of film being 43.27 mm.
+
+def fov_of(width_px: float, focal_px: float) -> float:
+    return 2 * math.degrees(math.atan2(width_px / 2, focal_px))
+
+
+def exif_focal_px(tags: dict, width: int, height: int) -> float:
+    """From the 35 mm equivalent, which compares diagonals (CIPA DCG-001), else from the focal
+    length and the pixels per inch or cm of the sensor; 0: EXIF has neither.
     """
-    half_px = max(width, height) / 2
     try:
-        focal_px = float(tags.get(0xA405)) * math.hypot(width, height) / math.hypot(36, 24)
-    except (TypeError, ValueError):  # no tag, or a text or a pair where a number belongs
-        focal_px = 0.0
-    if not 2 < 2 * math.degrees(math.atan2(half_px, focal_px)) < 150:  # a wrong tag, not a lens
-        focal_px = half_px / math.tan(math.radians(cfg.photo_fov_deg) / 2)
-    return focal_px
+        if equivalent_mm := float(tags.get(0xA405, 0)):
+            return equivalent_mm * math.hypot(width, height) / math.hypot(36, 24)
+        shrink = max(width, height) / max(tags[0xA002], tags[0xA003])
+        return float(tags[0x920A] * tags[0xA20E]) / {2: 25.4, 3: 10}[tags.get(0xA210)] * shrink
+    except (LookupError, TypeError, ValueError, ArithmeticError):  # a text where a number belongs
+        return 0.0
+
+
+def fov_beside(path: Path, width: int) -> float:
+    """The field of view in a transforms.json (nerfstudio) beside the picture; 0 without one."""
+    file = path.with_name("transforms.json")
+    camera = json.loads(file.read_text()) if file.is_file() else {}
+    if "fl_x" in camera:
+        return fov_of(camera.get("w", width), camera["fl_x"])
+    return math.degrees(camera.get("camera_angle_x", 0))
+
+
+def field_of_view(path: Path, record: dict, tags: dict, size: tuple, cfg: Config) -> tuple:
+    """(degrees along x, source): what the user gives counts first, then what the camera wrote."""
+    given = record.get("fov_x_deg") or fov_beside(path, size[0]) or cfg.fov_x_deg
+    if given:
+        if not 1 <= float(given) <= 170:
+            raise ValueError(f"fov_x_deg {given} does not lie between 1 and 170")
+        return float(given), "given"
+    focal_px, source = exif_focal_px(tags, *size), "exif"
+    if not 2 < fov_of(max(size), focal_px) < 150:  # no tag, or a wrong one
+        focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
+        source = "assumed"
+    return fov_of(size[0], focal_px), source
 
 
 def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
@@ -419,23 +452,39 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
         exif = image.getexif()
         if exif.get(0x0112) in (5, 6, 7, 8):  # the orientations that lie on their side
             width, height = height, width
-        focal_px = focal_length_px(exif.get_ifd(0x8769), width, height, cfg)
-    fov_x_deg = record.get("fov_x_deg") or 2 * math.degrees(math.atan(width / 2 / focal_px))
-    if not 1 <= float(fov_x_deg) <= 170:
-        raise ValueError(f"fov_x_deg {fov_x_deg} does not lie between 1 and 170")
+        fov_deg, source = field_of_view(path, record, exif.get_ifd(0x8769), (width, height), cfg)
+    panorama = width == 2 * height and source == "assumed"
+    if panorama:
+        fov_deg, source = 360.0, "exact"
+    view_deg = fov_deg
+    if (
+        panorama or cfg.pan
+    ):  # a narrower camera inside, with as many pixels as the picture has there
+        view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
+        whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
+        share = math.tan(math.radians(view_deg) / 2) / whole
+        width, height = width * share, (width if panorama else height) * share
     scale = min(1.0, cfg.long_side_px / max(width, height))
     width, height = round(width * scale), round(height * scale)
     if min(width, height) < MIN_SIDE_PX:
         raise ValueError(f"a frame of {width}x{height} px has a side below {MIN_SIDE_PX}")
-    frame = {"width": width, "height": height, "fov_x_deg": round(float(fov_x_deg), 4)}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return frame | {"anchor": str(path), "digest": digest}
+    return {
+        "width": width,
+        "height": height,
+        "fov_x_deg": round(view_deg, 4),
+        "fov_source": source,
+        "panorama": panorama,
+        "photo_fov_deg": round(fov_deg, 4),
+        "anchor": str(path),
+        "digest": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
 # --- scenes: a room or a photograph each ---
 def room_scene(name: str, cfg: Config) -> dict:
     room = f"1_trajectories/rooms/{name}.json"
     frame = {"width": cfg.room_px, "height": cfg.room_px, "fov_x_deg": cfg.room_fov_deg}
+    frame |= {"fov_source": "exact", "panorama": False, "photo_fov_deg": None}
     return {"scene_id": name, "source": "simulated", "anchor": None, "room": room} | frame
 
 
@@ -484,6 +533,9 @@ def draw_splits(scenes: list, cfg: Config) -> dict:
 
 
 # --- trajectories ---
+SHARE_START = 4  # trajectories of a scene that begin alike: which picture follows which action?
+
+
 def draw_in_room(g: Generator, room: dict, cfg: Config):
     """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
 
@@ -512,11 +564,36 @@ def draw_in_room(g: Generator, room: dict, cfg: Config):
 
 
 def draw_from_photo(g: Generator, records: list, cfg: Config):
-    """Actions that no record has, for all start at one place, and no start; None if not found."""
+    """Actions that no record has, for all start at one place, and no yaw; None if not found."""
     for _ in range(100):
         actions = draw_actions(g, cfg, cfg.photo_turn_deg)
         if all(record["actions"] != actions for record in records):
             return actions, None
+    return None
+
+
+def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
+    """A single turn and the yaw where it starts; None if not found.
+
+    Every frame stays wholly inside the photograph, and would do so after the same turn to the
+    other side: where the first frame is does not tell the way.
+    """
+    reach_deg, bounds = math.inf, cfg.turn_deg
+    if not scene["panorama"]:
+        reach_deg, bounds = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2, cfg.photo_turn_deg
+    most_deg = min(reach_deg, MOST_TURN * scene["fov_x_deg"])
+    turns_deg = [value for value in multiples(bounds, TURN_GRID_DEG) if value <= most_deg]
+    for attempt in range(100 if turns_deg else 0):
+        value = float(g.choice(turns_deg))
+        actions = [(str(g.choice(list(TURNS))), value)]
+        # from the first start every turn fits, so that others can share it
+        free_deg = min(reach_deg - (value if records else turns_deg[-1]), 180)
+        yaw_deg = float(round(g.uniform(-free_deg, free_deg)))
+        if 0 < len(records) < SHARE_START and attempt < 50:
+            yaw_deg = records[0]["start_yaw_deg"]
+        new = all((one["actions"], one["start_yaw_deg"]) != (actions, yaw_deg) for one in records)
+        if new and abs(yaw_deg) <= free_deg:
+            return actions, yaw_deg
     return None
 
 
@@ -525,7 +602,12 @@ def draw_trajectories(scene: dict, room, split: str, cfg: Config) -> list:
     records = []
     for index in range(cfg.room_trajectories if room else cfg.photo_trajectories):
         g = rng(cfg.seed, scene["scene_id"], index, "trajectory")
-        drawn = draw_in_room(g, room, cfg) if room else draw_from_photo(g, records, cfg)
+        if room:
+            drawn = draw_in_room(g, room, cfg)
+        elif scene["panorama"] or cfg.pan:
+            drawn = draw_pan(g, records, scene, cfg)
+        else:
+            drawn = draw_from_photo(g, records, cfg)
         if drawn is None:
             continue
         actions, start = drawn
@@ -533,18 +615,14 @@ def draw_trajectories(scene: dict, room, split: str, cfg: Config) -> list:
         record = {
             "scene_id": scene["scene_id"],
             "traj_id": f"t{index:03d}",
-            "source": scene["source"],
-            "anchor": scene["anchor"],
-            "room": scene["room"],
             "split": split,
-            "width": scene["width"],
-            "height": scene["height"],
-            "fov_x_deg": scene["fov_x_deg"],
+            **{key: value for key, value in scene.items() if key != "digest"},
             "actions": actions,
             "keyframes": keyframes,
             # 7 digits are float32's; + 0.0 makes -0.0 plain
             "c2w": (np.round(c2w.astype(float), 7) + 0.0).tolist(),
-            "start": start,
+            "start": start if room else None,
+            "start_yaw_deg": None if room else start,
         }
         records.append(record)
     return records
@@ -562,11 +640,11 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
         else:
             ax.axis("equal")
         for record in drawn[scene_id]:
-            x, z, yaw_deg = record["start"] or (0, 0, 0)
+            x, z, yaw_deg = record["start"] or (0, 0, record["start_yaw_deg"] or 0)
             c2w = np.array(record["c2w"])
             dx, dz = rotate(c2w[:, [0, 2], 3].T, yaw_deg)
             views = rotate(c2w[:, [0, 2], 2].T, yaw_deg)
-            ax.quiver(x + dx, z + dz, *views, range(len(c2w)), cmap="coolwarm", angles="xy")
+            ax.quiver(x + dx, z + dz, *views, range(len(c2w)), cmap="coolwarm")
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
@@ -593,6 +671,7 @@ def refuse_impossible(cfg: Config):
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
         "room_fov_deg": 10 <= cfg.room_fov_deg <= 150,
+        "view_fov_deg": 0 <= cfg.view_fov_deg <= 120,
         "heldout": 0 <= cfg.heldout <= 1,
     }
     for name, holds in possible.items():
@@ -628,6 +707,8 @@ def main(cfg: Config):
         "trajectories": len(records),
         "trajectories left out": asked - len(records),
         "scenes held out": list(splits.values()).count("heldout"),
+        "panoramas": sum(photo["panorama"] for photo in photos),
+        "fields of view assumed": [photo["fov_source"] for photo in photos].count("assumed"),
     }
     if not records:
         stop(f"nothing to write: {counts}")
@@ -637,6 +718,11 @@ def main(cfg: Config):
     save(folder / "trajectories.jsonl", "".join(lines))
     save(folder / "trajectories.png", draw_picture(drawn, rooms))
     finish(folder, meta, counts, started)
+    if counts["fields of view assumed"]:
+        print(
+            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed where neither"
+        )
+        print("EXIF nor --fov_x_deg, a manifest or a transforms.json tells the field of view")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 

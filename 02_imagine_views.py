@@ -11,6 +11,7 @@ a file, or a metric depth checkpoint (--depth). What the photograph does not sho
 `svc` is Stable Virtual Camera, the paper's world model: a diffusion network that sees all frames at
 once, each with the rays of its camera, one of them being the photograph (see `svc_sample`).
 `sana-wm` is a video diffusion model that follows camera poses, run by diffusers.
+`pan` turns a narrower camera inside a photograph or a 360-degree panorama: exact, nothing missing.
 
 Departures from the paper: svc gets one network call per trajectory, with the photograph in it, not
 two passes of which the second never sees it, and a metre is as long in every call. Teachers are
@@ -19,10 +20,13 @@ measured, not trusted: what fails stays on disk, marked in `qc`, and stage 3 lea
     turn_error_deg  of the worst turn between key frames: the yaw at which the earlier frame matches
                     the later one, minus the yaw asked for, + to the right; null where none can be
                     measured (moves, holes, less than a quarter of the view in common)
+    length          of the worst move between key frames: how far it went, over how far was asked,
+                    found by moving the earlier frame through its depth; null for exact teachers
+    move_match      correlation there; the same way back or to the side must match less
+    unchecked       true where a move could not be measured for want of depth (--depth)
     over_turn_deg   the same along the turn: + turned too far, - not far enough
     match           correlation at that yaw, -1..1
     sharpness       steepness of the edges of the least sharp frame, over that of frame 0
-    motion          least mean change between one key frame and the next, grey levels
     holes           largest share of a frame that the picture does not show
 
 Reads   RUN/1_trajectories/trajectories.jsonl and rooms/*.json (see 01), the photographs, and depth
@@ -31,19 +35,19 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
         view.json (the record, written last), or skipped.json where a picture cannot be read
         RUN/2_views/views.jsonl, all records: the trajectory's own keys (see 01) and
             {..., "teacher": "simulator", "teacher_settings": {}, "seed": 0, "kept": [0, 8],
+             "covisible": [[0, 8, 0.62]], "holes": [0.0, 0.0],
              "frames": ["2_views/room_00000/t000/000.png", ...], "objects": [[{"id": 3, "label":
              "red ball", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41}], []],
              "qc": {"turn_error_deg": 0.1, "over_turn_deg": -0.1, "match": 0.98, "sharpness": 0.97,
-             "motion": 31.2, "holes": 0.0, "passed": true, "why": ""}}
-            (objects: the visible ones per kept frame; null where the teacher does not know them)
+             "holes": 0.0, "passed": true, "why": ""}}
+            (objects: the visible ones per kept frame; null where the teacher does not know them;
+            covisible: of two key frames the share of the later one that the earlier one shows)
         RUN/2_views/qc.png (each measure per teacher), contact_sheet.png, meta.json
-        with --calibrate only RUN/2_calibration/calibration.json {"svc": {"gain": 0.83, "spread":
-            0.02, "n": 58}}: the median of really moved / asked, and the median distance from it
 
     python 02_imagine_views.py --run runs/demo
     python 02_imagine_views.py --run runs/both --teacher simulator warp     # rooms, photographs
     python 02_imagine_views.py --run runs/big --teacher svc --shard 0/4     # and 1/4, 2/4, 3/4
-    python 02_imagine_views.py --run runs/rooms --teacher svc --calibrate   # then --calibration
+    python 02_imagine_views.py --run runs/mine --teacher pan                # 01 --recipe photos
 
 Measured on two CPU cores by `make bench`: 2124 frames/s at 112x112 and 253 at 576x576.
 """
@@ -150,10 +154,9 @@ class Config:
     sheet_rows: int = HfArg(default=12, help="trajectories on contact_sheet.png")
     max_turn_error_deg: float = HfArg(default=4.0, help="below half of the smallest turn asked for")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
-    calibrate: bool = HfArg(default=False, help="only measure, in rooms, how far the teacher moves")
-    calibration_moves: int = HfArg(default=60, help="single moves that --calibrate tries")
-    calibration: str = HfArg(
-        default="", help="calibration.json: the teacher is asked in its own metres; empty: in ours"
+    gain: float = HfArg(
+        default=1.0,
+        help="metres that a generative teacher moves for one asked, as its first run in rooms says",
     )
 
 
@@ -172,6 +175,8 @@ class Views(NamedTuple):
     K: np.ndarray  # [3,3] in pixels of these frames, which need not have the size asked for
     objects: list | None = None  # per frame the visible ones, where the teacher knows them
     holes: np.ndarray | None = None  # bool [n,H,W], what the picture does not show
+    depth: np.ndarray | None = None  # [n,H,W] metres where the teacher knows it, inf: unknown
+    sharpest: np.ndarray | None = None  # frame 0 through the teacher's own autoencoder
     settings: dict = {}  # that made them, for the record
 
 
@@ -183,6 +188,7 @@ class Teacher:
     """
 
     networks: tuple = ()  # a teacher that has some reads them here, when first asked
+    generates = False  # such a teacher's moves and turns must be measured to pass
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -592,15 +598,16 @@ class Simulator(Teacher):
         return begin_in_room(trajectory, self.cfg)
 
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
-        (room, start), frames, objects = anchor, [], []
+        (room, start), frames, objects, depths = anchor, [], [], []
         for pose in start @ c2w[kept]:
             place_m = pose[:3, 3] + [0, room.half_m[1], 0]
             if (np.abs(place_m) > room.half_m - 0.01).any():
                 raise Unusable("the camera leaves the room: run 01 again")
-            picture, ids, _ = render(room, pose, K)
+            picture, ids, depth = render(room, pose, K)
             frames.append(picture)
+            depths.append(depth)
             objects.append(visible_objects(room, ids, pose))
-        return Views(np.stack(frames), K, objects)
+        return Views(np.stack(frames), K, objects, depth=np.stack(depths))
 
 
 # --- networks from files ---
@@ -689,26 +696,41 @@ def sample(image, u, v):
     return upper * (1 - down) + lower * down
 
 
-def came_from(c2w, K, z):
+def came_from(c2w, K, z, K0=None):
     """The docstring's equation: for each pixel of the view from c2w at depth z [H,W], its place
-    u, v in frame 0; and holes bool [H,W], the pixels that have none."""
+    u, v in frame 0 (K0, unless it is K too) and its depth there; and holes bool [H,W], the pixels
+    that have none."""
     x, y = rays_of(K)
     known = np.isfinite(z)
     z = np.where(known, z, 1)
     X, Y, Z = (z * (a * x + b * y + c) + t for a, b, c, t in c2w[:3])
-    focal, cx, cy = focal_and_centre(K)
+    focal, cx, cy = focal_and_centre(K if K0 is None else K0)
     with np.errstate(divide="ignore", invalid="ignore"):
         u, v = focal * X / Z + cx, focal * Y / Z + cy
     holes = ~(known & (Z > 0) & (u >= 0) & (u <= 2 * cx) & (v >= 0) & (v <= 2 * cy))
-    return np.where(holes, 0, u), np.where(holes, 0, v), holes
+    return np.where(holes, 0, u), np.where(holes, 0, v), Z, holes
 
 
 def look_back(picture, c2w, K, z):
     """Picture uint8 [H,W,3] seen from c2w at depth z [H,W] -> view, and as `came_from`."""
-    u, v, holes = came_from(c2w, K, z)
+    u, v, _, holes = came_from(c2w, K, z)
     view = sample(picture.astype(np.float32), u, v) + 0.5
     view[holes] = FILL
     return view.astype(np.uint8), u, v, holes
+
+
+def share_shown(depth, later_depth, pose, K):
+    """Share of a frame's pixels, at later_depth [h,w], that an earlier one shows, whose depth is
+    [h,w]; pose [4,4]: the later camera in the earlier one's axes. No depth is needed for a turn.
+    """
+    if np.abs(pose[:3, 3]).max() < 1e-6:
+        width, height = size_of(K)
+        return float(1 - came_from(pose, K, np.ones((height, width)))[3].mean())
+    u, v, z, hidden = came_from(pose, K, later_depth)
+    nearest = depth[
+        v.astype(int).clip(0, len(depth) - 1), u.astype(int).clip(0, depth.shape[1] - 1)
+    ]
+    return float((~hidden & (z < 1.05 * nearest + 0.02)).mean())
 
 
 def splat_depth(depth, c2w, K):
@@ -769,6 +791,11 @@ def load_depth(path: Path, size):
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.inf)
 
 
+def depth_file(trajectory: dict, cfg: Config) -> Path:
+    photo = Path(trajectory["anchor"])
+    return Path(cfg.depth_dir or photo.parent) / f"{photo.stem}.depth.npy"
+
+
 @lru_cache(maxsize=1)
 def load_depth_network(name: str, device: str):
     """(picture processor, model) of a metric depth checkpoint, by folder or hub id."""
@@ -786,8 +813,13 @@ def load_depth_network(name: str, device: str):
 @lru_cache(maxsize=4)
 def estimate_depth(photo: Path, size, name: str, device: str):
     """Depth [H,W] in metres of a photograph. Its trajectories follow each other: few are cached."""
+    return network_depth(Image.fromarray(load_photo(photo, size)), name, device, photo)
+
+
+def network_depth(picture: Image.Image, name: str, device: str, photo):
+    """Depth [h,w] in metres of a picture; `photo` names it where it fails."""
     processor, model = load_depth_network(name, device)
-    picture, shape = Image.fromarray(load_photo(photo, size)), size[::-1]
+    shape = picture.size[::-1]
     inputs = processor(images=picture, return_tensors="pt").to(model.device)
     with torch.inference_mode():
         found = processor.post_process_depth_estimation(model(**inputs), target_sizes=[shape])
@@ -816,14 +848,10 @@ class Warp(Teacher):
     def networks(self) -> tuple:
         return load_depth_network(self.cfg.depth, self.cfg.device) if self.cfg.depth else ()
 
-    def depth_file(self, trajectory: dict) -> Path:
-        photo = Path(trajectory["anchor"])
-        return Path(self.cfg.depth_dir or photo.parent) / f"{photo.stem}.depth.npy"
-
     def refuses(self, trajectory: dict) -> str:
         if trajectory["room"] or self.cfg.depth or only_turns(trajectory):
             return ""
-        if self.depth_file(trajectory).is_file():
+        if depth_file(trajectory, self.cfg).is_file():
             return ""
         return "warp needs metres to move: <photo stem>.depth.npy, or a checkpoint with --depth"
 
@@ -832,7 +860,7 @@ class Warp(Teacher):
             room, start = begin_in_room(trajectory, self.cfg)
             picture, ids, depth = render(room, start, intrinsics_of(trajectory))
             return WarpAnchor(picture, depth, "exact", (room, start, ids))
-        photo, file, cfg = Path(trajectory["anchor"]), self.depth_file(trajectory), self.cfg
+        photo, file, cfg = Path(trajectory["anchor"]), depth_file(trajectory, self.cfg), self.cfg
         size = trajectory["width"], trajectory["height"]
         depth = source = None
         if file.is_file():
@@ -842,21 +870,87 @@ class Warp(Teacher):
         return WarpAnchor(load_photo(photo, size), depth, source)
 
     def imagine(self, anchor: WarpAnchor, c2w, K, kept: list[int]) -> Views:
-        frames, holes, objects = [], [], []
+        frames, holes, objects, depths = [], [], [], []
         for pose in c2w[kept]:
             moved = np.abs(pose[:3, 3]).max() > 1e-6
             z = splat_depth(anchor.depth, pose, K) if moved else 1.0
             view, u, v, hidden = look_back(anchor.picture, pose, K, z)
             frames.append(view)
             holes.append(hidden)
+            depths.append(z if moved else np.full(hidden.shape, np.inf))
             if anchor.room:
                 room, start, ids = anchor.room
                 width, height = size_of(K)
                 shown = ids[v.astype(int).clip(0, height - 1), u.astype(int).clip(0, width - 1)]
                 shown = np.where(hidden, 0, shown)
                 objects.append(visible_objects(room, shown, start @ pose))
-        settings = {"depth": anchor.source}
-        return Views(np.stack(frames), K, objects or None, np.stack(holes), settings)
+        if anchor.depth is not None:
+            depths[0] = anchor.depth
+        return Views(
+            np.stack(frames),
+            K,
+            objects or None,
+            np.stack(holes),
+            np.stack(depths),
+            settings={"depth": anchor.source},
+        )
+
+
+# --- pan: cameras inside a photograph or a panorama ---
+
+
+def panorama_place(rays, width, height):
+    """Where unit-depth rays (x, y, z) [H,W] hit an equirectangular picture: u, v in its pixels."""
+    x, y, z = rays
+    longitude, latitude = np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
+    return (longitude / (2 * np.pi) + 0.5) * width, (latitude / np.pi + 0.5) * height
+
+
+class Pan(Teacher):
+    """Turned views inside a photograph or a 360-degree panorama: exact, whole, without weights.
+
+    An anchor is (picture uint8 [h,w,3], yaw of frame 0 in it, its field of view).
+    """
+
+    def refuses(self, trajectory: dict) -> str:
+        if trajectory.get("start_yaw_deg") is not None and only_turns(trajectory):
+            return ""
+        return "pan turns inside a photograph: make its trajectories by 01 --images ... --pan"
+
+    def anchor(self, trajectory: dict):
+        yaw_deg, fov_deg = trajectory["start_yaw_deg"], trajectory["photo_fov_deg"]
+        photo = load_photo(Path(trajectory["anchor"]))
+        if not trajectory["panorama"]:
+            # brought to the frames' pixels per degree, so that nothing flickers
+            half, whole = (
+                math.tan(math.radians(fov / 2)) for fov in (trajectory["fov_x_deg"], fov_deg)
+            )
+            width = round(trajectory["width"] * whole / half)
+            size = width, round(width * photo.shape[0] / photo.shape[1])
+            photo = load_photo(Path(trajectory["anchor"]), size)
+        return photo, yaw_deg, fov_deg, trajectory["panorama"]
+
+    def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
+        photo, yaw_deg, fov_deg, panorama = anchor
+        height, width = photo.shape[:2]
+        x, y = rays_of(K)
+        frames = []
+        for pose in c2w[kept]:
+            R = yaw_matrix(yaw_deg) @ pose[:3, :3]  # frame to picture axes
+            rays = [a * x + b * y + c for a, b, c in R]
+            if panorama:
+                # one column more on either side: the picture's ends meet
+                around = np.concatenate([photo[:, -1:], photo, photo[:, :1]], 1)
+                u, v = panorama_place(rays, width, height)
+                u = u % width + 1
+            else:
+                around = photo
+                u, v, _ = (
+                    intrinsics(width, height, fov_deg) @ np.reshape(rays, (3, -1)) / rays[2].ravel()
+                )
+                u, v = (place.reshape(rays[2].shape) for place in (u, v))
+            frames.append((sample(around.astype(np.float32), u, v) + 0.5).astype(np.uint8))
+        return Views(np.stack(frames), K)
 
 
 # --- svc: noise schedule, guidance, sampler ---
@@ -1025,6 +1119,8 @@ class Generative(Teacher):
     """What svc and sana-wm share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
     the photograph in its own size, or the room's frame 0 drawn as large as the frames."""
 
+    generates = True
+
     def __init__(self, cfg: Config, size: list[int], multiple: int):
         super().__init__(cfg)
         self.size = size
@@ -1116,10 +1212,14 @@ class Svc(Generative):
             for frame, z in zip(frames, made, strict=True):
                 if frame in kept and frame not in pictures:
                     pictures[frame] = vae.decode(z[None] / 0.18215).sample[0]
-        frames = torch.stack([pictures[frame] for frame in kept]).permute(0, 2, 3, 1)
+        round_trip = vae.decode(latents / 0.18215).sample[0]
+        shown = [*(pictures[frame] for frame in kept), round_trip]
+        frames = torch.stack(shown).permute(0, 2, 3, 1)
         frames = ((frames + 1) / 2 * 255).clamp(0, 255).byte().cpu().numpy()
         settings = {"model": cfg.svc, "size": WH, "steps": steps, "guidance": guidance}
-        return Views(frames, intrinsics(*WH, fov_x_deg), settings=settings)
+        return Views(
+            frames[:-1], intrinsics(*WH, fov_x_deg), sharpest=frames[-1], settings=settings
+        )
 
 
 def resample(c2w, max_step_m=0.05, max_step_deg=1.2, group=8):
@@ -1223,14 +1323,15 @@ class SanaWM(Generative):
         return Views(frames, K, settings=asked)
 
 
-TEACHERS = {"simulator": Simulator, "warp": Warp, "svc": Svc, "sana-wm": SanaWM}
+TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc, "sana-wm": SanaWM}
 
 # --- quality check ---
 
 COLUMNS = 96  # of a cylinder: a turn is measured to field of view / 96, and refined by a parabola
-MIN_MATCH = 0.4  # correlation that a turned frame must have with the one before it
+MIN_MATCH = 0.5  # correlation that a turned frame must have with the one before it
+MOVE_MATCH = 0.6  # correlation that a moved frame must have with the one before, moved likewise
+LENGTHS = (0.75, 1.33)  # of a move, over the length asked for
 MIN_SHARPNESS = 0.25  # over frame 0's; a 5x5 box blur leaves 0.05 to 0.22, exact views 0.28 or more
-MIN_MOTION = 1.0  # grey levels: below it an action has not changed the picture
 
 
 def cylinder(image, K):
@@ -1254,13 +1355,13 @@ def measure_turn(before, after, K):
 
     On cylinders a turn by k columns means after[:, j] = before[:, j + k]. The correlation of the
     common columns is computed at once for every k that leaves a quarter of them: products by FFT,
-    sums by cumulative sums. Each colour has a mean of its own, or two views of a plain wall would
-    differ by the colours of what they do not share.
+    sums by cumulative sums. Each row and colour has a mean of its own: floors below ceilings, as
+    all rooms have them, make no two views alike.
     """
     a, b = cylinder(before, K), cylinder(after, K)  # [3,24,COLUMNS]
-    a, b = (strip - strip.mean((1, 2), keepdims=True) for strip in (a, b))
+    a, b = (strip.reshape(72, 1, COLUMNS) - strip.mean() for strip in (a, b))
     k = np.arange(-72, 73)
-    n = 24 * (COLUMNS - np.abs(k))
+    n = COLUMNS - np.abs(k)
     spectrum = np.fft.rfft(a, 2 * COLUMNS) * np.fft.rfft(b, 2 * COLUMNS).conj()
     products = np.fft.irfft(spectrum.sum((0, 1)), 2 * COLUMNS)[k]
 
@@ -1308,36 +1409,134 @@ def sharpness(picture, holes):
     return float(4 * laplacian / max(along + across, 1.0))
 
 
-def quality(views: Views, kept: list[int], c2w, keyframes: list[int], cfg: Config) -> dict:
-    """The `qc` record of the frames `kept` of c2w [N,4,4]; its keys are explained at the top."""
-    frames, K, _, holes, _ = views
+def measure_move(before, after, depth, pose, K):
+    """(length, match, rival) of a move from frame to frame, uint8 [H,W,3]: how far it went over how
+    far was asked, 0..3; the correlation of the pixels of `before`, moved through its depth [H,W]
+    by so much of the translation of `pose` [4,4], with those of `after` where they land; and the
+    best such correlation for moves back or to the side.
+    """
+    every = max(1, min(depth.shape) // 64)  # 64 x 64 points are enough
+    x, y = rays_of(K)
+    points = np.stack([x * depth, y * depth, depth], -1)[::every, ::every].reshape(-1, 3)
+    colors = before[::every, ::every].reshape(-1, 3).astype(np.float32)
+    image, (focal, cx, cy) = after.astype(np.float32), focal_and_centre(K)
+
+    def match_at(step):
+        seen = (points - step) @ pose[:3, :3]  # in the axes of `after`
+        with np.errstate(divide="ignore", invalid="ignore"):
+            u, v = focal * seen[:, 0] / seen[:, 2] + cx, focal * seen[:, 1] / seen[:, 2] + cy
+        lands = (seen[:, 2] > 0.1) & (u >= 0) & (u <= 2 * cx) & (v >= 0) & (v <= 2 * cy)
+        if lands.sum() < 0.1 * len(points):
+            return -1.0
+        a, b = colors[lands], sample(image, u[lands], v[lands])
+        a, b = a - a.mean(0), b - b.mean(0)
+        return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum() + 1))
+
+    step = pose[:3, 3]
+    aside = np.array([step[2], 0, -step[0]])
+    matches = [match_at(tenths / 10 * step) for tenths in range(31)]
+    best = int(np.argmax(matches))
+    rival = max(match_at(share * way) for share in (-1, -0.5) for way in (step, aside, -aside))
+    return (best + peak_offset(matches, best)) / 10, matches[best], rival
+
+
+def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Config):
+    """(frames reduced to 112 pixels, their K, their depths [n,h,w] or None where nothing tells).
+
+    Exact in rooms; of a photograph its frame 0's, from the depth file or --depth, moved along.
+    """
+    images = [Image.fromarray(frame) for frame in views.frames]
+    for image in images:
+        image.thumbnail((112, 112), Image.BOX)
+    frames = np.stack([np.asarray(image) for image in images])
+    K = intrinsics(*images[0].size, fov_x_deg_of(views.K))
+    if trajectory["room"]:
+        room, start = begin_in_room(trajectory, cfg)
+        return frames, K, np.stack([render(room, start @ pose, K)[2] for pose in c2w[kept]])
+    file = depth_file(trajectory, cfg)
+    if file.is_file():  # of the whole photograph, of which the teacher may show the middle
+        whole, ones = intrinsics_of(trajectory), np.ones(frames.shape[1:3])
+        u, v, _, _ = came_from(np.eye(4), K, ones, whole)
+        first = load_depth(file, tuple(size_of(whole)))[v.astype(int), u.astype(int)]
+    elif cfg.depth:
+        first = network_depth(images[0], cfg.depth, cfg.device, trajectory["anchor"])
+    else:
+        return frames, K, None
+    return frames, K, np.stack([splat_depth(first, pose, K) for pose in c2w[kept]])
+
+
+def covisible(kept: list[int], c2w, keyframes: list[int], K, depths) -> list:
+    """[[i, j, share of frame j that frame i shows], ...] for key frames i < j; null: unknown."""
+    found = []
+    for i, j in itertools.combinations(range(len(kept)), 2):
+        if not {kept[i], kept[j]} <= {*keyframes}:
+            continue
+        pose = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]]
+        share = None
+        if depths is not None or np.abs(pose[:3, 3]).max() < 1e-6:
+            every = max(1, min(size_of(K)) // 84)
+            few = [None, None] if depths is None else depths[[i, j], ::every, ::every]
+            width, height = (len(range(0, side, every)) for side in size_of(K))
+            small = intrinsics(width, height, fov_x_deg_of(K))
+            share = round(share_shown(*few, pose, small), 3)
+        found.append([kept[i], kept[j], share])
+    return found
+
+
+def check_turn(views: Views, holes, i: int, j: int, pose):
+    """(error_deg, over_deg, match) of the turn `pose` from frame i to j; None: not measurable."""
+    asked_deg = yaw_deg_of(pose[:3, :3])
+    # holes move with the camera, not with the picture
+    if holes[i].mean() > 0.02 or abs(asked_deg) > 0.74 * fov_x_deg_of(views.K):
+        return None
+    found_deg, match = measure_turn(views.frames[i], views.frames[j], views.K)
+    error_deg = round(found_deg - asked_deg, 2)
+    return error_deg, round(math.copysign(1, asked_deg) * error_deg, 2), round(match, 3)
+
+
+def check_move(small, i: int, j: int, pose):
+    """(length, match) of the move `pose` from frame i to j, match -1 where it went another way;
+    None without depth. small: see `small_depths`."""
+    frames, K, depths = small
+    if depths is None or not np.isfinite(depths[i]).any():
+        return None
+    length, match, rival = measure_move(frames[i], frames[j], depths[i], pose, K)
+    return round(length, 2), round(match, 3) if match > rival else -1.0
+
+
+def quality(views: Views, kept: list[int], c2w, keyframes: list[int], cfg: Config, small=None):
+    """The `qc` record of the frames `kept` of c2w [N,4,4]; its keys are explained at the top.
+
+    small: of a teacher that generates, what `small_depths` makes of its frames.
+    """
+    frames, holes = views.frames, views.holes
     if holes is None:
         holes = np.zeros(frames.shape[:3], bool)
-    turns, motions = [], []
+    turns, moves = [], []
     at_keys = [i for i, frame in enumerate(kept) if frame in keyframes]
     for i, j in itertools.pairwise(at_keys):
-        before, after = c2w[kept[i]], c2w[kept[j]]
-        asked_deg = yaw_deg_of(before[:3, :3].T @ after[:3, :3])
-        stands = np.abs(after - before)[:3, 3].max() < 1e-4
-        whole = holes[i].mean() < 0.02  # holes move with the camera, not with the picture
-        if stands and whole and 1e-3 < abs(asked_deg) <= 0.74 * fov_x_deg_of(K):
-            found_deg, match = measure_turn(frames[i], frames[j], K)
-            error_deg = round(found_deg - asked_deg, 2)
-            over_deg = round(math.copysign(1, asked_deg) * error_deg, 2)
-            turns.append((error_deg, over_deg, round(match, 3)))
-        change = np.abs(frames[j].astype(np.int16) - frames[i])
-        change = change[~(holes[i] | holes[j])]
-        if change.size:
-            motions.append(float(change.mean()))
-    worst = max(turns, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=(None, None, None))
-    first, *later = map(sharpness, frames, holes)
-    later = [steepness for steepness in later if steepness is not None]
+        pose = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]]
+        if np.abs(pose[:3, 3]).max() < 1e-4:
+            turns.append(check_turn(views, holes, i, j, pose))
+        elif small:
+            moves.append(check_move(small, i, j, pose))
+    worst = (t for t in turns if t)
+    worst = max(worst, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=(None, None, None))
     qc = dict(zip(("turn_error_deg", "over_turn_deg", "match"), worst, strict=True))
+    worst = (m for m in moves if m)
+    worst = max(worst, key=lambda m: (m[1] < MOVE_MATCH, abs(m[0] - 1)), default=(None, None))
+    qc |= dict(zip(("length", "move_match"), worst, strict=True))
+    first, *later = map(sharpness, frames, holes)
+    if views.sharpest is not None:
+        first = sharpness(views.sharpest, np.zeros(views.sharpest.shape[:2], bool))
+    later = [steepness for steepness in later if steepness is not None]
     qc["sharpness"] = round(min(later) / first, 3) if first and later else None
-    qc["motion"] = round(min(motions, default=0.0), 2)
     qc["holes"] = round(float(holes.mean((1, 2)).max()), 3)
-    why = "; ".join(faults(qc, cfg))
-    return qc | {"passed": not why, "why": why}
+    qc["unchecked"] = None in moves
+    found = faults(qc, cfg)
+    if small and None in turns:
+        found.append("a turn that is too wide to be measured")
+    return qc | {"passed": not found, "why": "; ".join(found)}
 
 
 def faults(qc: dict, cfg: Config) -> list[str]:
@@ -1348,10 +1547,12 @@ def faults(qc: dict, cfg: Config) -> list[str]:
     elif match is not None and abs(off_deg) > cfg.max_turn_error_deg:
         far = "turned too far" if qc["over_turn_deg"] > 0 else "not turned far enough"
         found.append(f"turn off by {off_deg:+.1f} degrees, {far}")
+    if qc["length"] is not None and qc["move_match"] < MOVE_MATCH:
+        found.append(f"the move is not the one asked for (match {qc['move_match']:.2f})")
+    elif qc["length"] is not None and not LENGTHS[0] <= qc["length"] <= LENGTHS[1]:
+        found.append(f"moved {qc['length']:g} times as far as asked")
     if qc["sharpness"] is not None and qc["sharpness"] < MIN_SHARPNESS:
         found.append(f"blurred ({qc['sharpness']:g} of the sharpness of frame 0)")
-    if qc["motion"] < MIN_MOTION:
-        found.append(f"frozen (an action changes {qc['motion']:g} grey levels)")
     if qc["holes"] > cfg.max_holes:
         found.append(f"{qc['holes']:.0%} holes")
     return found
@@ -1359,7 +1560,7 @@ def faults(qc: dict, cfg: Config) -> list[str]:
 
 def qc_picture(records: list[dict]) -> Figure:
     """qc.png: a histogram per measure, teachers over each other."""
-    keys = ("turn_error_deg", "over_turn_deg", "match", "sharpness", "motion", "holes")
+    keys = ("turn_error_deg", "match", "length", "move_match", "sharpness", "holes")
     figure = Figure(figsize=(18, 4), layout="constrained")
     for key, panel in zip(keys, figure.subplots(1, len(keys)), strict=True):
         values = {}
@@ -1414,42 +1615,48 @@ def nerfstudio(c2w, K, kept: list[int]) -> dict:
     }
 
 
-def make_views(trajectory: dict, name: str, teacher: Teacher, gain: float, cfg: Config):
-    """Imagine one trajectory and write its folder, view.json last. A teacher that moves `gain`
-    times too far is asked for 1 / gain of the way; 0: as it is."""
+def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
+    """Imagine one trajectory and write its folder, view.json last."""
     c2w = np.array(trajectory["c2w"], np.float64)
     kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
     asked = c2w.copy()
-    asked[:, :3, 3] /= gain or 1.0
+    asked[:, :3, 3] /= cfg.gain if teacher.generates else 1.0
     anchor = teacher.anchor(trajectory)
     views = teacher.imagine(anchor, asked, intrinsics_of(trajectory), kept)
     folder = folder_of(trajectory)
     files = [f"{folder}/{frame:03d}.png" for frame in kept]
     for file, picture in zip(files, views.frames, strict=True):
         save(Path(cfg.run, file), png(Image.fromarray(picture)))
+    small, depths, K = None, views.depth, views.K
+    if teacher.generates:
+        small = small_depths(trajectory, views, c2w, kept, cfg)
+        _, K, depths = small
     camera = nerfstudio(c2w, views.K, kept)
+    keyframes = trajectory["keyframes"]
     save(Path(cfg.run, folder, "transforms.json"), json.dumps(camera))
     record = trajectory | {
         "width": camera["w"],
         "height": camera["h"],
         "fov_x_deg": round(fov_x_deg_of(views.K), 4),
         "teacher": name,
-        "teacher_settings": views.settings | ({"gain": gain} if gain else {}),
+        "teacher_settings": views.settings,
         "seed": cfg.seed,
         "kept": kept,
         "frames": files,
         "objects": views.objects,
-        "qc": quality(views, kept, c2w, trajectory["keyframes"], cfg),
+        "covisible": covisible(kept, c2w, keyframes, K, depths),
+        "holes": [] if views.holes is None else views.holes.mean((1, 2)).round(4).tolist(),
+        "qc": quality(views, kept, c2w, keyframes, cfg, small),
     }
     save(Path(cfg.run, folder, "view.json"), json.dumps(record) + "\n")
 
 
-def work(job, teachers: dict, gains: dict, cfg: Config) -> str:
+def work(job, teachers: dict, cfg: Config) -> str:
     """Make the views of (trajectory, teacher's name) -> why they were skipped; empty: made."""
     trajectory, name = job
     skipped = Path(cfg.run, folder_of(trajectory), "skipped.json")
     try:
-        make_views(trajectory, name, teachers[name], gains.get(name, 0.0), cfg)
+        make_views(trajectory, name, teachers[name], cfg)
     except Unusable as error:
         save(skipped, json.dumps({"why": str(error)}) + "\n")
         return f"{trajectory['scene_id']}/{trajectory['traj_id']}: skipped, {error}"
@@ -1473,7 +1680,7 @@ def load_networks(teachers: dict) -> bool:
 
 def imagine_all(jobs: list, teachers: dict, cfg: Config):
     """Make the views of all jobs; in one process where a network keeps the device busy."""
-    one = partial(work, teachers=teachers, gains=read_gains(cfg), cfg=cfg)
+    one = partial(work, teachers=teachers, cfg=cfg)
     pool, made = None, map(one, jobs)
     if cfg.workers > 1 and not load_networks(teachers):
         pattern_bank()  # once, before the processes part
@@ -1485,70 +1692,6 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
     if pool:
         pool.close()
         pool.join()
-
-
-# --- calibration: how far does a teacher really move? ---
-
-
-def measure_move(picture, depth, imagined, step, K):
-    """(share of `step` [3] by which `picture` [H,W,3], moved through its depth [H,W], resembles
-    `imagined` best; correlation there): the best of 0, 0.1, ... 3, and then its neighbourhood."""
-
-    def likeness(share):
-        pose = np.eye(4)
-        pose[:3, 3] = share * step
-        view, _, _, holes = look_back(picture, pose, K, splat_depth(depth, pose, K))
-        if holes.mean() > 0.75:
-            return -1.0
-        return np.corrcoef(view[~holes].ravel(), imagined[~holes].ravel())[0, 1]
-
-    near = max(np.arange(31) / 10, key=likeness)
-    shares = near + np.arange(-5, 6) / 50
-    match = [likeness(share) for share in shares]
-    best = int(np.argmax(match))
-    return shares[best] + peak_offset(match, best) / 50, match[best]
-
-
-def calibrate(jobs: list, teachers: dict, cfg: Config):
-    """Let the teacher imagine single moves in rooms, and measure each at 112 pixels."""
-    ((name, teacher),) = teachers.items()
-    moves = [t for t, _ in jobs if t["room"] and len(t["actions"]) == 1 and not only_turns(t)]
-    gains = []
-    for trajectory in tqdm(moves[: cfg.calibration_moves], desc="calibration", unit="move"):
-        c2w, K = np.array(trajectory["c2w"]), intrinsics_of(trajectory)
-        views = teacher.imagine(teacher.anchor(trajectory), c2w, K, [0, len(c2w) - 1])
-        frame = Image.fromarray(views.frames[1])
-        frame.thumbnail((112, 112), Image.BOX)
-        K = intrinsics(*frame.size, fov_x_deg_of(views.K))  # the teacher may have cut the picture
-        picture, _, depth = render(*begin_in_room(trajectory, cfg), K)
-        share, match = measure_move(picture, depth, np.asarray(frame), c2w[-1][:3, 3], K)
-        if match >= MIN_MATCH and share < 2.99:
-            gains.append(share)
-    if not gains:
-        stop(f"none of {len(moves)} single moves in rooms shows how far {name} moves")
-    gain = float(np.median(gains))
-    spread = float(np.median(np.abs(np.array(gains) - gain)))
-    found = {"gain": round(gain, 4), "spread": round(spread, 4), "n": len(gains)}
-    path = Path(cfg.run, "2_calibration/calibration.json")
-    with alone(path.parent):  # the file holds all teachers measured so far
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        save(path, json.dumps(known | {name: found}, indent=1) + "\n")
-    print(f"{name}: {found}")
-    print(f"next: python {Path(__file__).name} --teacher {name} --calibration {path}")
-
-
-def read_gains(cfg: Config) -> dict[str, float]:
-    """The gain of each teacher from --calibration; empty without."""
-    if not cfg.calibration:
-        return {}
-    try:
-        found = json.loads(Path(cfg.calibration).read_text())
-        gains = {name: float(found[name]["gain"]) for name in cfg.teacher}
-        if not all(0.02 < gain < 50 for gain in gains.values()):  # also refuses nan
-            raise ValueError(f"gains {gains}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        stop(f"--calibration {cfg.calibration}: {error!r}; --calibrate writes one per teacher")
-    return gains
 
 
 # --- all trajectories ---
@@ -1651,27 +1794,22 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
         "trajectories": len(records),
         "frames": sum(len(record["kept"]) for record in records),
         "failed the quality check": sum(not record["qc"]["passed"] for record in records),
+        "moves unchecked": sum(record["qc"]["unchecked"] for record in records),
         "skipped": len(jobs) - len(records) + counts["unusable"],
         "left out": counts["left out"],
     }
     finish(folder, meta, found, started)
     for name in cfg.teacher:
-        over = [record["qc"]["over_turn_deg"] for record in records if record["teacher"] == name]
-        over = [deg for deg in over if deg is not None]
-        print(
-            f"{name}: {len(over):,} turns, too far by {np.mean(over or 0):+.2f} degrees on average"
-        )
+        checks = [record["qc"] for record in records if record["teacher"] == name]
+        over = [qc["over_turn_deg"] for qc in checks if qc["over_turn_deg"] is not None]
+        print(f"{name}: {len(over):,} turns, on average {np.mean(over or 0):+.2f} degrees too far")
+        lengths = [qc["length"] for qc in checks if qc["length"] is not None]
+        if lengths:
+            print(f"{name}: {len(lengths):,} moves, {np.median(lengths):.2f} times as far as asked")
+    if found["moves unchecked"]:
+        print("moves that nothing could check are left out by stage 3: name a --depth checkpoint")
     print(f"look at {folder}/contact_sheet.png and qc.png")
     print(f"next: python 03_build_qa.py --run {cfg.run}")
-
-
-def settings_of(cfg: Config) -> dict:
-    """What decides the result; of a calibration its gains, wherever its file lies."""
-    settings = asdict(cfg) | {"calibration": read_gains(cfg)}
-    ways = ("run", "recipe", "shard", "workers", "offload", "compile")
-    for name in (*ways, "calibrate", "calibration_moves"):
-        del settings[name]
-    return settings
 
 
 def main(cfg: Config):
@@ -1682,13 +1820,13 @@ def main(cfg: Config):
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
     shard, shards = int(numbers[1]), int(numbers[2])
-    if cfg.calibrate and (len(cfg.teacher) > 1 or cfg.calibration or cfg.calibration_moves < 1):
-        stop("--calibrate takes one --teacher, no --calibration, at least 1 of --calibration_moves")
+    if not 0.02 < cfg.gain < 50:
+        stop(f"--gain {cfg.gain}: want metres moved for a metre asked, about 1")
     teachers = {name: TEACHERS[name](cfg) for name in cfg.teacher}
-    settings, folder = settings_of(cfg), run / "2_views"
+    ways = ("run", "recipe", "shard", "workers", "offload", "compile")  # with the same result
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ways}
+    folder = run / "2_views"
     jobs, counts = plan(teachers, cfg)
-    if cfg.calibrate:
-        return calibrate(jobs, teachers, cfg)
     if not (folder / "meta.json").is_file():
         load_networks(teachers)  # their faults are said before anything is begun
     with alone(folder):
