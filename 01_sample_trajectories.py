@@ -23,21 +23,24 @@ Reads   --images: a folder of jpg, png and webp pictures (searched to its bottom
         Relative paths start at the manifest's folder and stay inside it. --rooms N reads nothing.
 Writes  RUN/1_trajectories/trajectories.jsonl, one line per trajectory. keyframes: the frame after
         each action, 0 first. anchor: the photograph, null in rooms. start: x_m, z_m and yaw_deg
-        of frame 0 in its room, null for photographs.
+        of frame 0 in its room, null for photographs. start_yaw_deg: where in its photograph, of
+        photo_fov_deg, frame 0 of a pan looks. fov_source: exact, given, exif or assumed.
             {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "anchor": null,
              "room": "1_trajectories/rooms/room_00000.json", "split": "train", "width": 112,
-             "height": 112, "fov_x_deg": 90.0, "actions": [["turn_left", 40.0]], "keyframes":
-             [0, 8], "c2w": [[[1.0, 0.0, ...], ...], ...], "start": [0.52, -1.3, 40.0]}
+             "height": 112, "fov_x_deg": 90.0, "fov_source": "exact", "panorama": false,
+             "photo_fov_deg": null, "actions": [["turn_left", 40.0]], "keyframes": [0, 8], "c2w":
+             [[[1.0, 0.0, ...], ...], ...], "start": [0.52, -1.3, 40.0], "start_yaw_deg": null}
         RUN/1_trajectories/rooms/*.json (see draw_room), trajectories.png (top view), meta.json
 
     python 01_sample_trajectories.py --run runs/demo --rooms 3000       # 20 s on one core, 40 MB
-    python 01_sample_trajectories.py --run runs/mine --images ~/photos
+    python 01_sample_trajectories.py --run runs/mine --images ~/photos --recipe photos
 
 Every draw is seeded by (seed, scene, trajectory, purpose): more rooms leave the others unchanged.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import io
@@ -727,9 +730,13 @@ def main(cfg: Config):
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines and appends every default."""
+
+
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
     recipe = parser.parse_args().recipe
     if recipe not in RECIPES:
         parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")

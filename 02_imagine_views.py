@@ -54,6 +54,7 @@ Measured on two CPU cores by `make bench`: 2124 frames/s at 112x112 and 253 at 5
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import io
@@ -1297,6 +1298,7 @@ class SanaWM(Generative):
             pipe.to(device)
         return (pipe,)
 
+    @torch.no_grad()
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
         (picture, name), cfg, (height, width) = anchor, self.cfg, self.cfg.sana_size
         poses, at = resample(c2w)
@@ -1319,8 +1321,13 @@ class SanaWM(Generative):
         at = at[kept]
         frames = (255 * video[at]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         frames[at == 0] = np.asarray(image)
+        vae = self.networks[0].vae
+        first = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        latents = vae.encode(first.to(vae.device, vae.dtype)).latent_dist.mean
+        round_trip = (vae.decode(latents).sample[0, :, 0].permute(1, 2, 0) + 1) * 127.5
         asked |= {"model": cfg.sana, "steps": steps, "guidance": guidance, "frames": len(poses)}
-        return Views(frames, K, settings=asked)
+        sharpest = round_trip.clamp(0, 255).byte().cpu().numpy()
+        return Views(frames, K, sharpest=sharpest, settings=asked)
 
 
 TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc, "sana-wm": SanaWM}
@@ -1855,9 +1862,13 @@ def main(cfg: Config):
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines and appends every default."""
+
+
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
     recipe = parser.parse_args().recipe
     if recipe not in RECIPES:
         parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")

@@ -31,6 +31,7 @@ Writes  RUN/6_eval/TAG/samples.jsonl, results.json, report.html, accuracy_cost.s
 
 from __future__ import annotations
 
+import argparse
 import base64
 import fcntl
 import functools
@@ -1371,9 +1372,13 @@ def main(cfg: Config):
 
 
 # --- same in 01, 02, 03, 04, 05, 06: settings, files and faults ---
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines and appends every default."""
+
+
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
-    parser = HfArgumentParser(config_class, description=__doc__.split("\n\n")[0])
+    parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
     recipe = parser.parse_args().recipe
     if recipe not in RECIPES:
         parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
