@@ -75,13 +75,14 @@ from transformers.hf_argparser import HfArg
 
 RECIPES = {
     "paper": "",
-    "tiny": "--box_step 10 --grpo_per_task 2500"
-    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S5=1 S6=4",
+    "tiny": "--formats open --box_step 10 --grpo_per_task 2500"
+    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 E1=0.5 E2=1 S1=1 S2=0.6 S3=0.6 S5=1 S6=4",
     # single actions only, mostly D4 and A4, whose false statements are plainly false
-    "lesson": "--out 3_lesson --box_step 10 --grpo_per_task 0 --most_actions 1"
-    " --caps A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 S2=1 S5=1 S6=1"
+    "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
+    " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
-    "base": "--box_step 10 --caps D1=1 D2=1 D4=1 S1=1 S2=0.6 S3=0.4 S4=0.3 S5=4 S6=4",
+    "base": "--formats open --box_step 10"
+    " --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
 }
 
 
@@ -94,14 +95,28 @@ class Config:
     directions: Literal["forward", "inverse", "both"] = HfArg(default="both", help="to train on")
     sources: Literal["real", "simulated", "both"] = HfArg(default="both", help="to train on")
     tasks: list[str] = HfArg(default_factory=lambda: sorted(TASKS), help="to train on")
+    formats: list[str] = HfArg(
+        default_factory=lambda: [*FORMATS],
+        help="open: an answer in words or numbers; choice: one "
+        "of lettered options; of each question both (S1-S6: open only, E3: choice only)",
+    )
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
+    )
+    least_covisible: float = HfArg(
+        default=0.15, help="A1-A4, D3, E3: least share of image 2 that image 1 shows, where known"
+    )
+    max_holes: float = HfArg(
+        default=0.05, help="largest share of a picture that is holes; 1: ask all the same"
+    )
+    keep_unchecked: bool = HfArg(
+        default=False, help="ask about moves of a generating teacher that nothing could check"
     )
     most_actions: int = HfArg(default=0, help="in a pair asked about, an easier lesson; 0: any")
     caps: list[str] = HfArg(
         default_factory=list,
-        help="TASK=NUMBER: most questions per pair (S1-S4: per picture), so that scenes full of "
-        "objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
+        help="TASK=NUMBER: most questions per pair (S1-S3, E1: per picture), so that scenes full "
+        "of objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
     )
     box_step: int = HfArg(default=1, help="grid of boxes, thousandths; 10: a token each in tiny")
     near_miss_m: float = HfArg(
@@ -137,6 +152,7 @@ PHRASES = {
     "turn_right": "turn right {:g} degrees",
 }
 ONE_ANSWER = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # lengths asked for
+STYLES = ("list", "list", "count", "order")  # of `tell`, drawn for each question
 # z + ix of 1 m towards each whole degree; rounded, so that 90 degrees give exactly i.
 TOWARDS = np.round(np.exp(1j * np.radians(np.arange(360))), 15)
 
@@ -144,6 +160,15 @@ TOWARDS = np.round(np.exp(1j * np.radians(np.arange(360))), 15)
 def say(actions):
     """[("turn_left", 40), ("forward", 1.2)] -> "turn left 40 degrees; move forward 1.2 meters"."""
     return "; ".join(PHRASES[name].format(value) for name, value in actions)
+
+
+def tell(actions, style):
+    """As `say`, or as other question sets write it: "2 steps | ...", "first ..., then ..."."""
+    if style == "count":
+        return f"{len(actions)} step{'s' * (len(actions) > 1)} | {say(actions)}"
+    if style == "order" and len(actions) > 1:
+        return "first " + say(actions).replace("; ", ", then ")
+    return say(actions)
 
 
 def pose(actions):
@@ -194,7 +219,8 @@ ORIGIN = ("scene_id", "traj_id", "split", "source", "teacher")  # copied from vi
 class Seen(NamedTuple):  # an object that is fit for a question
     label: str
     box: list[int]  # as the questions write it
-    distance_m: float  # 0: unknown
+    distance_m: float  # along the floor to its centre; 0: unknown
+    bearing_deg: float | None  # of its centre, + to the right of the camera's axis; None: unknown
 
 
 class Picture(NamedTuple):  # a kept keyframe of a view, with its objects by id
@@ -203,13 +229,14 @@ class Picture(NamedTuple):  # a kept keyframe of a view, with its objects by id
     visible: dict[int | str, str]  # labels of what is at least partly in the picture
     hidden: set[int | str]  # known to be out of sight
     counts: Counter  # of the visible labels
+    holes: float  # share of the picture
 
 
 def size(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def see(path, entries, cfg):
+def see(path, entries, holes, cfg):
     """The Picture of a frame, its objects as views.jsonl or the tracker tell them."""
     usable, visible, hidden = {}, {}, set()
     for entry in entries:
@@ -229,8 +256,16 @@ def see(path, entries, cfg):
         sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA
         sure = entry.get("score", 1) >= cfg.min_score
         if clear and sized and sure:
-            usable[key] = Seen(label, box, float(entry.get("distance_m") or 0))
-    return Picture(path, usable, visible, hidden, Counter(visible.values()))
+            bearing_deg = entry.get("bearing_deg")
+            bearing_deg = None if bearing_deg is None else float(bearing_deg)
+            usable[key] = Seen(label, box, float(entry.get("distance_m") or 0), bearing_deg)
+    return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes or 0))
+
+
+def bearing_of(box, fov_x_deg):
+    """Degrees from the camera's axis to the middle of a box, + to the right."""
+    half = math.tan(math.radians(fov_x_deg) / 2)
+    return math.degrees(math.atan(((box[0] + box[2]) / 1000 - 1) * half))
 
 
 def validate(view, run):
@@ -260,13 +295,21 @@ def slim(view, cfg, detect):
     objects = view["objects"]
     if objects is None and detect:
         objects = track(view, [detect(Path(cfg.run, path)) for path in view["frames"]])
-    frames = zip(view["kept"], view["frames"], objects or [[]] * len(view["kept"]), strict=True)
-    pictures = {index: see(path, entries, cfg) for index, path, entries in frames}
+    number = len(view["kept"])
+    objects, holes = objects or [[]] * number, view.get("holes") or [0] * number
+    frames = zip(view["kept"], view["frames"], objects, holes, strict=True)
+    pictures = {index: see(*frame, cfg) for index, *frame in frames}
     small = {key: view[key] for key in ORIGIN}
     small["exact"] = view["objects"] is not None
-    small["start"] = view["start"] and tuple(map(float, view["start"]))
+    small["fov_x_deg"] = float(view["fov_x_deg"])
+    # trajectories that share this share frame 0
+    start = view["start"] and tuple(map(float, view["start"]))
+    small["start"] = (view["scene_id"], view.get("anchor"), start, view.get("start_yaw_deg"))
     small["actions"] = [tuple(action) for action in view["actions"]]
     small["pictures"] = [pictures.get(index) for index in view["keyframes"]]
+    place = {index: k for k, index in enumerate(view["keyframes"])}
+    shares = [(i, j, float(s)) for i, j, s in view.get("covisible") or [] if s is not None]
+    small["covisible"] = {(place.get(i), place.get(j)): share for i, j, share in shares}
     return small
 
 
@@ -284,10 +327,12 @@ def load_views(cfg, detect):
             names.add(name)
             if split_of.setdefault(view["scene_id"], view["split"]) != view["split"]:
                 raise ValueError(f"the scene of {name} is in both splits: run 01 again")
-            if view["qc"]["passed"]:
-                views.append(slim(view, cfg, detect))
-            else:
+            if not view["qc"]["passed"]:
                 skipped["failed the quality check"] += 1  # stage 2 has reported it
+            elif view["qc"].get("unchecked") and not cfg.keep_unchecked:
+                skipped["moved unchecked, see --keep_unchecked"] += 1
+            else:
+                views.append(slim(view, cfg, detect))
         except BROKEN as error:
             skipped["broken or doubled record"] += 1
             why = f"{type(error).__name__} {error}; delete the line, or 2_views and run 02 again"
@@ -420,7 +465,9 @@ class Question(NamedTuple):
     task: str
     prompt: str
     answer: str
+    options: list | None  # of a lettered choice, whose answer is one of the letters
     images: list
+    side: str  # the answer in words
     label: str  # within which yes and no are balanced: the object's; A4: the first action's
     alike: str  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
@@ -436,6 +483,7 @@ class Survey:
         self.motions = defaultdict(list)
         self.values = defaultdict(list)
         self.labels = defaultdict(set)
+        self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
             for picture in filter(None, view["pictures"]):
@@ -444,20 +492,34 @@ class Survey:
         for name, value in sorted(action for view in views for action in view["actions"]):
             self.values[name].append(value)
             largest[name in TURNS] = max(value, largest[name in TURNS])
+        kinds = [(name, value) for name, values in self.values.items() for value in values]
+        self.steps = [[step for step in kinds if (step[0] in TURNS) == turns] for turns in (0, 1)]
+        for view in sorted(views, key=lambda view: view["traj_id"]):
+            self.starts[view["start"]].append(view)
         self.shared = {}
         for task, lengths in ONE_ANSWER.items():
             self.shared[task] = shared_poses(*largest, lengths)
 
-    def only_answer(self, task, actions):
+    def unique(self, task, actions):
         """Whether no other sequence that the task may answer with ends at the same pose."""
-        if len(actions) not in ONE_ANSWER[task]:
-            return False
         turns = [name in TURNS for name, _ in actions]
         alternate = all(one != two for one, two in itertools.pairwise(turns))  # two moves commute
-        if alternate and pose_key(*pose(actions)) not in self.shared[task]:
-            return True
-        self.dropped[f"{task}: not the only sequence to its pose"] += 1
-        return False
+        return alternate and pose_key(*pose(actions)) not in self.shared[task]
+
+    def only_answer(self, task, actions):
+        """Whether the task may ask for these actions; counts those that are not unique."""
+        if len(actions) not in ONE_ANSWER[task]:
+            return False
+        unique = self.unique(task, actions)
+        self.dropped[f"{task}: not the only sequence to its pose"] += not unique
+        return unique
+
+    def differ(self, actions, others, least_deg=None):
+        """Whether two motions end so far apart that a picture tells one from the other."""
+        (position, yaw), (position2, yaw2) = pose(actions), pose(others)
+        off_deg = abs((yaw - yaw2 + 180) % 360 - 180)
+        least_deg = least_deg or self.cfg.near_miss_deg
+        return abs(position - position2) >= self.cfg.near_miss_m or off_deg >= least_deg
 
 
 class Shown:
@@ -470,6 +532,8 @@ class Shown:
         self.both = [key for key in self.before.usable if key in self.after.usable]
         self.actions = view["actions"][keyframes[0] : keyframes[-1]]
         self.motion = say(self.actions)
+        self.covisible = view["covisible"].get(keyframes)
+        self.holes = max(self.before.holes, self.after.holes)
         moved_m = sum(value for name, value in self.actions if name in MOVES)
         turned_deg = sum(value for name, value in self.actions if name in TURNS)
         far = "far" if moved_m > 1 or turned_deg > 40 else "near"
@@ -490,16 +554,64 @@ class Shown:
         two = self.after.usable.get(key if key2 is None else key2)
         return {"label": one.label, "box": one.box, "box2": two and two.box}
 
-    def question(self, task, draw, wordings, answer, words, alike="", pictures=2):
-        """One of the wordings, with `words` filled in and the form of the answer behind."""
+    def named(self, draw, key):
+        """An object of image 1: by its label alone (where that is unique, mostly), or its box."""
+        one = self.before.usable[key]
+        unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
+        return f"the {one.label}" + ("" if unique else f" at {one.box}")
+
+    def questions(self, task, draw, parts, answer, words, **more):
+        """Yield the question in each of --formats that it has."""
+        formats, row = self.survey.cfg.formats, TASKS[task]
+        if "open" in formats and row.answer != LETTER:
+            yield self.question(task, draw, parts, answer, words, None, **more)
+        if "choice" in formats and row.direction != "static":
+            draw = self.generator(task, "choice", answer, *words.values())
+            options = self.options(task, draw, answer, words)
+            if options:
+                yield self.question(task, draw, parts, answer, words, options, **more)
+            else:
+                self.survey.dropped[f"{task} choice: too few options that differ"] += 1
+
+    def options(self, task, draw, answer, words):
+        """Those of a choice, the right one first; None where too few differ."""
+        kind, _ = TASKS[task].answer
+        if "turn" in words:  # E1
+            steps = [[], [*itertools.product(TURNS, words["angles"])]]
+            return four_motions(self.survey, draw, task, words["turn"], steps, LEAST_FACING_DEG)
+        if kind in ("motion", "motions"):
+            return four_motions(self.survey, draw, task, self.actions)
+        if kind == "box":
+            return four_boxes(draw, self, answer)
+        others = next(group for group in ANSWERS if answer in group)
+        return [answer, *(other for other in others if other != answer)]
+
+    def question(self, task, draw, parts, answer, words, options, alike="", pictures=2, **more):
+        """One wording of each of `parts`, with `words` filled in, and how to answer behind.
+
+        more: `label`, and `side`, the answer as it is balanced, where they are not those of the
+        words; `images`, where they are not those of the keyframes: the options count them.
+        """
         images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
-        words = {"label": "", "actions": self.motion} | words
-        prompt = "<image>" * len(images) + draw.choice(wordings).format(**words)
-        prompt = f"{prompt} {TASKS[task].answer[1]}"
-        if str(answer) in prompt and task not in YES_NO_TASKS:
+        images = more.get("images", images)
+        words = {"label": "", "actions": self.actions} | words
+        actions = tell(words["actions"], draw.choice(STYLES))
+        prompt = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
+        kind, how = TASKS[task].answer
+        side = more.get("side", str(answer))
+        if options:
+            right = options[0]
+            options = sorted(options) if "images" in more else draw.sample(options, len(options))
+            options = [*map(str, options)]
+            answer, how = LETTERS[options.index(str(right))], LETTER[1]
+            lettered = zip(LETTERS, options, strict=False)
+            prompt += "".join(f" {letter}. {option}" for letter, option in lettered)
+        elif str(answer) in prompt and kind not in ("yes_no", "relation"):
             stop(f"a fault of {task}: the prompt holds its answer, {prompt}")
-        more = (words["label"], alike, draw.random(), self.difficulty, self.view)
-        return Question(task, prompt, str(answer), images, *more)
+        how += BOXES if "[" in f"{prompt} {answer}" else ""
+        prompt = f"{'<image>' * len(images)}{prompt} {how}"
+        more = (more.get("label", words["label"]), alike, draw.random(), self.difficulty, self.view)
+        return Question(task, prompt, str(answer), options, images, side, *more)
 
 
 def some(draw, things, most):
@@ -513,43 +625,116 @@ def mixed(draw, one, other, most):
     return turns[:most]
 
 
+# --- options of choices: none is nearer to the others than the rest, so that they tell nothing ---
+TRIES = 20  # of drawing four options that differ
+LEAST_APART = 0.3  # IoU: boxes that overlap more are not offered beside each other
+
+
+def four_motions(survey, draw, task, truth, steps=None, least_deg=None):
+    """Four motions, the truth first, that differ in two things: {a, a'} x {b, b'}, each a step's
+    direction or magnitude or the order of the steps.
+    """
+    spots = [(step, part) for step in range(len(truth)) for part in (0, 1)]
+    spots += [(0, 2)] * (len(truth) > 1)  # the order
+    steps, style = steps or survey.steps, draw.choice(STYLES)
+    for _ in range(TRIES):
+        changes = []
+        for step, part in draw.sample(spots, 2):
+            other = draw.choice(steps[truth[step][0] in TURNS])
+            changes.append((step, part, (*other, None)[part]))
+        motions = [changed(truth, some) for some in ([], changes[:1], changes[1:], changes)]
+        pairs = itertools.combinations(motions, 2)
+        unique = task not in ONE_ANSWER or all(survey.unique(task, one) for one in motions)
+        if unique and all(survey.differ(*pair, least_deg) for pair in pairs):
+            return [tell(motion, style) for motion in motions]
+    return None
+
+
+def changed(actions, changes):
+    """The actions with a step's name (part 0) or value (part 1) replaced, or reversed (part 2)."""
+    actions = [list(action) for action in actions]
+    for step, part, new in changes:
+        if part < 2:
+            actions[step][part] = new
+    backwards = any(part == 2 for _, part, _ in changes)
+    return [tuple(action) for action in (reversed(actions) if backwards else actions)]
+
+
+def four_boxes(draw, pair, true):
+    """Boxes of objects of image 2, then of image 1, the right one first; in pictures of few objects
+    the right one, another (or its mirror image below) and the mirror images of both.
+    """
+    boxes = [true]
+    for picture in (pair.after, pair.before):
+        others = [one.box for one in picture.usable.values()]
+        for box in draw.sample(others, len(others)):
+            if all(iou(box, known) < LEAST_APART for known in boxes):
+                boxes.append(box)
+    if len(boxes) < 4:
+        x1, y1, x2, y2 = true
+        boxes = [*boxes, [x1, 1000 - y2, x2, 1000 - y1]][:2]
+        boxes += [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes]
+    apart = all(iou(*two) < LEAST_APART for two in itertools.combinations(boxes[:4], 2))
+    return boxes[:4] if apart else None
+
+
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
+# What several tasks say. A question has one wording of each of its lists.
+SEEN = [
+    "The {label} is at {box} in image 1.",
+    "Look at the {label} at {box} in image 1.",
+    "Image 1 has the {label} at {box}.",
+]
+SEEN_ALONE = [
+    "The {label} is at {box}.",
+    "Look at the {label} at {box}.",
+    "See the {label} at {box}.",
+]
+DID = ["The camera then did this: {actions}.", "Camera motion to image 2: {actions}."]
+WILL = [
+    "The camera is about to do this: {actions}.",
+    "Suppose the camera does this: {actions}.",
+    "Next camera motion: {actions}.",
+]
+
+
 def ask_motion(pair, task, most):
     """A1, A2, A3: which actions lead from image 1 to image 2?"""
-    wordings = {
-        "A1": [
-            "Which way and how far did the camera move from image 1 to image 2?",
-            "The camera moved once between image 1 and image 2. Name the move.",
-            "What single move leads from image 1 to image 2?",
-        ],
-        "A2": [
-            "Which way and how far did the camera turn from image 1 to image 2?",
-            "The camera turned once between image 1 and image 2. Name the turn.",
-            "What single turn leads from image 1 to image 2?",
-        ],
-        "A3": [
-            "Which 2 or 3 actions did the camera do from image 1 to image 2, in order?",
-            "List in order the 2 or 3 actions that lead from image 1 to image 2.",
-        ],
-    }
     verb = {"A1": "move", "A2": "turn", "A3": ""}[task]
-    if most and pair.motion.startswith(verb) and pair.survey.only_answer(task, pair.actions):
-        yield pair.question(task, pair.generator(task), wordings[task], pair.motion, {})
+    one = [
+        "Which way and how far did the camera {verb} from image 1 to image 2?",
+        "The camera made one {verb} between image 1 and image 2. Which way, and how far?",
+        "What single {verb} takes the camera from image 1 to image 2?",
+        "Image 2 was taken after one {verb} from image 1. Name the {verb}.",
+        "Image 1 comes before the {verb}, image 2 after it. What was the {verb}?",
+        "By which {verb} did the camera get from image 1 to image 2?",
+    ]
+    before = [
+        "The camera did 2 or 3 things in a row between image 1 and image 2.",
+        "Image 2 was taken 2 or 3 actions after image 1.",
+        "It took the camera 2 or 3 actions to get from image 1 to image 2.",
+    ]
+    parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
+    survey = pair.survey
+    if most and pair.motion.startswith(verb) and survey.only_answer(task, pair.actions):
+        words = {"verb": verb}
+        yield from pair.questions(task, pair.generator(task), parts, pair.motion, words)
 
 
 def ask_statement(pair, task, most):
     """A4: is a statement about the motion true? True and false by turns."""
-    wordings = [
-        "From image 1 to image 2 the camera did: {actions}. True or false?",
-        "Is this what the camera did from image 1 to image 2: {actions}?",
-        "Do these actions lead from image 1 to image 2: {actions}?",
+    claims = [
+        "From image 1 to image 2 the camera did this: {actions}.",
+        "Claim: this takes the camera from image 1 to image 2: {actions}.",
+        "Someone says how the camera got from image 1 to image 2: {actions}.",
     ]
+    parts = [claims, ["True or false?", "Is that true or false?"]]
     draw = pair.generator(task)
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
-            words = {"actions": say(actions), "label": actions[0][0]}
-            yield pair.question(task, draw, wordings, str(truth).lower(), words)
+            words, about = {"actions": actions}, {"label": actions[0][0]}
+            yield from pair.questions(task, draw, parts, str(truth).lower(), words, **about)
 
 
 def false_statement(pair, draw):
@@ -560,57 +745,39 @@ def false_statement(pair, draw):
     that the numbers do not tell whether a statement is true.
     """
     actions, survey = pair.actions, pair.survey
-    position, yaw = pose(actions)
     for kind in draw.sample(["other", "direction", "magnitude", "order"], 4):
         step = draw.randrange(len(actions))
-        changed = list(actions)
-        name, value = actions[step]
+        name, _ = actions[step]
         if kind == "other":
-            changed = draw.choice(survey.motions.get(len(actions), [actions]))
+            other = draw.choice(survey.motions.get(len(actions), [actions]))
         elif kind == "order":
-            changed.reverse()
+            other = actions[::-1]
         elif kind == "direction":
             others = [one for one in (TURNS if name in TURNS else MOVES) if one != name]
-            changed[step] = (draw.choice(others), value)
+            other = changed(actions, [(step, 0, draw.choice(others))])
         else:
-            changed[step] = (name, draw.choice(survey.values[name]))
-        position2, yaw2 = pose(changed)
-        off_deg = abs((yaw - yaw2 + 180) % 360 - 180)
-        off_m = abs(position - position2)
-        if off_m >= survey.cfg.near_miss_m or off_deg >= survey.cfg.near_miss_deg:
-            return changed
+            other = changed(actions, [(step, 1, draw.choice(survey.values[name]))])
+        if survey.differ(actions, other):
+            return other
     return None
 
 
 def ask_box(pair, task, most):
     """D1, S5: where is an object of image 1 in image 2, told the motion (D1) or not (S5)?"""
-    wordings = {
-        "D1": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Where is it in image 2?",
-            "An object is at {box} in image 1. After {actions}, where is it in image 2?",
-            "Find the {label} at {box} in image 1 again in image 2, after {actions}.",
-        ],
-        "S5": [
-            "The {label} is at {box} in image 1. Where is it in image 2?",
-            "An object is at {box} in image 1. Find it in image 2.",
-        ],
-    }
+    ask = ["Where is it in image 2?", "Find it in image 2."]
+    parts = [SEEN, DID, ask] if task == "D1" else [SEEN, ask]
     # where the box is unchanged, the prompt would hold the answer
     boxes = {key: pair.words(key) for key in pair.both}
     moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
     draw = pair.generator(task)
     for key in some(draw, moved, most):
-        yield pair.question(task, draw, wordings[task], boxes[key]["box2"], boxes[key])
+        words = boxes[key]
+        yield from pair.questions(task, draw, parts, words["box2"], words)
 
 
 def ask_gone(pair, task, most):
     """D2: will an object be out of sight? Image 2 stays hidden."""
-    wordings = [
-        "The {label} is at {box}. The camera will do: {actions}. Will it disappear?",
-        "An object is at {box}. After {actions}, will it be out of sight?",
-        "Does the {label} at {box} disappear after {actions}?",
-    ]
+    ask = ["Will it be out of sight then?", "Does it disappear from view?"]
     gone = []
     for key in pair.before.usable:
         known = pair.view["exact"] or key in pair.after.hidden  # a detector may miss an object
@@ -622,62 +789,53 @@ def ask_gone(pair, task, most):
         answer = "yes" if key in gone else "no"
         # balanced by the way and the size too: after a long way most objects are gone
         alike = f"{pair.difficulty} {math.prod(size(words['box'])) > 40_000}"
-        yield pair.question(task, draw, wordings, answer, words, alike, pictures=1)
+        parts, about = [SEEN_ALONE, WILL, ask], {"alike": alike, "pictures": 1}
+        yield from pair.questions(task, draw, parts, answer, words, **about)
 
 
 def ask_motion_of_object(pair, task, most):
     """D3: which actions take an object from its box in image 1 to its box in image 2?"""
-    wordings = [
-        "The {label} is at {box} in image 1, at {box2} in image 2. "
-        "Which 1 or 2 actions did the camera do, in order?",
-        "1 or 2 actions took an object from {box} in image 1 to {box2} in image 2. "
-        "List them in order.",
+    seen = [
+        "The {label} is at {box} in image 1 and at {box2} in image 2.",
+        "Image 1 has the {label} at {box}, image 2 at {box2}.",
+        "From image 1 to image 2 the {label} goes from {box} to {box2}.",
     ]
-    if most and pair.both and pair.survey.only_answer(task, pair.actions):
+    ask = [
+        "Which 1 or 2 actions did the camera do, in order?",
+        "Name the 1 or 2 camera actions in between, in order.",
+    ]
+    survey = pair.survey
+    if most and pair.both and survey.only_answer(task, pair.actions):
         draw = pair.generator(task)
         for key in some(draw, pair.both, most):
-            yield pair.question(task, draw, wordings, pair.motion, pair.words(key))
+            yield from pair.questions(task, draw, [seen, ask], pair.motion, pair.words(key))
 
 
 def ask_same(pair, task, most):
     """D4, S6: do two boxes hold one object, told the motion (D4) or not (S6)?
 
-    Both ask about objects of one label. S6 then asks about any two; --near_miss_box has D4 ask
-    about any two that lie so far apart, where the boxes alone may tell.
+    D4 asks about two objects of one label, S6 about such and about any two, called "object". With
+    --near_miss_box D4 asks about any two that lie so far apart: the boxes alone may tell.
     """
-    wordings = {
-        "D4": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Is the {label} at {box2} in image 2 the same one?",
-            "One {label} is at {box} in image 1. After {actions}, "
-            "is it the {label} at {box2} in image 2?",
-        ],
-        "D4 any": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Is it at {box2} in image 2?",
-            "One {label} is at {box} in image 1. After {actions}, "
-            "is it the one at {box2} in image 2?",
-        ],
-        "S6": [
-            "One {label} is at {box} in image 1, one at {box2} in image 2. Are they the same one?",
-            "Is the {label} at {box} in image 1 the {label} at {box2} in image 2?",
-        ],
-        "S6 any": [
-            "One object is at {box} in image 1, one at {box2} in image 2. Are they the same one?",
-            "Is the object at {box} in image 1 the object at {box2} in image 2?",
-        ],
-    }
     apart = pair.survey.cfg.near_miss_box if task == "D4" else 0
-    forms = {"D4": ["D4 any"] if apart else ["D4"], "S6": ["S6", "S6 any"]}
-    for form in forms[task]:
-        same, other = same_and_other(pair, form.endswith("any"), apart)
-        draw = pair.generator(form)
+    twins = [
+        "Is the {name} at {box2} in image 2 the same one?",
+        "Is it the {name} at {box2} in image 2?",
+    ]
+    any_two = ["Is it at {box2} in image 2?", "Is it what image 2 has at {box2}?"]
+    for any_label in [apart > 0] if task == "D4" else [False, True]:
+        same, other = same_and_other(pair, any_label, apart)
+        draw = pair.generator(task, any_label)
         for key, k in mixed(draw, same, other, most):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            alike = "" if apart else f"{form} {shift}"
-            yield pair.question(task, draw, wordings[form], answer, words, alike)
+            about = {"label": words["label"], "alike": "" if apart else f"{any_label} {shift}"}
+            words["name"] = words["label"]
+            words |= {"label": "object"} if task == "S6" and any_label else {}
+            parts = [SEEN, any_two if any_label else twins]
+            parts[1:1] = [DID] if task == "D4" else []
+            yield from pair.questions(task, draw, parts, answer, words, **about)
 
 
 def same_and_other(pair, any_label, apart):
@@ -714,20 +872,97 @@ def shift_class(before, after, actions):
     return f"{turn != 0} {round(shift / 200)} {round(growth)} {round(wider)}"
 
 
+def ask_bearing(pair, task, most):
+    """E2: on which side is an object after the motion; is it nearer or farther? Image 2 is hidden.
+
+    From its bearing and distance in image 1, or from its box where the camera only turns.
+    """
+    sides = [
+        "Is {object} then left, right, ahead or behind?",
+        "Where is {object} then: left, right, ahead or behind?",
+    ]
+    ways = ["Is {object} then nearer or farther?", "Does {object} get nearer or farther?"]
+    position, yaw = pose(pair.actions)
+    draw, found = pair.generator(task), []
+    for key, one in pair.before.usable.items():
+        exact = one.bearing_deg is not None and one.distance_m
+        if exact or not position:
+            deg = one.bearing_deg if exact else bearing_of(one.box, pair.view["fov_x_deg"])
+            before = (one.distance_m if exact else 1) * np.exp(1j * np.radians(deg))
+            found += [(key, answer) for answer in relations(before, position, yaw)]
+    common = [one for one in found if one[1] in ("ahead", "nearer")]
+    rare = [one for one in found if one not in common]
+    for key, answer in mixed(draw, common, rare, most):
+        side = answer in SIDES
+        alike, balanced = motion_class(position, yaw, answer)
+        words = pair.words(key) | {"object": pair.named(draw, key)}
+        about = {"alike": f"{side} {alike}", "side": balanced, "label": "", "pictures": 1}
+        parts = [WILL, sides if side else ways]
+        yield from pair.questions(task, draw, parts, answer, words, **about)
+
+
+def relations(before, position, yaw):
+    """The clear ones of SIDES and WAYS for an object at `before` (z_m + i x_m) after a motion."""
+    after = (before - position) * TOWARDS[-yaw % 360]
+    if abs(after) < LEAST_DISTANCE_M:
+        return []
+    quarter, off = divmod(np.degrees(np.angle(after)) + 45, 90)
+    found = [SIDES[int(quarter) % 4]] if CLEAR_DEG <= off <= 90 - CLEAR_DEG else []
+    nearer_m = abs(before) - abs(after)
+    return found + ([WAYS[nearer_m < 0]] if abs(nearer_m) >= CLEAR_M else [])
+
+
+def motion_class(position, yaw, answer):
+    """(class of the motion, the answer): to the left counts as its mirror image to the right."""
+    left = yaw > 180 or (yaw in (0, 180) and position.imag < 0)
+    yaw, x = (-yaw % 360, -position.imag) if left else (yaw, position.imag)
+    mirror = {"left": "right", "right": "left"} if left else {}
+    return f"{yaw} {round(position.real)} {round(x)}", mirror.get(answer, answer)
+
+
+def ask_picture(pair, task, most):
+    """E3: which of four pictures follows the motion? All end trajectories of one start."""
+    parts = [
+        [
+            "From image 1 the camera does this: {actions}.",
+            "Image 1 is the start. " + WILL[1],
+            WILL[2],
+        ],
+        ["Which image shows the view afterwards?", "Which image does it see then?"],
+    ]
+    survey = pair.survey
+    siblings = survey.starts[pair.view["start"]] if pair.keyframes[0] == 0 and most else []
+    draw, ends = pair.generator(task), [(pair.actions, pair.after)]
+    for view in draw.sample(siblings, len(siblings)):
+        actions, picture = view["actions"], view["pictures"][-1]
+        apart = all(survey.differ(actions, known) for known, _ in ends)
+        if apart and picture.holes <= survey.cfg.max_holes:
+            ends.append((actions, picture))
+    if len(ends) >= 4:
+        paths = [picture.path for _, picture in ends[:4]]
+        images = draw.sample(paths, 4)
+        right = images.index(paths[0])
+        images = [pair.before.path, *images]
+        yield from pair.questions(task, draw, parts, IMAGES[right], {}, images=images)
+    elif len(siblings) > 1:
+        survey.dropped[f"{task}: fewer than four ends that differ"] += 1
+
+
 def ask_where(shown, task, most):
     """S1: where is an object that is the only one of its label?"""
-    wordings = ["Where is the {label}?", "Find the {label}."]
+    parts = [["Find", "Locate", "Point out"], ["the {label}.", "the {label} in the picture."]]
     picture = shown.before
     alone = [key for key, one in picture.usable.items() if picture.counts[one.label] == 1]
     for key in some(shown.draw, alone, most):
         words = shown.words(key)
-        yield shown.question(task, shown.draw, wordings, words["box"], words)
+        yield from shown.questions(task, shown.draw, parts, words["box"], words)
 
 
 def ask_whether_there(shown, task, most):
     """S2: is a label in the picture? And is it at a box?"""
-    wordings = ["Do you see any {label}?", "Is any {label} in the picture?"]
-    wordings_box = ["Is any {label} at {box}?", "Do you see any {label} at {box}?"]
+    seen = ["Do you see", "Can you see", "Is there"]
+    parts = [seen, ["any {label}?", "any {label} in the picture?"]]
+    parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
     if not shown.view["exact"]:  # a detector may miss an object
         return
     draw = shown.draw
@@ -737,7 +972,7 @@ def ask_whether_there(shown, task, most):
     here = sorted({one.label for one in picture.usable.values()})
     for label in mixed(draw, here, absent, most):
         answer = "yes" if label in here else "no"
-        yield shown.question(task, draw, wordings, answer, {"label": label})
+        yield from shown.questions(task, draw, parts, answer, {"label": label})
     for key in some(draw, list(picture.usable), most):
         words = shown.words(key)
         true = draw.random() < 0.5
@@ -748,7 +983,7 @@ def ask_whether_there(shown, task, most):
         alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
         if wrong or true:
             answer = "yes" if true else "no"
-            yield shown.question(task, draw, wordings_box, answer, words, alike)
+            yield from shown.questions(task, draw, parts_box, answer, words, alike=alike)
 
 
 def same_kind(label, others):
@@ -758,34 +993,36 @@ def same_kind(label, others):
 
 def ask_distance(shown, task, most):
     """S3: how far away is an object, named by its label alone where that is unique?"""
-    wordings = [
-        "How far away along the floor is the {label}?",
-        "What is the distance along the floor to the {label}?",
-    ]
-    wordings_box = [
-        "How far away along the floor is the object at {box}?",
-        "What is the distance along the floor to the {label} at {box}?",
-    ]
+    ask = ["How far away along the floor is", "How far along the floor is it to"]
+    ask += ["What is the distance along the floor to"]
+    parts = [ask, ["{object}?", "{object} in the picture?"]]
     draw = shown.draw
-    picture = shown.before
-    measured = [key for key, one in picture.usable.items() if one.distance_m]
+    measured = [key for key, one in shown.before.usable.items() if one.distance_m]
     for key in some(draw, measured, most):
-        one = picture.usable[key]
-        unique = picture.counts[one.label] == 1 and draw.random() < 0.7
-        form = wordings if unique else wordings_box
-        answer = round(one.distance_m, 1)
-        yield shown.question(task, draw, form, f"{answer:g} meters", shown.words(key))
+        answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
+        words = shown.words(key) | {"object": shown.named(draw, key)}
+        yield from shown.questions(task, draw, parts, answer, words)
 
 
-def ask_heading(shown, task, most):
-    """S4: which way does the camera look in its room?"""
-    wordings = ["Which way does the camera look?", "What is the heading of the camera?"]
-    view = shown.view
-    if most and view["start"]:
-        _, turned_deg = pose(view["actions"][: shown.keyframes[0]])
-        yaw_deg = (view["start"][-1] + turned_deg) % 360
-        if yaw_deg % 10 == 0:
-            yield shown.question(task, shown.draw, wordings, f"{yaw_deg:g} degrees", {})
+def ask_facing(shown, task, most):
+    """E1: which turn brings an object of a picture to its middle? From its box and the camera."""
+    field = ["The picture spans {fov} degrees from side to side.", "Field of view: {fov} degrees."]
+    ask = [
+        "How must the camera turn to face {object}?",
+        "Which turn makes the camera face {object}?",
+        "To face {object}, turn which way and how far?",
+    ]
+    fov_deg, turns = shown.view["fov_x_deg"], {}
+    for key, one in shown.before.usable.items():
+        deg = FACING_STEP * round(bearing_of(one.box, fov_deg) / FACING_STEP)
+        if deg:
+            turns[key] = [("turn_right" if deg > 0 else "turn_left", abs(deg))]
+    angles = range(FACING_STEP, max(20, int(fov_deg / 2)) + 1, FACING_STEP)
+    draw = shown.generator(task)
+    for key in some(draw, list(turns), most):
+        words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
+        words |= {"turn": turns[key], "angles": angles}
+        yield from shown.questions(task, draw, [field, ask], say(turns[key]), words)
 
 
 # --- the tables of the tasks ---
@@ -794,6 +1031,7 @@ class Task(NamedTuple):
     direction: str  # inverse, forward or static
     most: float  # questions per pair or picture; below 1: on that share of them; see --caps
     ask: Callable
+    needs: str = "more views"  # said where there is no question
 
 
 MOVE = ("motion", "Answer: move <direction> <number> meters.")
@@ -802,34 +1040,52 @@ ACTIONS = (
     "motions",
     "Answer: move <direction> <number> meters or turn <direction> <number> degrees, joined by ;.",
 )
-BOX = ("box", "Answer: [x1, y1, x2, y2], each 0 to 1000.")
+BOX = ("box", "Answer with a box.")
 YES_NO = ("yes_no", "Answer yes or no.")
 TRUE_FALSE = ("yes_no", "Answer true or false.")
+RELATION = ("relation", "Answer with one word.")
 METERS = ("meters", "Answer: <number> meters.")
-DEGREES = ("degrees", "Answer: <number> degrees.")
-# A task is a row here and its function above; no wording may hold its answer. The tasks about one
-# picture share a generator: a new one goes behind the others, then their questions stay the same.
+LETTER = ("choice", "Answer with one letter.")
+BOXES = " Boxes are [x1, y1, x2, y2] in thousandths of width and height."
+TWO = "objects with boxes in both pictures"
+ONE = "objects with boxes"
+# A task is a row here and its function above; no wording may hold its answer. S1-S3 share a
+# generator: another task of theirs goes behind them, then their questions stay the same.
 PAIR_TASKS = {
-    "A1": Task(MOVE, "inverse", 1, ask_motion),
-    "A2": Task(TURN, "inverse", 1, ask_motion),
-    "A3": Task(ACTIONS, "inverse", 1, ask_motion),
+    "A1": Task(MOVE, "inverse", 1, ask_motion, "pairs with a single move"),
+    "A2": Task(TURN, "inverse", 1, ask_motion, "pairs with a single turn"),
+    "A3": Task(ACTIONS, "inverse", 1, ask_motion, "pairs with 2 or 3 actions"),
     "A4": Task(TRUE_FALSE, "inverse", 1, ask_statement),
-    "D1": Task(BOX, "forward", 2, ask_box),
-    "S5": Task(BOX, "static", 2, ask_box),
-    "D2": Task(YES_NO, "forward", 2, ask_gone),
-    "D3": Task(ACTIONS, "inverse", 1, ask_motion_of_object),
-    "D4": Task(YES_NO, "forward", 2, ask_same),
-    "S6": Task(YES_NO, "static", 2, ask_same),
+    "D1": Task(BOX, "forward", 2, ask_box, TWO),
+    "S5": Task(BOX, "static", 2, ask_box, TWO),
+    "D2": Task(YES_NO, "forward", 2, ask_gone, f"{ONE}, some of which leave the view"),
+    "D3": Task(ACTIONS, "inverse", 1, ask_motion_of_object, f"{TWO}, 1 or 2 actions apart"),
+    "D4": Task(YES_NO, "forward", 2, ask_same, f"{TWO}, two of one label"),
+    "S6": Task(YES_NO, "static", 2, ask_same, TWO),
+    "E2": Task(RELATION, "forward", 2, ask_bearing, f"{ONE}, and turns or distances"),
+    "E3": Task(LETTER, "forward", 1, ask_picture, "four trajectories of one start"),
 }
 PICTURE_TASKS = {
-    "S1": Task(BOX, "static", 1, ask_where),
-    "S2": Task(YES_NO, "static", 2, ask_whether_there),
-    "S3": Task(METERS, "static", 1, ask_distance),
-    "S4": Task(DEGREES, "static", 1, ask_heading),
+    "S1": Task(BOX, "static", 1, ask_where, ONE),
+    "S2": Task(YES_NO, "static", 2, ask_whether_there, "exact boxes"),
+    "S3": Task(METERS, "static", 1, ask_distance, "objects at known distances"),
+    "E1": Task(TURN, "inverse", 1, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
 YES_NO_TASKS = {task for task, row in TASKS.items() if row.answer[0] == "yes_no"}
+BALANCED = YES_NO_TASKS | {"E2"}
+# what cannot be answered where the pictures share too little
+COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
+FORMATS = ("open", "choice")
+LETTERS = "ABCD"
 YES = ("yes", "true")  # the answers that say that something holds
+SIDES = ("ahead", "right", "behind", "left")  # by quarters, clockwise
+WAYS = ("nearer", "farther")
+IMAGES = ("image 2", "image 3", "image 4", "image 5")
+ANSWERS = (("yes", "no"), ("true", "false"), SIDES, WAYS, IMAGES)  # of which a choice offers all
+CLEAR_DEG, CLEAR_M = 10, 0.3  # E2: how far from the border of two answers
+LEAST_DISTANCE_M = 0.5  # E2: nearer, an object is on several sides at once
+FACING_STEP, LEAST_FACING_DEG = 5, 10  # the grid of E1; between two of its options at least
 
 
 def read_caps(pairs):
@@ -846,7 +1102,7 @@ def read_caps(pairs):
 # --- all questions, balanced and drawn ---
 def ask_all(views, survey):
     """Yield all candidates of all views; balancing drops some later."""
-    cfg, asked = survey.cfg, set()
+    cfg = survey.cfg
     caps = read_caps(cfg.caps)
     for view in tqdm(views, desc="questions", unit="trajectory"):
         kept = [k for k, picture in enumerate(view["pictures"]) if picture]
@@ -854,42 +1110,61 @@ def ask_all(views, survey):
             kept = [0, kept[-1]]
         pairs = itertools.combinations(kept, 2)
         # trajectories that share a start share that picture: it is asked about once
-        start = (view["scene_id"], view["start"])
-        singles = [(k,) for k in kept if k > 0 or start not in asked]
-        asked.add(start)
+        first = survey.starts[view["start"]][0] is view
+        singles = [(k,) for k in kept if k > 0 or first]
         for keyframes in [*pairs, *singles]:
             shown = Shown(survey, view, *keyframes)
             if 0 < cfg.most_actions < len(shown.actions):
                 continue
+            if shown.holes > cfg.max_holes:
+                survey.dropped["all: pictures with more holes than --max_holes"] += 1
+                continue
+            share = shown.covisible
+            apart = share is not None and share < cfg.least_covisible
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
             for task, row in tasks.items():
                 most = caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
-                yield from row.ask(shown, task, int(most))
+                asked = row.ask(shown, task, int(most))
+                if apart and task in COMPARING:
+                    reason = f"{task}: pictures share less than --least_covisible"
+                    survey.dropped[reason] += len([*asked])
+                else:
+                    yield from asked
 
 
 def draw_questions(questions, most=None):
-    """At most `most` per task, by hashed order; their sequence stays. Of the yes/no tasks as many
-    of yes as of no, for each label and each `alike`.
+    """At most `most` per task, by hashed order; their sequence stays. Of the balanced tasks pairs
+    of unlike answers, for each form, label and `alike`: of yes as many as of no, of the sides of
+    E2 none more often than all others.
     """
     keep = set()
     for task in TASKS:
         of_task = [q for q in questions if q.task == task]
         of_task.sort(key=lambda q: q.order)
-        if task in YES_NO_TASKS:
-            sides = defaultdict(lambda: ([], []))
-            for q in of_task:
-                sides[q.label, q.alike][q.answer in YES].append(q)
-            pairs = [pair for no, yes in sides.values() for pair in zip(yes, no, strict=False)]
+        if task in BALANCED:
+            classes = defaultdict(lambda: defaultdict(list))
+            for q in reversed(of_task):
+                classes[q.options is None, q.label, q.alike][q.side].append(q)
+            pairs = [pair for sides in classes.values() for pair in unlike(sides)]
             pairs.sort(key=lambda pair: pair[0].order)
             of_task = [q for pair in pairs for q in pair]
         keep |= {id(q) for q in of_task[:most]}
     return [q for q in questions if id(q) in keep]
 
 
-def make_files(cfg, questions):
+def unlike(sides):
+    """Yield pairs from the ends of the two longest lists until only one is left."""
+    while len(longest := sorted(sides, key=lambda side: (-len(sides[side]), side))[:2]) == 2:
+        if not sides[longest[1]]:
+            return
+        yield [sides[side].pop() for side in sorted(longest, reverse=True)]
+
+
+def make_files(survey, questions):
     """File name -> its questions. The ablation settings do not reach heldout.jsonl."""
+    cfg = survey.cfg
     files = {"static": [], "sft": [], "heldout": []}
     for q in questions:
         direction = TASKS[q.task].direction
@@ -900,21 +1175,45 @@ def make_files(cfg, questions):
             files["static"].append(q)
         elif trained and cfg.directions in (direction, "both"):
             files["sft"].append(q)
-    files = {name: draw_questions(candidates) for name, candidates in files.items()}
+    for name, candidates in files.items():
+        files[name] = draw_questions(candidates)
+        lost = Counter(q.task for q in candidates) - Counter(q.task for q in files[name])
+        for task, count in lost.items():
+            survey.dropped[f"{task}: more of one answer than of the others"] += count
     files["grpo"] = draw_questions(files["sft"], cfg.grpo_per_task)
     return files
+
+
+def name_empty(survey, files):
+    """One line on stderr for each task that was asked for and came out empty, and for heldout."""
+    cfg, caps = survey.cfg, read_caps(survey.cfg.caps)
+    made = {q.task for q in files["sft"] + files["static"]}
+    for task in cfg.tasks:
+        row = TASKS[task]
+        wanted = cfg.directions == "both" or row.direction in (cfg.directions, "static")
+        asked = caps[task] and (row.answer != LETTER or "choice" in cfg.formats)
+        if wanted and asked and task not in made:
+            lost = [f"{n} x {why}" for why, n in survey.dropped.items() if why.startswith(task)]
+            why = f"needs {row.needs}; dropped: {', '.join(lost) or 'none'}"
+            if not survey.labels:
+                why += "; no picture has boxes: name a --detector for photographs"
+            print(f"no question of {task} to train on: {why}", file=sys.stderr)
+    if not files["heldout"]:
+        why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
+        print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
 
 
 def as_record(q):
     record = {
         "task_type": q.task,
-        "answer_type": TASKS[q.task].answer[0],
+        "answer_type": "choice" if q.options else TASKS[q.task].answer[0],
         "messages": [
             {"role": "user", "content": q.prompt},
             {"role": "assistant", "content": q.answer},
         ],
         "images": q.images,
     }
+    record |= {"options": q.options} if q.options else {}
     record |= {key: q.view[key] for key in ORIGIN}
     if q.task in PAIR_TASKS:
         record["difficulty"] = q.difficulty
@@ -922,30 +1221,47 @@ def as_record(q):
 
 
 # --- what was made: card.json, examples.png ---
-SIDE_PX, WIDE_PX, TALL_PX = 210, 480, 350  # of examples.png: a picture, a question
+SIDE_PX, WIDE_PX, TALL_PX = 210, 480, 420  # of examples.png: a picture, a question
+
+
+def marks_of(q):
+    """{number of a picture: [(box, colour), ...]}: yellow in the words, green the answer, white
+    the other options; of E3 the right picture has a green rim.
+    """
+    answer, options = q.answer, q.options or []
+    if options:
+        answer = options[LETTERS.index(q.answer)]
+    words = re.findall(r"\[\d[^]]*\]", q.prompt.partition(" A. ")[0])
+    marks = {k: [(box, "yellow")] for k, box in enumerate(words)}
+    if answer.startswith("["):
+        marks[len(words)] = [(box, "white") for box in options] + [(answer, "lime")]
+    elif answer.startswith("image"):
+        marks[int(answer[6:]) - 1] = [("[5, 5, 995, 995]", "lime")]
+    return marks
 
 
 def examples(questions, run):
-    """PNG of two questions per task, of yes and no one each: pictures, words, and the answer. The
-    box that is the answer is green; those in the words, one per picture, are yellow.
-    """
-    chosen = sorted(draw_questions(questions, 2), key=lambda q: q.task)
+    """PNG of a question per task and form, of balanced tasks two: pictures, words, answer."""
+    chosen = []
+    for task, form in itertools.product(TASKS, (False, True)):
+        same = [q for q in questions if q.task == task and bool(q.options) == form]
+        chosen += draw_questions(same, 2 if task in BALANCED else 1)
     page = Image.new("RGB", (4 * WIDE_PX, -(-len(chosen) // 4) * TALL_PX), "white")
     font = ImageFont.load_default(14)
     for number, q in enumerate(chosen):
         row, column = divmod(number, 4)
         left = column * WIDE_PX + 10
         top = row * TALL_PX + 10
-        boxes = re.findall(r"\[\d[^]]*\]", q.prompt + q.answer)
-        for path, box in zip(q.images, boxes + ["", ""], strict=False):
-            picture = ImageOps.contain(open_picture(run / path), (SIDE_PX, SIDE_PX))
-            if box:
+        side = min(SIDE_PX, (WIDE_PX - 10) // len(q.images) - 4)
+        marks = marks_of(q)
+        for k, path in enumerate(q.images):
+            picture = ImageOps.contain(open_picture(run / path), (side, side))
+            for box, colour in marks.get(k, []):
                 corners = np.array(json.loads(box)) / 1000 * (picture.size * 2)
-                colour = "lime" if box == q.answer else "yellow"
                 ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=colour, width=2)
-            page.paste(picture, (left + q.images.index(path) * (SIDE_PX + 4), top))
+            page.paste(picture, (left + k * (side + 4), top))
         words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 64)
-        place = (left, top + SIDE_PX + 4)
+        place = (left, top + side + 4)
         ImageDraw.Draw(page).text(place, f"{words}\n\n{q.answer}", "black", font)
     png = io.BytesIO()
     page.save(png, "PNG")
@@ -957,6 +1273,8 @@ def main(cfg: Config):
     read_caps(cfg.caps)
     if unknown := {*cfg.tasks} - {*TASKS}:
         stop(f"--tasks {unknown}: unknown, choose among {sorted(TASKS)}")
+    if not cfg.formats or {*cfg.formats} - {*FORMATS}:
+        stop(f"--formats {cfg.formats}: choose among {', '.join(FORMATS)}")
     folder = run / cfg.out
     config = asdict(cfg)
     del config["recipe"], config["run"]
@@ -965,10 +1283,10 @@ def main(cfg: Config):
     detect = load_detector(cfg) if cfg.detector else None
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
-    files = make_files(cfg, list(ask_all(views, survey)))
-    made = files["static"] + files["sft"] + files["heldout"]
-    if not made:
-        stop(f"no question about {len(views)} usable views of {run}/2_views: change the settings")
+    files = make_files(survey, list(ask_all(views, survey)))
+    name_empty(survey, files)
+    if not files["static"] + files["sft"]:
+        stop(f"no question to train on, {len(views)} usable views in {run}/2_views: see above")
     counts = {}
     for name, questions in files.items():
         lines = [json.dumps(as_record(q), ensure_ascii=False) + "\n" for q in questions]
@@ -978,10 +1296,12 @@ def main(cfg: Config):
     card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts}
     card["dropped"] = survey.dropped
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
-    save(folder / "examples.png", examples(made, run))
+    save(folder / "examples.png", examples(sum(files.values(), []), run))
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
-    for name, count in (counts | {"skipped": skipped, "dropped": survey.dropped}).items():
+    for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))
+    for reason, count in sorted(survey.dropped.items()):
+        print(f"dropped {count:7,}  {reason}")
     print(f"next: python 04_train_sft.py --run {cfg.run}")
 
 
