@@ -171,6 +171,11 @@ def tell(actions, style):
     return say(actions)
 
 
+def write(answer):
+    """An answer as it stands in a question: words, a box or actions."""
+    return say(answer) if isinstance(answer[0], tuple) else str(answer)
+
+
 def pose(actions):
     """(z_m + i x_m, yaw_deg in 0..359) after the actions, in the axes of the first frame."""
     position, yaw = 0j, 0
@@ -220,7 +225,7 @@ class Seen(NamedTuple):  # an object that is fit for a question
     label: str
     box: list[int]  # as the questions write it
     distance_m: float  # along the floor to its centre; 0: unknown
-    bearing_deg: float | None  # of its centre, + to the right of the camera's axis; None: unknown
+    bearing_deg: float  # of its centre (unknown: its box's), + to the right of the camera's axis
 
 
 class Picture(NamedTuple):  # a kept keyframe of a view, with its objects by id
@@ -236,7 +241,7 @@ def size(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def see(path, entries, holes, cfg):
+def see(path, entries, holes, fov_x_deg, cfg):
     """The Picture of a frame, its objects as views.jsonl or the tracker tell them."""
     usable, visible, hidden = {}, {}, set()
     for entry in entries:
@@ -256,10 +261,10 @@ def see(path, entries, holes, cfg):
         sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA
         sure = entry.get("score", 1) >= cfg.min_score
         if clear and sized and sure:
-            bearing_deg = entry.get("bearing_deg")
-            bearing_deg = None if bearing_deg is None else float(bearing_deg)
-            usable[key] = Seen(label, box, float(entry.get("distance_m") or 0), bearing_deg)
-    return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes or 0))
+            bearing_deg = entry.get("bearing_deg", bearing_of(exact, fov_x_deg))
+            distance_m = entry.get("distance_m") or 0
+            usable[key] = Seen(label, box, float(distance_m), float(bearing_deg))
+    return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes))
 
 
 def bearing_of(box, fov_x_deg):
@@ -290,26 +295,30 @@ def validate(view, run):
                 raise ValueError(f"{path} is cut short")
 
 
+def turn_to(box, fov_x_deg):
+    """[the turn] that brings the middle of a box to the camera's axis; [] where it is too small."""
+    deg = FACING_STEP * round(bearing_of(box, fov_x_deg) / FACING_STEP)
+    return [("turn_right" if deg > 0 else "turn_left", abs(deg))] if deg else []
+
+
 def slim(view, cfg, detect):
     """What the questions need of a record, with a Picture per keyframe (None: not kept)."""
     objects = view["objects"]
     if objects is None and detect:
         objects = track(view, [detect(Path(cfg.run, path)) for path in view["frames"]])
-    number = len(view["kept"])
-    objects, holes = objects or [[]] * number, view.get("holes") or [0] * number
-    frames = zip(view["kept"], view["frames"], objects, holes, strict=True)
-    pictures = {index: see(*frame, cfg) for index, *frame in frames}
-    small = {key: view[key] for key in ORIGIN}
+    kept, fov_x_deg = view["kept"], float(view["fov_x_deg"])
+    objects, holes = objects or [[]] * len(kept), view.get("holes") or [0] * len(kept)
+    frames = zip(kept, view["frames"], objects, holes, strict=True)
+    pictures = {index: see(*frame, fov_x_deg, cfg) for index, *frame in frames}
+    small = {key: view[key] for key in (*ORIGIN, "keyframes")} | {"fov_x_deg": fov_x_deg}
     small["exact"] = view["objects"] is not None
-    small["fov_x_deg"] = float(view["fov_x_deg"])
-    # trajectories that share this share frame 0
     start = view["start"] and tuple(map(float, view["start"]))
+    # frames 0 of trajectories that share this are one picture
     small["start"] = (view["scene_id"], view.get("anchor"), start, view.get("start_yaw_deg"))
     small["actions"] = [tuple(action) for action in view["actions"]]
     small["pictures"] = [pictures.get(index) for index in view["keyframes"]]
-    place = {index: k for k, index in enumerate(view["keyframes"])}
-    shares = [(i, j, float(s)) for i, j, s in view.get("covisible") or [] if s is not None]
-    small["covisible"] = {(place.get(i), place.get(j)): share for i, j, share in shares}
+    shares = view.get("covisible") or []
+    small["covisible"] = {(i, j): float(share) for i, j, share in shares if share is not None}
     return small
 
 
@@ -463,16 +472,29 @@ def track(view, found):
 # --- what a question is about ---
 class Question(NamedTuple):
     task: str
-    prompt: str
-    answer: str
-    options: list | None  # of a lettered choice, whose answer is one of the letters
+    words: str  # without the marks of the pictures and how to answer
+    truth: str | list  # the answer in words, as actions or as a box
     images: list
-    side: str  # the answer in words
-    label: str  # within which yes and no are balanced: the object's; A4: the first action's
+    side: str  # of yes/no tasks and E2: the answer, as it is balanced
+    label: str  # within which it is: the object's; A4: the first action's
     alike: str  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
+    options: list | None = None  # of a lettered choice, in the order of the letters
+    right: int = 0  # which of them is
+
+    @property
+    def answer(self):
+        return LETTERS[self.right] if self.options else write(self.truth)
+
+    @property
+    def prompt(self):
+        lettered = zip(LETTERS, self.options or [], strict=False)
+        words = self.words + "".join(f" {letter}. {option}" for letter, option in lettered)
+        _, how = LETTER if self.options else TASKS[self.task].answer
+        how += BOXES if "[" in words or how == BOX[1] else ""
+        return f"{'<image>' * len(self.images)}{words} {how}"
 
 
 class Survey:
@@ -481,21 +503,23 @@ class Survey:
     def __init__(self, cfg, views):
         self.cfg, self.dropped = cfg, Counter()
         self.motions = defaultdict(list)
-        self.values = defaultdict(list)
+        self.steps = [], []  # all moves, all turns
+        self.facing = []  # turns that E1 may ask for
         self.labels = defaultdict(set)
         self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
             for picture in filter(None, view["pictures"]):
                 self.labels[view["source"]].update(picture.counts)
+                for one in picture.usable.values():
+                    self.facing += turn_to(one.box, view["fov_x_deg"])
             self.motions[len(view["actions"])].append(view["actions"])
         for name, value in sorted(action for view in views for action in view["actions"]):
-            self.values[name].append(value)
+            self.steps[name in TURNS].append((name, value))
             largest[name in TURNS] = max(value, largest[name in TURNS])
-        kinds = [(name, value) for name, values in self.values.items() for value in values]
-        self.steps = [[step for step in kinds if (step[0] in TURNS) == turns] for turns in (0, 1)]
         for view in sorted(views, key=lambda view: view["traj_id"]):
             self.starts[view["start"]].append(view)
+        self.facing.sort()
         self.shared = {}
         for task, lengths in ONE_ANSWER.items():
             self.shared[task] = shared_poses(*largest, lengths)
@@ -514,11 +538,11 @@ class Survey:
         self.dropped[f"{task}: not the only sequence to its pose"] += not unique
         return unique
 
-    def differ(self, actions, others, least_deg=None):
+    def differ(self, task, actions, others):
         """Whether two motions end so far apart that a picture tells one from the other."""
         (position, yaw), (position2, yaw2) = pose(actions), pose(others)
         off_deg = abs((yaw - yaw2 + 180) % 360 - 180)
-        least_deg = least_deg or self.cfg.near_miss_deg
+        least_deg = 10 if task == "E1" else self.cfg.near_miss_deg
         return abs(position - position2) >= self.cfg.near_miss_m or off_deg >= least_deg
 
 
@@ -531,8 +555,8 @@ class Shown:
         self.after = view["pictures"][keyframes[-1]]
         self.both = [key for key in self.before.usable if key in self.after.usable]
         self.actions = view["actions"][keyframes[0] : keyframes[-1]]
-        self.motion = say(self.actions)
-        self.covisible = view["covisible"].get(keyframes)
+        ends = tuple(view["keyframes"][k] for k in keyframes)
+        self.share = view["covisible"].get(ends, 1)  # of image 2 in image 1; 1: unknown
         self.holes = max(self.before.holes, self.after.holes)
         moved_m = sum(value for name, value in self.actions if name in MOVES)
         turned_deg = sum(value for name, value in self.actions if name in TURNS)
@@ -560,58 +584,40 @@ class Shown:
         unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
         return f"the {one.label}" + ("" if unique else f" at {one.box}")
 
-    def questions(self, task, draw, parts, answer, words, **more):
-        """Yield the question in each of --formats that it has."""
-        formats, row = self.survey.cfg.formats, TASKS[task]
-        if "open" in formats and row.answer != LETTER:
-            yield self.question(task, draw, parts, answer, words, None, **more)
-        if "choice" in formats and row.direction != "static":
-            draw = self.generator(task, "choice", answer, *words.values())
-            options = self.options(task, draw, answer, words)
-            if options:
-                yield self.question(task, draw, parts, answer, words, options, **more)
-            else:
-                self.survey.dropped[f"{task} choice: too few options that differ"] += 1
-
-    def options(self, task, draw, answer, words):
-        """Those of a choice, the right one first; None where too few differ."""
-        kind, _ = TASKS[task].answer
-        if "turn" in words:  # E1
-            steps = [[], [*itertools.product(TURNS, words["angles"])]]
-            return four_motions(self.survey, draw, task, words["turn"], steps, LEAST_FACING_DEG)
-        if kind in ("motion", "motions"):
-            return four_motions(self.survey, draw, task, self.actions)
-        if kind == "box":
-            return four_boxes(draw, self, answer)
-        others = next(group for group in ANSWERS if answer in group)
-        return [answer, *(other for other in others if other != answer)]
-
-    def question(self, task, draw, parts, answer, words, options, alike="", pictures=2, **more):
-        """One wording of each of `parts`, with `words` filled in, and how to answer behind.
-
-        more: `label`, and `side`, the answer as it is balanced, where they are not those of the
-        words; `images`, where they are not those of the keyframes: the options count them.
-        """
-        images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
-        images = more.get("images", images)
+    def question(self, task, draw, parts, truth, words, alike="", side="", label=None, images=2):
+        """One wording of each of `parts`, with `words` filled in. images: their number or paths."""
+        if isinstance(images, int):
+            images = [self.view["pictures"][k].path for k in self.keyframes[:images]]
         words = {"label": "", "actions": self.actions} | words
-        actions = tell(words["actions"], draw.choice(STYLES))
-        prompt = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
-        kind, how = TASKS[task].answer
-        side = more.get("side", str(answer))
-        if options:
-            right = options[0]
-            options = sorted(options) if "images" in more else draw.sample(options, len(options))
-            options = [*map(str, options)]
-            answer, how = LETTERS[options.index(str(right))], LETTER[1]
-            lettered = zip(LETTERS, options, strict=False)
-            prompt += "".join(f" {letter}. {option}" for letter, option in lettered)
-        elif str(answer) in prompt and kind not in ("yes_no", "relation"):
-            stop(f"a fault of {task}: the prompt holds its answer, {prompt}")
-        how += BOXES if "[" in f"{prompt} {answer}" else ""
-        prompt = f"{'<image>' * len(images)}{prompt} {how}"
-        more = (more.get("label", words["label"]), alike, draw.random(), self.difficulty, self.view)
-        return Question(task, prompt, str(answer), options, images, side, *more)
+        label = words["label"] if label is None else label
+        words["actions"] = tell(words["actions"], draw.choice(STYLES))
+        text = " ".join(map(draw.choice, parts)).format(**words)
+        more = (label, alike, draw.random(), self.difficulty, self.view)
+        q = Question(task, text, truth, images, side or write(truth), *more)
+        if q.answer in q.prompt and TASKS[task].answer[0] not in ("yes_no", "relation", "choice"):
+            stop(f"a fault of {task}: the prompt holds its answer, {q.prompt}")
+        return q
+
+    def choice(self, q):
+        """The question with lettered options; None where too few differ."""
+        draw = self.generator("choice", q.task, q.words)
+        (kind, _), survey = TASKS[q.task].answer, self.survey
+        if kind == "box":
+            options = four_boxes(draw, self, q.truth, q.words)
+        elif kind in ("motion", "motions"):
+            options, style = four_motions(survey, draw, q.task, q.truth), draw.choice(STYLES)
+            options = options and [tell(motion, style) for motion in options]
+        else:
+            options = next(group for group in ANSWERS if q.truth in group)
+            options = sorted(options, key=lambda option: option != q.truth)
+        if not options:
+            survey.dropped[f"{q.task} choice: too few options that differ"] += 1
+            return None
+        order = draw.sample(range(len(options)), len(options))
+        if kind == "choice":
+            order = sorted(order, key=lambda k: options[k])  # of the pictures
+        options = [str(options[k]) for k in order]
+        return q._replace(options=options, right=order.index(0), order=draw.random())
 
 
 def some(draw, things, most):
@@ -630,52 +636,43 @@ TRIES = 20  # of drawing four options that differ
 LEAST_APART = 0.3  # IoU: boxes that overlap more are not offered beside each other
 
 
-def four_motions(survey, draw, task, truth, steps=None, least_deg=None):
+def four_motions(survey, draw, task, truth):
     """Four motions, the truth first, that differ in two things: {a, a'} x {b, b'}, each a step's
-    direction or magnitude or the order of the steps.
+    direction or magnitude, as in the data, or the order of the steps. None: too few differ.
     """
-    spots = [(step, part) for step in range(len(truth)) for part in (0, 1)]
-    spots += [(0, 2)] * (len(truth) > 1)  # the order
-    steps, style = steps or survey.steps, draw.choice(STYLES)
+    parts = [part for action in truth for part in action]  # name, value, name, value ...
+    spots = range(len(parts) + (len(truth) > 1))  # the last: the order
     for _ in range(TRIES):
-        changes = []
-        for step, part in draw.sample(spots, 2):
-            other = draw.choice(steps[truth[step][0] in TURNS])
-            changes.append((step, part, (*other, None)[part]))
-        motions = [changed(truth, some) for some in ([], changes[:1], changes[1:], changes)]
-        pairs = itertools.combinations(motions, 2)
+        new, motions = {}, []
+        for spot in draw.sample(spots, 2):
+            name = parts[min(spot, len(parts) - 1) // 2 * 2]
+            steps = survey.facing if task == "E1" else survey.steps[name in TURNS]
+            new[spot] = draw.choice(steps)[spot % 2]
+        for some in itertools.product(*([None, spot] for spot in new)):
+            changed = [new[k] if k in some else part for k, part in enumerate(parts)]
+            motion = [*zip(changed[::2], changed[1::2], strict=True)]
+            motions.append(motion[::-1] if len(parts) in some else motion)
         unique = task not in ONE_ANSWER or all(survey.unique(task, one) for one in motions)
-        if unique and all(survey.differ(*pair, least_deg) for pair in pairs):
-            return [tell(motion, style) for motion in motions]
+        if unique and all(survey.differ(task, *two) for two in itertools.combinations(motions, 2)):
+            return motions
     return None
 
 
-def changed(actions, changes):
-    """The actions with a step's name (part 0) or value (part 1) replaced, or reversed (part 2)."""
-    actions = [list(action) for action in actions]
-    for step, part, new in changes:
-        if part < 2:
-            actions[step][part] = new
-    backwards = any(part == 2 for _, part, _ in changes)
-    return [tuple(action) for action in (reversed(actions) if backwards else actions)]
-
-
-def four_boxes(draw, pair, true):
-    """Boxes of objects of image 2, then of image 1, the right one first; in pictures of few objects
-    the right one, another (or its mirror image below) and the mirror images of both.
+def four_boxes(draw, pair, true, words):
+    """Boxes of objects of image 2, then of image 1, the right one first; where they are too few,
+    two boxes and their mirror images. None: they overlap.
     """
     boxes = [true]
     for picture in (pair.after, pair.before):
-        others = [one.box for one in picture.usable.values()]
+        others = [one.box for one in picture.usable.values() if str(one.box) not in words]
         for box in draw.sample(others, len(others)):
             if all(iou(box, known) < LEAST_APART for known in boxes):
                 boxes.append(box)
     if len(boxes) < 4:
-        x1, y1, x2, y2 = true
-        boxes = [*boxes, [x1, 1000 - y2, x2, 1000 - y1]][:2]
-        boxes += [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes]
-    apart = all(iou(*two) < LEAST_APART for two in itertools.combinations(boxes[:4], 2))
-    return boxes[:4] if apart else None
+        boxes = boxes[:2] + [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes[:2]]
+    two = itertools.combinations(boxes[:4], 2)
+    apart = all(iou(*pair) < LEAST_APART for pair in two)
+    return boxes[:4] if apart and len(boxes) > 3 else None
 
 
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
@@ -688,9 +685,9 @@ SEEN = [
 SEEN_ALONE = [
     "The {label} is at {box}.",
     "Look at the {label} at {box}.",
-    "See the {label} at {box}.",
+    "In this picture the {label} is at {box}.",
 ]
-DID = ["The camera then did this: {actions}.", "Camera motion to image 2: {actions}."]
+DID = ["The camera then did this: {actions}.", "The camera got to image 2 like this: {actions}."]
 WILL = [
     "The camera is about to do this: {actions}.",
     "Suppose the camera does this: {actions}.",
@@ -715,10 +712,10 @@ def ask_motion(pair, task, most):
         "It took the camera 2 or 3 actions to get from image 1 to image 2.",
     ]
     parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
-    survey = pair.survey
-    if most and pair.motion.startswith(verb) and survey.only_answer(task, pair.actions):
+    fits = say(pair.actions).startswith(verb)
+    if most and fits and pair.survey.only_answer(task, pair.actions):
         words = {"verb": verb}
-        yield from pair.questions(task, pair.generator(task), parts, pair.motion, words)
+        yield pair.question(task, pair.generator(task), parts, pair.actions, words)
 
 
 def ask_statement(pair, task, most):
@@ -733,33 +730,23 @@ def ask_statement(pair, task, most):
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
-            words, about = {"actions": actions}, {"label": actions[0][0]}
-            yield from pair.questions(task, draw, parts, str(truth).lower(), words, **about)
+            words, label = {"actions": actions}, actions[0][0]
+            yield pair.question(task, draw, parts, str(truth).lower(), words, label=label)
 
 
 def false_statement(pair, draw):
-    """Another motion of as many steps, or a near miss; its pose really differs. None: none found.
+    """A near miss, or another motion of as many steps; its pose really differs. None: none found.
 
-    A near miss changes one step's direction or magnitude, or the order. The other motions are
-    those of the data, so that some statements are plainly false, and so are the magnitudes, so
-    that the numbers do not tell whether a statement is true.
+    Both are made of the data's motions and magnitudes, so that some statements are plainly false
+    and the numbers do not tell whether one is true.
     """
     actions, survey = pair.actions, pair.survey
-    for kind in draw.sample(["other", "direction", "magnitude", "order"], 4):
-        step = draw.randrange(len(actions))
-        name, _ = actions[step]
-        if kind == "other":
-            other = draw.choice(survey.motions.get(len(actions), [actions]))
-        elif kind == "order":
-            other = actions[::-1]
-        elif kind == "direction":
-            others = [one for one in (TURNS if name in TURNS else MOVES) if one != name]
-            other = changed(actions, [(step, 0, draw.choice(others))])
-        else:
-            other = changed(actions, [(step, 1, draw.choice(survey.values[name]))])
-        if survey.differ(actions, other):
-            return other
-    return None
+    others = [draw.choice(survey.motions.get(len(actions), [actions]))]
+    near = four_motions(survey, draw, "A4", actions)
+    others += near[1:] if near and len(near) > 1 else []
+    return next(
+        (one for one in draw.sample(others, len(others)) if survey.differ("A4", actions, one)), None
+    )
 
 
 def ask_box(pair, task, most):
@@ -771,8 +758,7 @@ def ask_box(pair, task, most):
     moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
     draw = pair.generator(task)
     for key in some(draw, moved, most):
-        words = boxes[key]
-        yield from pair.questions(task, draw, parts, words["box2"], words)
+        yield pair.question(task, draw, parts, boxes[key]["box2"], boxes[key])
 
 
 def ask_gone(pair, task, most):
@@ -789,8 +775,7 @@ def ask_gone(pair, task, most):
         answer = "yes" if key in gone else "no"
         # balanced by the way and the size too: after a long way most objects are gone
         alike = f"{pair.difficulty} {math.prod(size(words['box'])) > 40_000}"
-        parts, about = [SEEN_ALONE, WILL, ask], {"alike": alike, "pictures": 1}
-        yield from pair.questions(task, draw, parts, answer, words, **about)
+        yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, images=1)
 
 
 def ask_motion_of_object(pair, task, most):
@@ -804,11 +789,10 @@ def ask_motion_of_object(pair, task, most):
         "Which 1 or 2 actions did the camera do, in order?",
         "Name the 1 or 2 camera actions in between, in order.",
     ]
-    survey = pair.survey
-    if most and pair.both and survey.only_answer(task, pair.actions):
+    if most and pair.both and pair.survey.only_answer(task, pair.actions):
         draw = pair.generator(task)
         for key in some(draw, pair.both, most):
-            yield from pair.questions(task, draw, [seen, ask], pair.motion, pair.words(key))
+            yield pair.question(task, draw, [seen, ask], pair.actions, pair.words(key))
 
 
 def ask_same(pair, task, most):
@@ -819,23 +803,24 @@ def ask_same(pair, task, most):
     """
     apart = pair.survey.cfg.near_miss_box if task == "D4" else 0
     twins = [
-        "Is the {name} at {box2} in image 2 the same one?",
-        "Is it the {name} at {box2} in image 2?",
+        "Is the {label} at {box2} in image 2 the same one?",
+        "Is it the {label} at {box2} in image 2?",
     ]
     any_two = ["Is it at {box2} in image 2?", "Is it what image 2 has at {box2}?"]
     for any_label in [apart > 0] if task == "D4" else [False, True]:
         same, other = same_and_other(pair, any_label, apart)
         draw = pair.generator(task, any_label)
+        parts = [SEEN, DID] if task == "D4" else [SEEN]
+        parts.append(any_two if any_label else twins)
         for key, k in mixed(draw, same, other, most):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
+            label = words["label"]
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            about = {"label": words["label"], "alike": "" if apart else f"{any_label} {shift}"}
-            words["name"] = words["label"]
-            words |= {"label": "object"} if task == "S6" and any_label else {}
-            parts = [SEEN, any_two if any_label else twins]
-            parts[1:1] = [DID] if task == "D4" else []
-            yield from pair.questions(task, draw, parts, answer, words, **about)
+            alike = "" if apart else f"{any_label} {shift}"
+            if task == "S6" and any_label:
+                words["label"] = "object"
+            yield pair.question(task, draw, parts, answer, words, alike, label=label)
 
 
 def same_and_other(pair, any_label, apart):
@@ -878,74 +863,57 @@ def ask_bearing(pair, task, most):
     From its bearing and distance in image 1, or from its box where the camera only turns.
     """
     sides = [
-        "Is {object} then left, right, ahead or behind?",
-        "Where is {object} then: left, right, ahead or behind?",
+        "Will {object} be left, right, ahead or behind?",
+        "Where will {object} be: left, right, ahead or behind?",
     ]
-    ways = ["Is {object} then nearer or farther?", "Does {object} get nearer or farther?"]
+    ways = ["Will {object} be nearer or farther?", "Does that bring {object} nearer or farther?"]
     position, yaw = pose(pair.actions)
     draw, found = pair.generator(task), []
     for key, one in pair.before.usable.items():
-        exact = one.bearing_deg is not None and one.distance_m
-        if exact or not position:
-            deg = one.bearing_deg if exact else bearing_of(one.box, pair.view["fov_x_deg"])
-            before = (one.distance_m if exact else 1) * np.exp(1j * np.radians(deg))
-            found += [(key, answer) for answer in relations(before, position, yaw)]
-    common = [one for one in found if one[1] in ("ahead", "nearer")]
-    rare = [one for one in found if one not in common]
-    for key, answer in mixed(draw, common, rare, most):
-        side = answer in SIDES
-        alike, balanced = motion_class(position, yaw, answer)
-        words = pair.words(key) | {"object": pair.named(draw, key)}
-        about = {"alike": f"{side} {alike}", "side": balanced, "label": "", "pictures": 1}
-        parts = [WILL, sides if side else ways]
-        yield from pair.questions(task, draw, parts, answer, words, **about)
-
-
-def relations(before, position, yaw):
-    """The clear ones of SIDES and WAYS for an object at `before` (z_m + i x_m) after a motion."""
-    after = (before - position) * TOWARDS[-yaw % 360]
-    if abs(after) < LEAST_DISTANCE_M:
-        return []
-    quarter, off = divmod(np.degrees(np.angle(after)) + 45, 90)
-    found = [SIDES[int(quarter) % 4]] if CLEAR_DEG <= off <= 90 - CLEAR_DEG else []
-    nearer_m = abs(before) - abs(after)
-    return found + ([WAYS[nearer_m < 0]] if abs(nearer_m) >= CLEAR_M else [])
-
-
-def motion_class(position, yaw, answer):
-    """(class of the motion, the answer): to the left counts as its mirror image to the right."""
-    left = yaw > 180 or (yaw in (0, 180) and position.imag < 0)
-    yaw, x = (-yaw % 360, -position.imag) if left else (yaw, position.imag)
+        if one.distance_m or not position:
+            place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
+            found += [(key, answer) for answer in relations(place, position, yaw)]
+    found = draw.sample(found, len(found))
+    found.sort(key=lambda one: one[1] in ("ahead", "nearer"))  # the rare ones first
+    # balanced for each motion; one to the left counts as its mirror image
+    left = yaw > 180 or (yaw == 0 and position.imag < 0)
+    x_m = -position.imag if left else position.imag
+    alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {round(x_m)}"
     mirror = {"left": "right", "right": "left"} if left else {}
-    return f"{yaw} {round(position.real)} {round(x)}", mirror.get(answer, answer)
+    for key, answer in found[:most]:
+        words = pair.words(key) | {"object": pair.named(draw, key)}
+        parts = [WILL, sides if answer in SIDES else ways]
+        about = {"alike": f"{answer in SIDES} {alike}", "side": mirror.get(answer, answer)}
+        yield pair.question(task, draw, parts, answer, words, **about, label="", images=1)
+
+
+def relations(place, position, yaw):
+    """The clear ones of SIDES and WAYS for an object at `place` (z_m + i x_m) after a motion."""
+    after = (place - position) * TOWARDS[-yaw % 360]
+    quarter, off_deg = divmod(np.degrees(np.angle(after)) + 45, 90)
+    nearer_m = abs(place) - abs(after)
+    clear = CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M
+    found = [SIDES[int(quarter) % 4]] if clear else []
+    return found + ([WAYS[int(nearer_m < 0)]] if abs(nearer_m) >= CLEAR_M else [])
 
 
 def ask_picture(pair, task, most):
     """E3: which of four pictures follows the motion? All end trajectories of one start."""
-    parts = [
-        [
-            "From image 1 the camera does this: {actions}.",
-            "Image 1 is the start. " + WILL[1],
-            WILL[2],
-        ],
-        ["Which image shows the view afterwards?", "Which image does it see then?"],
-    ]
+    begin = ["Image 1 is the start.", "You stand where image 1 was taken."]
+    ask = ["Which image shows the view afterwards?", "Which image does it see then?"]
     survey = pair.survey
-    siblings = survey.starts[pair.view["start"]] if pair.keyframes[0] == 0 and most else []
+    siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
     draw, ends = pair.generator(task), [(pair.actions, pair.after)]
     for view in draw.sample(siblings, len(siblings)):
         actions, picture = view["actions"], view["pictures"][-1]
-        apart = all(survey.differ(actions, known) for known, _ in ends)
+        apart = all(survey.differ(task, actions, known) for known, _ in ends)
         if apart and picture.holes <= survey.cfg.max_holes:
             ends.append((actions, picture))
     if len(ends) >= 4:
-        paths = [picture.path for _, picture in ends[:4]]
-        images = draw.sample(paths, 4)
-        right = images.index(paths[0])
-        images = [pair.before.path, *images]
-        yield from pair.questions(task, draw, parts, IMAGES[right], {}, images=images)
-    elif len(siblings) > 1:
-        survey.dropped[f"{task}: fewer than four ends that differ"] += 1
+        order = draw.sample(range(4), 4)
+        images = [pair.before.path, *(ends[k][1].path for k in order)]
+        answer = IMAGES[order.index(0)]
+        yield pair.question(task, draw, [begin, WILL, ask], answer, {}, images=images)
 
 
 def ask_where(shown, task, most):
@@ -955,7 +923,7 @@ def ask_where(shown, task, most):
     alone = [key for key, one in picture.usable.items() if picture.counts[one.label] == 1]
     for key in some(shown.draw, alone, most):
         words = shown.words(key)
-        yield from shown.questions(task, shown.draw, parts, words["box"], words)
+        yield shown.question(task, shown.draw, parts, words["box"], words)
 
 
 def ask_whether_there(shown, task, most):
@@ -972,7 +940,7 @@ def ask_whether_there(shown, task, most):
     here = sorted({one.label for one in picture.usable.values()})
     for label in mixed(draw, here, absent, most):
         answer = "yes" if label in here else "no"
-        yield from shown.questions(task, draw, parts, answer, {"label": label})
+        yield shown.question(task, draw, parts, answer, {"label": label})
     for key in some(draw, list(picture.usable), most):
         words = shown.words(key)
         true = draw.random() < 0.5
@@ -983,7 +951,7 @@ def ask_whether_there(shown, task, most):
         alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
         if wrong or true:
             answer = "yes" if true else "no"
-            yield from shown.questions(task, draw, parts_box, answer, words, alike=alike)
+            yield shown.question(task, draw, parts_box, answer, words, alike=alike)
 
 
 def same_kind(label, others):
@@ -1001,7 +969,7 @@ def ask_distance(shown, task, most):
     for key in some(draw, measured, most):
         answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
         words = shown.words(key) | {"object": shown.named(draw, key)}
-        yield from shown.questions(task, draw, parts, answer, words)
+        yield shown.question(task, draw, parts, answer, words)
 
 
 def ask_facing(shown, task, most):
@@ -1012,17 +980,13 @@ def ask_facing(shown, task, most):
         "Which turn makes the camera face {object}?",
         "To face {object}, turn which way and how far?",
     ]
-    fov_deg, turns = shown.view["fov_x_deg"], {}
-    for key, one in shown.before.usable.items():
-        deg = FACING_STEP * round(bearing_of(one.box, fov_deg) / FACING_STEP)
-        if deg:
-            turns[key] = [("turn_right" if deg > 0 else "turn_left", abs(deg))]
-    angles = range(FACING_STEP, max(20, int(fov_deg / 2)) + 1, FACING_STEP)
+    fov_deg, usable = shown.view["fov_x_deg"], shown.before.usable
+    beside = [key for key, one in usable.items() if turn_to(one.box, fov_deg)]
     draw = shown.generator(task)
-    for key in some(draw, list(turns), most):
+    for key in some(draw, beside, most):
+        turn = turn_to(usable[key].box, fov_deg)
         words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
-        words |= {"turn": turns[key], "angles": angles}
-        yield from shown.questions(task, draw, [field, ask], say(turns[key]), words)
+        yield shown.question(task, draw, [field, ask], turn, words)
 
 
 # --- the tables of the tasks ---
@@ -1085,7 +1049,7 @@ IMAGES = ("image 2", "image 3", "image 4", "image 5")
 ANSWERS = (("yes", "no"), ("true", "false"), SIDES, WAYS, IMAGES)  # of which a choice offers all
 CLEAR_DEG, CLEAR_M = 10, 0.3  # E2: how far from the border of two answers
 LEAST_DISTANCE_M = 0.5  # E2: nearer, an object is on several sides at once
-FACING_STEP, LEAST_FACING_DEG = 5, 10  # the grid of E1; between two of its options at least
+FACING_STEP = 5  # degrees: the grid of E1
 
 
 def read_caps(pairs):
@@ -1119,19 +1083,21 @@ def ask_all(views, survey):
             if shown.holes > cfg.max_holes:
                 survey.dropped["all: pictures with more holes than --max_holes"] += 1
                 continue
-            share = shown.covisible
-            apart = share is not None and share < cfg.least_covisible
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
             for task, row in tasks.items():
                 most = caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
                 asked = row.ask(shown, task, int(most))
-                if apart and task in COMPARING:
+                if task in COMPARING and shown.share < cfg.least_covisible:
                     reason = f"{task}: pictures share less than --least_covisible"
                     survey.dropped[reason] += len([*asked])
-                else:
-                    yield from asked
+                    continue
+                for q in asked:
+                    if "open" in cfg.formats and row.answer != LETTER:
+                        yield q
+                    if "choice" in cfg.formats and row.direction != "static":
+                        yield from filter(None, [shown.choice(q)])
 
 
 def draw_questions(questions, most=None):
@@ -1146,7 +1112,7 @@ def draw_questions(questions, most=None):
         if task in BALANCED:
             classes = defaultdict(lambda: defaultdict(list))
             for q in reversed(of_task):
-                classes[q.options is None, q.label, q.alike][q.side].append(q)
+                classes[not q.options, q.label, q.alike][q.side].append(q)
             pairs = [pair for sides in classes.values() for pair in unlike(sides)]
             pairs.sort(key=lambda pair: pair[0].order)
             of_task = [q for pair in pairs for q in pair]
@@ -1188,16 +1154,13 @@ def name_empty(survey, files):
     """One line on stderr for each task that was asked for and came out empty, and for heldout."""
     cfg, caps = survey.cfg, read_caps(survey.cfg.caps)
     made = {q.task for q in files["sft"] + files["static"]}
-    for task in cfg.tasks:
+    for task in sorted({*cfg.tasks} - made):
         row = TASKS[task]
         wanted = cfg.directions == "both" or row.direction in (cfg.directions, "static")
-        asked = caps[task] and (row.answer != LETTER or "choice" in cfg.formats)
-        if wanted and asked and task not in made:
-            lost = [f"{n} x {why}" for why, n in survey.dropped.items() if why.startswith(task)]
-            why = f"needs {row.needs}; dropped: {', '.join(lost) or 'none'}"
-            if not survey.labels:
-                why += "; no picture has boxes: name a --detector for photographs"
-            print(f"no question of {task} to train on: {why}", file=sys.stderr)
+        if wanted and caps[task] and (row.answer != LETTER or "choice" in cfg.formats):
+            why = f"needs {row.needs}: more views, other settings"
+            why += "" if survey.labels else ", or boxes of a --detector"
+            print(f"no question of {task} to train on, it {why}", file=sys.stderr)
     if not files["heldout"]:
         why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
         print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
@@ -1224,24 +1187,10 @@ def as_record(q):
 SIDE_PX, WIDE_PX, TALL_PX = 210, 480, 420  # of examples.png: a picture, a question
 
 
-def marks_of(q):
-    """{number of a picture: [(box, colour), ...]}: yellow in the words, green the answer, white
-    the other options; of E3 the right picture has a green rim.
-    """
-    answer, options = q.answer, q.options or []
-    if options:
-        answer = options[LETTERS.index(q.answer)]
-    words = re.findall(r"\[\d[^]]*\]", q.prompt.partition(" A. ")[0])
-    marks = {k: [(box, "yellow")] for k, box in enumerate(words)}
-    if answer.startswith("["):
-        marks[len(words)] = [(box, "white") for box in options] + [(answer, "lime")]
-    elif answer.startswith("image"):
-        marks[int(answer[6:]) - 1] = [("[5, 5, 995, 995]", "lime")]
-    return marks
-
-
 def examples(questions, run):
-    """PNG of a question per task and form, of balanced tasks two: pictures, words, answer."""
+    """PNG of a question per task and form, of balanced tasks two: pictures, words, and answer. A
+    box that is the answer is green, those in the words are yellow; options are not drawn.
+    """
     chosen = []
     for task, form in itertools.product(TASKS, (False, True)):
         same = [q for q in questions if q.task == task and bool(q.options) == form]
@@ -1253,11 +1202,13 @@ def examples(questions, run):
         left = column * WIDE_PX + 10
         top = row * TALL_PX + 10
         side = min(SIDE_PX, (WIDE_PX - 10) // len(q.images) - 4)
-        marks = marks_of(q)
+        truth = write(q.truth)
+        boxes = re.findall(r"\[\d[^]]*\]", q.words + truth)
         for k, path in enumerate(q.images):
             picture = ImageOps.contain(open_picture(run / path), (side, side))
-            for box, colour in marks.get(k, []):
-                corners = np.array(json.loads(box)) / 1000 * (picture.size * 2)
+            if k < len(boxes):
+                corners = np.array(json.loads(boxes[k])) / 1000 * (picture.size * 2)
+                colour = "lime" if boxes[k] == truth else "yellow"
                 ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=colour, width=2)
             page.paste(picture, (left + k * (side + 4), top))
         words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 64)
@@ -1284,6 +1235,8 @@ def main(cfg: Config):
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
     files = make_files(survey, list(ask_all(views, survey)))
+    for reason, count in sorted(survey.dropped.items()):
+        print(f"dropped {count:7,}  {reason}")
     name_empty(survey, files)
     if not files["static"] + files["sft"]:
         stop(f"no question to train on, {len(views)} usable views in {run}/2_views: see above")
@@ -1300,8 +1253,6 @@ def main(cfg: Config):
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
     for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))
-    for reason, count in sorted(survey.dropped.items()):
-        print(f"dropped {count:7,}  {reason}")
     print(f"next: python 04_train_sft.py --run {cfg.run}")
 
 
