@@ -715,7 +715,7 @@ def fill_scores(own: list[dict], protocol: dict, counts: Counter) -> dict[str, s
         if "scorer" in protocol:
             return [score_choice(protocol["scorer"], *pair) for pair in pairs]
         return [
-            measure(one["answer_type"], one["truth"], said, truths, tuple(one["options"]))
+            measure(one["answer_type"], one["truth"], said, truths, tuple(one.get("options", ())))
             for one, said in pairs
         ]
 
