@@ -535,7 +535,8 @@ class Survey:
         if len(actions) not in ONE_ANSWER[task]:
             return False
         unique = self.unique(task, actions)
-        self.dropped[f"{task}: not the only sequence to its pose"] += not unique
+        if not unique:
+            self.dropped[f"{task}: not the only sequence to its pose"] += 1
         return unique
 
     def differ(self, task, actions, others):
@@ -1033,7 +1034,7 @@ PICTURE_TASKS = {
     "S1": Task(BOX, "static", 1, ask_where, ONE),
     "S2": Task(YES_NO, "static", 2, ask_whether_there, "exact boxes"),
     "S3": Task(METERS, "static", 1, ask_distance, "objects at known distances"),
-    "E1": Task(TURN, "inverse", 1, ask_facing, f"{ONE}, some beside the middle"),
+    "E1": Task(TURN, "inverse", 0.5, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
 YES_NO_TASKS = {task for task, row in TASKS.items() if row.answer[0] == "yes_no"}
@@ -1159,7 +1160,7 @@ def name_empty(survey, files):
         wanted = cfg.directions == "both" or row.direction in (cfg.directions, "static")
         if wanted and caps[task] and (row.answer != LETTER or "choice" in cfg.formats):
             why = f"needs {row.needs}: more views, other settings"
-            why += "" if survey.labels else ", or boxes of a --detector"
+            why += "" if any(survey.labels.values()) else ", or boxes of a --detector"
             print(f"no question of {task} to train on, it {why}", file=sys.stderr)
     if not files["heldout"]:
         why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
@@ -1235,7 +1236,7 @@ def main(cfg: Config):
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
     files = make_files(survey, list(ask_all(views, survey)))
-    for reason, count in sorted(survey.dropped.items()):
+    for reason, count in sorted((+survey.dropped).items()):
         print(f"dropped {count:7,}  {reason}")
     name_empty(survey, files)
     if not files["static"] + files["sft"]:
@@ -1247,7 +1248,7 @@ def main(cfg: Config):
         counts[name] = Counter(sorted(q.task for q in questions))
 
     card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts}
-    card["dropped"] = survey.dropped
+    card["dropped"] = +survey.dropped
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
     save(folder / "examples.png", examples(sum(files.values(), []), run))
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
