@@ -171,9 +171,9 @@ def tell(actions, style):
     return say(actions)
 
 
-def write(answer):
+def write(answer, style="list"):
     """An answer as it stands in a question: words, a box or actions."""
-    return say(answer) if isinstance(answer[0], tuple) else str(answer)
+    return tell(answer, style) if isinstance(answer[0], tuple) else str(answer)
 
 
 def pose(actions):
@@ -310,16 +310,17 @@ def slim(view, cfg, detect):
     objects, holes = objects or [[]] * len(kept), view.get("holes") or [0] * len(kept)
     frames = zip(kept, view["frames"], objects, holes, strict=True)
     pictures = {index: see(*frame, fov_x_deg, cfg) for index, *frame in frames}
-    small = {key: view[key] for key in (*ORIGIN, "keyframes")} | {"fov_x_deg": fov_x_deg}
-    small["exact"] = view["objects"] is not None
     start = view["start"] and tuple(map(float, view["start"]))
-    # frames 0 of trajectories that share this are one picture
-    small["start"] = (view["scene_id"], view.get("anchor"), start, view.get("start_yaw_deg"))
-    small["actions"] = [tuple(action) for action in view["actions"]]
-    small["pictures"] = [pictures.get(index) for index in view["keyframes"]]
     shares = view.get("covisible") or []
-    small["covisible"] = {(i, j): float(share) for i, j, share in shares if share is not None}
-    return small
+    return {key: view[key] for key in (*ORIGIN, "keyframes")} | {
+        "exact": view["objects"] is not None,
+        "fov_x_deg": fov_x_deg,
+        # frames 0 of the trajectories that share this are one picture
+        "start": (view["scene_id"], view.get("anchor"), start, view.get("start_yaw_deg")),
+        "actions": [tuple(action) for action in view["actions"]],
+        "pictures": [pictures.get(index) for index in view["keyframes"]],
+        "covisible": {(i, j): float(share) for i, j, share in shares if share is not None},
+    }
 
 
 def load_views(cfg, detect):
@@ -475,8 +476,7 @@ class Question(NamedTuple):
     words: str  # without the marks of the pictures and how to answer
     truth: str | list  # the answer in words, as actions or as a box
     images: list
-    side: str  # of yes/no tasks and E2: the answer, as it is balanced
-    label: str  # within which it is: the object's; A4: the first action's
+    label: str  # within which yes and no are balanced: the object's; A4: the first action's
     alike: str  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
@@ -585,40 +585,37 @@ class Shown:
         unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
         return f"the {one.label}" + ("" if unique else f" at {one.box}")
 
-    def question(self, task, draw, parts, truth, words, alike="", side="", label=None, images=2):
-        """One wording of each of `parts`, with `words` filled in. images: their number or paths."""
-        if isinstance(images, int):
-            images = [self.view["pictures"][k].path for k in self.keyframes[:images]]
+    def question(self, task, draw, parts, truth, words, alike="", pictures=2):
+        """One wording of each of `parts`, with `words` filled in."""
+        images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
         words = {"label": "", "actions": self.actions} | words
-        label = words["label"] if label is None else label
-        words["actions"] = tell(words["actions"], draw.choice(STYLES))
-        text = " ".join(map(draw.choice, parts)).format(**words)
-        more = (label, alike, draw.random(), self.difficulty, self.view)
-        q = Question(task, text, truth, images, side or write(truth), *more)
-        if q.answer in q.prompt and TASKS[task].answer[0] not in ("yes_no", "relation", "choice"):
+        actions = tell(words["actions"], draw.choice(STYLES))
+        text = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
+        more = (words["label"], alike, draw.random(), self.difficulty, self.view)
+        q = Question(task, text, truth, images, *more)
+        if q.answer in text and TASKS[task].answer[0] not in ("yes_no", "relation"):
             stop(f"a fault of {task}: the prompt holds its answer, {q.prompt}")
         return q
 
     def choice(self, q):
         """The question with lettered options; None where too few differ."""
         draw = self.generator("choice", q.task, q.words)
-        (kind, _), survey = TASKS[q.task].answer, self.survey
+        kind, _ = TASKS[q.task].answer
+        if kind == "choice":  # of pictures, which have been shuffled
+            return q._replace(options=IMAGES, right=IMAGES.index(q.truth))
         if kind == "box":
             options = four_boxes(draw, self, q.truth, q.words)
-        elif kind in ("motion", "motions"):
-            options, style = four_motions(survey, draw, q.task, q.truth), draw.choice(STYLES)
-            options = options and [tell(motion, style) for motion in options]
+        elif isinstance(q.truth, list):
+            options = four_motions(self.survey, draw, q.task, q.truth)
         else:
             options = next(group for group in ANSWERS if q.truth in group)
-            options = sorted(options, key=lambda option: option != q.truth)
         if not options:
-            survey.dropped[f"{q.task} choice: too few options that differ"] += 1
+            self.survey.dropped[f"{q.task} choice: too few options that differ"] += 1
             return None
-        order = draw.sample(range(len(options)), len(options))
-        if kind == "choice":
-            order = sorted(order, key=lambda k: options[k])  # of the pictures
-        options = [str(options[k]) for k in order]
-        return q._replace(options=options, right=order.index(0), order=draw.random())
+        style, options = draw.choice(STYLES), draw.sample(options, len(options))
+        right = options.index(q.truth)
+        options = [write(option, style) for option in options]
+        return q._replace(options=options, right=right, order=draw.random())
 
 
 def some(draw, things, most):
@@ -671,9 +668,8 @@ def four_boxes(draw, pair, true, words):
                 boxes.append(box)
     if len(boxes) < 4:
         boxes = boxes[:2] + [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes[:2]]
-    two = itertools.combinations(boxes[:4], 2)
-    apart = all(iou(*pair) < LEAST_APART for pair in two)
-    return boxes[:4] if apart and len(boxes) > 3 else None
+    overlap = max(iou(one, two) for one, two in itertools.combinations(boxes[:4], 2))
+    return boxes[:4] if len(boxes) > 3 and overlap < LEAST_APART else None
 
 
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
@@ -731,8 +727,8 @@ def ask_statement(pair, task, most):
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
-            words, label = {"actions": actions}, actions[0][0]
-            yield pair.question(task, draw, parts, str(truth).lower(), words, label=label)
+            q = pair.question(task, draw, parts, str(truth).lower(), {"actions": actions})
+            yield q._replace(label=actions[0][0])
 
 
 def false_statement(pair, draw):
@@ -743,11 +739,9 @@ def false_statement(pair, draw):
     """
     actions, survey = pair.actions, pair.survey
     others = [draw.choice(survey.motions.get(len(actions), [actions]))]
-    near = four_motions(survey, draw, "A4", actions)
-    others += near[1:] if near and len(near) > 1 else []
-    return next(
-        (one for one in draw.sample(others, len(others)) if survey.differ("A4", actions, one)), None
-    )
+    others += four_motions(survey, draw, "A4", actions) or []
+    others = [one for one in others if survey.differ("A4", actions, one)]
+    return draw.choice(others) if others else None
 
 
 def ask_box(pair, task, most):
@@ -776,7 +770,7 @@ def ask_gone(pair, task, most):
         answer = "yes" if key in gone else "no"
         # balanced by the way and the size too: after a long way most objects are gone
         alike = f"{pair.difficulty} {math.prod(size(words['box'])) > 40_000}"
-        yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, images=1)
+        yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, pictures=1)
 
 
 def ask_motion_of_object(pair, task, most):
@@ -816,12 +810,11 @@ def ask_same(pair, task, most):
         for key, k in mixed(draw, same, other, most):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
-            label = words["label"]
             shift = shift_class(words["box"], words["box2"], pair.actions)
             alike = "" if apart else f"{any_label} {shift}"
-            if task == "S6" and any_label:
-                words["label"] = "object"
-            yield pair.question(task, draw, parts, answer, words, alike, label=label)
+            name = {"label": "object"} if task == "S6" and any_label else {}
+            q = pair.question(task, draw, parts, answer, words | name, alike)
+            yield q._replace(label=words["label"])
 
 
 def same_and_other(pair, any_label, apart):
@@ -876,16 +869,12 @@ def ask_bearing(pair, task, most):
             found += [(key, answer) for answer in relations(place, position, yaw)]
     found = draw.sample(found, len(found))
     found.sort(key=lambda one: one[1] in ("ahead", "nearer"))  # the rare ones first
-    # balanced for each motion; one to the left counts as its mirror image
-    left = yaw > 180 or (yaw == 0 and position.imag < 0)
-    x_m = -position.imag if left else position.imag
-    alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {round(x_m)}"
-    mirror = {"left": "right", "right": "left"} if left else {}
+    way = f"{yaw} {round(position.real)} {round(position.imag)}"
     for key, answer in found[:most]:
         words = pair.words(key) | {"object": pair.named(draw, key)}
-        parts = [WILL, sides if answer in SIDES else ways]
-        about = {"alike": f"{answer in SIDES} {alike}", "side": mirror.get(answer, answer)}
-        yield pair.question(task, draw, parts, answer, words, **about, label="", images=1)
+        parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
+        q = pair.question(task, draw, parts, answer, words, alike, pictures=1)
+        yield q._replace(label="")  # balanced for each motion, of whatever object
 
 
 def relations(place, position, yaw):
@@ -912,9 +901,8 @@ def ask_picture(pair, task, most):
             ends.append((actions, picture))
     if len(ends) >= 4:
         order = draw.sample(range(4), 4)
-        images = [pair.before.path, *(ends[k][1].path for k in order)]
-        answer = IMAGES[order.index(0)]
-        yield pair.question(task, draw, [begin, WILL, ask], answer, {}, images=images)
+        q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
+        yield q._replace(images=[pair.before.path, *(ends[k][1].path for k in order)])
 
 
 def ask_where(shown, task, most):
@@ -1047,7 +1035,7 @@ YES = ("yes", "true")  # the answers that say that something holds
 SIDES = ("ahead", "right", "behind", "left")  # by quarters, clockwise
 WAYS = ("nearer", "farther")
 IMAGES = ("image 2", "image 3", "image 4", "image 5")
-ANSWERS = (("yes", "no"), ("true", "false"), SIDES, WAYS, IMAGES)  # of which a choice offers all
+ANSWERS = (("yes", "no"), ("true", "false"), SIDES, WAYS)  # a choice offers all of one
 CLEAR_DEG, CLEAR_M = 10, 0.3  # E2: how far from the border of two answers
 LEAST_DISTANCE_M = 0.5  # E2: nearer, an object is on several sides at once
 FACING_STEP = 5  # degrees: the grid of E1
@@ -1113,7 +1101,7 @@ def draw_questions(questions, most=None):
         if task in BALANCED:
             classes = defaultdict(lambda: defaultdict(list))
             for q in reversed(of_task):
-                classes[not q.options, q.label, q.alike][q.side].append(q)
+                classes[not q.options, q.label, q.alike][q.truth].append(q)
             pairs = [pair for sides in classes.values() for pair in unlike(sides)]
             pairs.sort(key=lambda pair: pair[0].order)
             of_task = [q for pair in pairs for q in pair]
