@@ -1,9 +1,10 @@
 """Stage 3: turn imagined views into questions whose answers are known.
 
 A trajectory knows its actions and a view knows its objects. So one pair of pictures (frame 0 and
-the last) answers questions in both directions: inverse, from the outcome to the action (A1-A4, D3),
-and forward, from the action to the outcome (D1, D2, D4). S1-S6 name no motion; from them the tiny
-student learns what a VLM brings along. A task is a function and a line of a table, see TASKS.
+the last) answers questions in both directions: inverse, from the outcome to the action (A1-A4, D3,
+E1), and forward, from the action to the outcome (D1, D2, D4, E2, E3). S1-S3, S5 and S6 name no
+motion; from them the tiny student learns what a VLM brings along. A task is a function and a line
+of a table, see TASKS. E1-E3 and the lettered choices are what SAT, MindCube and VSI-Bench ask.
 
 An answer is worth learning only if it is the one right answer. Two action sequences a and b are
 the same question when
@@ -16,6 +17,11 @@ turns and moves alternate, of the lengths in ONE_ANSWER, with moves of 0.1, 0.2,
 90; move forward 1` ends where `move right 1; turn right 90` does, so neither is asked. Where views
 turn by 90 degrees, every sequence of two steps has such a double of three, and A3 keeps only three.
 
+Options of a choice tell nothing by themselves. Of motions they are {a, a'} x {b, b'}: two parts of
+the truth, each kept or taken from another motion of the data, so each is as near to the others as
+the truth is. Of boxes they are those of other objects. What image 1 shows too little of, or what
+has holes, is not asked about; all that is dropped is counted and printed.
+
 Departures from the published code: no prompt contains its answer. The yes/no tasks have both
 answers in equal numbers for each object label (A4: for each first action) and for each class of
 what else the words tell (`alike` of a question), so neither gives the answer away. A D4 question
@@ -27,8 +33,10 @@ Reads   RUN/2_views/views.jsonl, one trajectory per line (shortened here), and w
              "actions": [["turn_left", 40]], "keyframes": [0, 8], "kept": [0, 8], "start": [0.4,
              -1.2, 30], "c2w": [...], "teacher": "simulator", "qc": {"passed": true}, "frames":
              ["2_views/room_00000/t000/000.png", "2_views/room_00000/t000/008.png"], "objects":
-             [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "distance_m": 2.4}], []]}
-Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S1-S6), grpo.jsonl (a part of
+             [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "distance_m": 2.4,
+             "bearing_deg": -1.3}], []], "fov_x_deg": 90, "covisible": [[0, 8, 0.41]], "holes":
+             [0.0, 0.0]}
+Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S tasks), grpo.jsonl (a part of
         sft.jsonl: stage 5 refines on what stage 4 has seen), heldout.jsonl (all tasks, held-out
         scenes only, whatever --directions, --sources and --tasks train on). One line per question:
             {"task_type": "A2", "answer_type": "motion", "messages": [{"role": "user", "content":
@@ -38,7 +46,8 @@ Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S1-S6), grpo.
              "2_views/room_00000/t000/008.png"], "scene_id": "room_00000", "traj_id": "t000",
              "split": "train", "source": "simulated", "teacher": "simulator", "difficulty":
              "1 near"}
-        card.json (counts), examples.png (two questions per task), meta.json
+        of a choice with "answer_type": "choice", "options": ["turn left 40 degrees", ...]
+        card.json (counts), examples.png (each task and form), meta.json
 
     python 03_build_qa.py --run runs/demo
     python 03_build_qa.py --run runs/demo --out 3_forward --directions forward
@@ -152,28 +161,26 @@ PHRASES = {
     "turn_right": "turn right {:g} degrees",
 }
 ONE_ANSWER = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # lengths asked for
-STYLES = ("list", "list", "count", "order")  # of `tell`, drawn for each question
+STYLES = ("list", "list", "count", "order")  # of `say`, drawn for each question
 # z + ix of 1 m towards each whole degree; rounded, so that 90 degrees give exactly i.
 TOWARDS = np.round(np.exp(1j * np.radians(np.arange(360))), 15)
 
 
-def say(actions):
-    """[("turn_left", 40), ("forward", 1.2)] -> "turn left 40 degrees; move forward 1.2 meters"."""
-    return "; ".join(PHRASES[name].format(value) for name, value in actions)
-
-
-def tell(actions, style):
-    """As `say`, or as other question sets write it: "2 steps | ...", "first ..., then ..."."""
+def say(actions, style="list"):
+    """[("turn_left", 40), ("forward", 1.2)] -> "turn left 40 degrees; move forward 1.2 meters"; in
+    other styles as other question sets write it: "2 steps | ...", "first ..., then ...".
+    """
+    text = "; ".join(PHRASES[name].format(value) for name, value in actions)
     if style == "count":
-        return f"{len(actions)} step{'s' * (len(actions) > 1)} | {say(actions)}"
+        return f"{len(actions)} step{'s' * (len(actions) > 1)} | {text}"
     if style == "order" and len(actions) > 1:
-        return "first " + say(actions).replace("; ", ", then ")
-    return say(actions)
+        return "first " + text.replace("; ", ", then ")
+    return text
 
 
 def write(answer, style="list"):
     """An answer as it stands in a question: words, a box or actions."""
-    return tell(answer, style) if isinstance(answer[0], tuple) else str(answer)
+    return say(answer, style) if isinstance(answer[0], tuple) else str(answer)
 
 
 def pose(actions):
@@ -491,7 +498,8 @@ class Question(NamedTuple):
     @property
     def prompt(self):
         lettered = zip(LETTERS, self.options or [], strict=False)
-        words = self.words + "".join(f" {letter}. {option}" for letter, option in lettered)
+        words = " ".join([self.words, *(f"{letter}. {option}" for letter, option in lettered)])
+        words += "." if self.options else ""
         _, how = LETTER if self.options else TASKS[self.task].answer
         how += BOXES if "[" in words or how == BOX[1] else ""
         return f"{'<image>' * len(self.images)}{words} {how}"
@@ -589,7 +597,7 @@ class Shown:
         """One wording of each of `parts`, with `words` filled in."""
         images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
         words = {"label": "", "actions": self.actions} | words
-        actions = tell(words["actions"], draw.choice(STYLES))
+        actions = say(words["actions"], draw.choice(STYLES))
         text = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
         more = (words["label"], alike, draw.random(), self.difficulty, self.view)
         q = Question(task, text, truth, images, *more)
@@ -868,7 +876,7 @@ def ask_bearing(pair, task, most):
             place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
             found += [(key, answer) for answer in relations(place, position, yaw)]
     found = draw.sample(found, len(found))
-    found.sort(key=lambda one: one[1] in ("ahead", "nearer"))  # the rare ones first
+    found.sort(key=lambda one: one[1] in YES)  # the rare ones first
     way = f"{yaw} {round(position.real)} {round(position.imag)}"
     for key, answer in found[:most]:
         words = pair.words(key) | {"object": pair.named(draw, key)}
@@ -1031,7 +1039,8 @@ BALANCED = YES_NO_TASKS | {"E2"}
 COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
 FORMATS = ("open", "choice")
 LETTERS = "ABCD"
-YES = ("yes", "true")  # the answers that say that something holds
+# of each balanced question one answer is here; where an object is ahead, most others are too
+YES = ("yes", "true", "ahead", "nearer")
 SIDES = ("ahead", "right", "behind", "left")  # by quarters, clockwise
 WAYS = ("nearer", "farther")
 IMAGES = ("image 2", "image 3", "image 4", "image 5")
@@ -1090,31 +1099,22 @@ def ask_all(views, survey):
 
 
 def draw_questions(questions, most=None):
-    """At most `most` per task, by hashed order; their sequence stays. Of the balanced tasks pairs
-    of unlike answers, for each form, label and `alike`: of yes as many as of no, of the sides of
-    E2 none more often than all others.
+    """At most `most` per task, by hashed order; their sequence stays. Of the balanced tasks as many
+    answers of YES as others, for each form, label and `alike`.
     """
     keep = set()
     for task in TASKS:
         of_task = [q for q in questions if q.task == task]
         of_task.sort(key=lambda q: q.order)
         if task in BALANCED:
-            classes = defaultdict(lambda: defaultdict(list))
-            for q in reversed(of_task):
-                classes[not q.options, q.label, q.alike][q.truth].append(q)
-            pairs = [pair for sides in classes.values() for pair in unlike(sides)]
+            sides = defaultdict(lambda: ([], []))
+            for q in of_task:
+                sides[not q.options, q.label, q.alike][q.truth in YES].append(q)
+            pairs = [pair for no, yes in sides.values() for pair in zip(yes, no, strict=False)]
             pairs.sort(key=lambda pair: pair[0].order)
             of_task = [q for pair in pairs for q in pair]
         keep |= {id(q) for q in of_task[:most]}
     return [q for q in questions if id(q) in keep]
-
-
-def unlike(sides):
-    """Yield pairs from the ends of the two longest lists until only one is left."""
-    while len(longest := sorted(sides, key=lambda side: (-len(sides[side]), side))[:2]) == 2:
-        if not sides[longest[1]]:
-            return
-        yield [sides[side].pop() for side in sorted(longest, reverse=True)]
 
 
 def make_files(survey, questions):
@@ -1173,7 +1173,7 @@ def as_record(q):
 
 
 # --- what was made: card.json, examples.png ---
-SIDE_PX, WIDE_PX, TALL_PX = 210, 480, 420  # of examples.png: a picture, a question
+SIDE_PX, WIDE_PX, TALL_PX = 210, 560, 380  # of examples.png: a picture, a question
 
 
 def examples(questions, run):
@@ -1200,7 +1200,7 @@ def examples(questions, run):
                 colour = "lime" if boxes[k] == truth else "yellow"
                 ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=colour, width=2)
             page.paste(picture, (left + k * (side + 4), top))
-        words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 64)
+        words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 76)
         place = (left, top + side + 4)
         ImageDraw.Draw(page).text(place, f"{words}\n\n{q.answer}", "black", font)
     png = io.BytesIO()
@@ -1238,7 +1238,7 @@ def main(cfg: Config):
     card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts}
     card["dropped"] = +survey.dropped
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
-    save(folder / "examples.png", examples(sum(files.values(), []), run))
+    save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
     for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))

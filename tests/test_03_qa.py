@@ -291,7 +291,7 @@ def test_the_form_of_the_answer_is_stated(built):
             lettered = [
                 f"{x}. {option}" for x, option in zip("ABCD", record["options"], strict=False)
             ]
-            assert f" {' '.join(lettered)} Answer" in prompt(record)
+            assert f" {' '.join(lettered)}. Answer" in prompt(record)
         else:
             for word in ("meters", "degrees"):
                 assert word not in answer(record) or word in form
