@@ -85,13 +85,13 @@ from transformers.hf_argparser import HfArg
 RECIPES = {
     "paper": "",
     "tiny": "--formats open --box_step 10 --grpo_per_task 2500"
-    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 E1=0.5 E2=1 S1=1 S2=0.6 S3=0.6 S5=1 S6=4",
+    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.6 S5=1 S6=4",
     # single actions only, mostly D4 and A4, whose false statements are plainly false
     "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
-    " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 S2=1 S5=1 S6=1"
+    " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
     "base": "--formats open --box_step 10"
-    " --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
+    " --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
 }
 
 
@@ -323,7 +323,7 @@ def slim(view, cfg, detect):
         "exact": view["objects"] is not None,
         "fov_x_deg": fov_x_deg,
         # frames 0 of the trajectories that share this are one picture
-        "start": (view["scene_id"], view.get("anchor"), start, view.get("start_yaw_deg")),
+        "start": (view["scene_id"], f"{view.get('anchor')} {view.get('start_yaw_deg')}", start),
         "actions": [tuple(action) for action in view["actions"]],
         "pictures": [pictures.get(index) for index in view["keyframes"]],
         "covisible": {(i, j): float(share) for i, j, share in shares if share is not None},
@@ -1008,8 +1008,8 @@ RELATION = ("relation", "Answer with one word.")
 METERS = ("meters", "Answer: <number> meters.")
 LETTER = ("choice", "Answer with one letter.")
 BOXES = " Boxes are [x1, y1, x2, y2] in thousandths of width and height."
-TWO = "objects with boxes in both pictures"
-ONE = "objects with boxes"
+ONE = "objects with boxes (of photographs: --detector)"
+TWO = f"{ONE} in both pictures"
 # A task is a row here and its function above; no wording may hold its answer. S1-S3 share a
 # generator: another task of theirs goes behind them, then their questions stay the same.
 PAIR_TASKS = {
@@ -1024,7 +1024,7 @@ PAIR_TASKS = {
     "D4": Task(YES_NO, "forward", 2, ask_same, f"{TWO}, two of one label"),
     "S6": Task(YES_NO, "static", 2, ask_same, TWO),
     "E2": Task(RELATION, "forward", 2, ask_bearing, f"{ONE}, and turns or distances"),
-    "E3": Task(LETTER, "forward", 1, ask_picture, "four trajectories of one start"),
+    "E3": Task(LETTER, "forward", 1, ask_picture, "--formats choice, four views of one start"),
 }
 PICTURE_TASKS = {
     "S1": Task(BOX, "static", 1, ask_where, ONE),
@@ -1141,15 +1141,12 @@ def make_files(survey, questions):
 
 def name_empty(survey, files):
     """One line on stderr for each task that was asked for and came out empty, and for heldout."""
-    cfg, caps = survey.cfg, read_caps(survey.cfg.caps)
     made = {q.task for q in files["sft"] + files["static"]}
-    for task in sorted({*cfg.tasks} - made):
-        row = TASKS[task]
-        wanted = cfg.directions == "both" or row.direction in (cfg.directions, "static")
-        if wanted and caps[task] and (row.answer != LETTER or "choice" in cfg.formats):
-            why = f"needs {row.needs}: more views, other settings"
-            why += "" if any(survey.labels.values()) else ", or boxes of a --detector"
-            print(f"no question of {task} to train on, it {why}", file=sys.stderr)
+    for task, most in read_caps(survey.cfg.caps).items():
+        wanted = survey.cfg.directions in ("both", TASKS[task].direction)
+        if wanted and most and task in {*survey.cfg.tasks} - made:
+            needs = f"it needs {TASKS[task].needs}"
+            print(f"no question of {task} to train on: {needs}", file=sys.stderr)
     if not files["heldout"]:
         why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
         print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
