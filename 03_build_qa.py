@@ -809,7 +809,7 @@ def ask_same(pair, task, most):
         "Is the {label} at {box2} in image 2 the same one?",
         "Is it the {label} at {box2} in image 2?",
     ]
-    any_two = ["Is it at {box2} in image 2?", "Is it what image 2 has at {box2}?"]
+    any_two = ["Is it at {box2} in image 2?", "Is it the object at {box2} in image 2?"]
     for any_label in [apart > 0] if task == "D4" else [False, True]:
         same, other = same_and_other(pair, any_label, apart)
         draw = pair.generator(task, any_label)
@@ -865,8 +865,8 @@ def ask_bearing(pair, task, most):
     From its bearing and distance in image 1, or from its box where the camera only turns.
     """
     sides = [
-        "Will {object} be left, right, ahead or behind?",
-        "Where will {object} be: left, right, ahead or behind?",
+        "Will {object} be ahead, behind, to the left or to the right?",
+        "Where will {object} be: ahead, behind, left or right?",
     ]
     ways = ["Will {object} be nearer or farther?", "Does that bring {object} nearer or farther?"]
     position, yaw = pose(pair.actions)
@@ -1143,7 +1143,8 @@ def name_empty(survey, files):
     """One line on stderr for each task that was asked for and came out empty, and for heldout."""
     made = {q.task for q in files["sft"] + files["static"]}
     for task, most in read_caps(survey.cfg.caps).items():
-        wanted = survey.cfg.directions in ("both", TASKS[task].direction)
+        direction = TASKS[task].direction
+        wanted = direction == "static" or survey.cfg.directions in ("both", direction)
         if wanted and most and task in {*survey.cfg.tasks} - made:
             needs = f"it needs {TASKS[task].needs}"
             print(f"no question of {task} to train on: {needs}", file=sys.stderr)
