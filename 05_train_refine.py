@@ -819,7 +819,7 @@ SECOND_ANSWER = re.compile(SECOND_ANSWER + r"|\b(?:or|not|never|no|yes)\b", re.I
 LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
 SHIFTS = {"left": "shift_left", "right": "shift_right"}
 YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-RELATIONS = ("left", "right", "ahead", "behind", "nearer", "farther")
+RELATIONS = {word: word for word in ("left", "right", "ahead", "behind", "nearer", "farther")}
 
 
 def parse_actions(text) -> list[tuple[str, float]] | None:
@@ -863,19 +863,12 @@ def parse_quantity(text, unit: str) -> float | None:
 
 def parse_choice(text, options=None) -> str | None:
     """The letter of `B`, `(b)`, `B.` or `B. turn left 40 degrees`, the text being that option."""
-    match = re.fullmatch(r"\(?([a-z])\)?(?:[.:)]? (.+))?", canonical(text))
-    if not match:
-        return None
-    letter, stated = match.groups()
-    if isinstance(options, list | tuple):
-        texts = [canonical(option) for option in options][ord(letter) - ord("a") :]
-        return letter.upper() if texts and stated in (None, texts[0]) else None
-    return None if stated else letter.upper()
-
-
-def parse_relation(text) -> str | None:
-    """One of RELATIONS; None for other text."""
-    return canonical(text) if canonical(text) in RELATIONS else None
+    said = re.sub(r"\A\(?([a-z])\)?[.:)]?(?= |\Z)", r"\1", canonical(text))
+    known = isinstance(options, list | tuple)
+    for code, option in enumerate(options if known else [""] * 26, ord("a")):
+        if said in (chr(code), f"{chr(code)} {canonical(option)}"):
+            return chr(code).upper()
+    return None
 
 
 def numeric_score(error: float, unit: str) -> float:
@@ -950,7 +943,7 @@ def score_actions(true, said) -> dict:
 
 PARSERS = {"motion": parse_actions, "motions": parse_actions, "box": parse_box}
 PARSERS |= {"yes_no": lambda text: YES_NO.get(canonical(text))}
-PARSERS |= {"choice": parse_choice, "relation": parse_relation}
+PARSERS |= {"relation": lambda text: RELATIONS.get(canonical(text)), "choice": parse_choice}
 PARSERS |= {unit: functools.partial(parse_quantity, unit=unit) for unit in ("meters", "degrees")}
 # The parts of the reward and their weights in it; each action too many costs 0.03 beside.
 WEIGHTS = {
@@ -958,11 +951,10 @@ WEIGHTS = {
     "motions": {"format": 0.10, "action": 0.25, "order": 0.35, "numeric": 0.30},
     "box": {"format": 0.20, "validity": 0.15, "geometry": 0.65},
     "yes_no": {"format": 0.20, "accuracy": 0.80},
-    "choice": {"format": 0.20, "accuracy": 0.80},
-    "relation": {"format": 0.20, "accuracy": 0.80},
     "meters": {"format": 0.10, "numeric": 0.90},
     "degrees": {"format": 0.10, "numeric": 0.90},
 }
+WEIGHTS |= dict.fromkeys(("relation", "choice"), WEIGHTS["yes_no"])
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 

@@ -880,6 +880,8 @@ def test_broken_records_are_named_counted_and_skipped(tmp_path, capsys):
     changes += [{"objects": [[]]}, {"split": "test"}, {"qc": None}, {"start": "here"}]
     changes += [{"kept": [0]}, {"frames": ["2_views/nowhere.png"] * frames}]
     changes += [{"frames": ["2_views/cut.png"] * frames}, {"traj_id": views[0]["traj_id"]}]
+    changes += [{"fov_x_deg": "wide"}, {"holes": [0.5]}, {"holes": ["some"] * frames}]
+    changes += [{"covisible": [[0, 1]]}, {"covisible": [[0, 1, "half"]]}]
     for label, box in ((7, [1, 2, 3, 4]), ("red ball", "everywhere"), ("<image>", None)):
         changes.append({"objects": [[{"id": 1, "label": label, "box": box}]] * frames})
     wreck = [views[0] | {"traj_id": f"w{k}"} | change for k, change in enumerate(changes)]
@@ -910,10 +912,15 @@ def test_broken_records_are_named_counted_and_skipped(tmp_path, capsys):
 
 def test_bad_settings_and_missing_input_end_with_one_line(tmp_path):
     run = write_run(tmp_path / "run", fake_views(rooms=2, each=1))
-    for flags in (["--tasks", "A9"], ["--caps", "D1=many"], ["--run", tmp_path / "nothing"]):
+    for flags in (
+        ["--tasks", "A9"],
+        ["--caps", "D1=many"],
+        ["--run", tmp_path / "nothing"],
+        ["--formats", "essay"],
+    ):
         done = script("03", "--run", run, *flags, check=False)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-        assert re.search("A9|many|nothing", done.stderr)
+        assert re.search("A9|many|nothing|essay", done.stderr)
     for flag, word in (("--directions", "sideways"), ("--pairs", "all"), ("--sources", "dreams")):
         done = script("03", "--run", run, flag, word, check=False)
         assert done.returncode == 2 and word in done.stderr.splitlines()[-1]
