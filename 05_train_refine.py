@@ -951,10 +951,11 @@ WEIGHTS = {
     "motions": {"format": 0.10, "action": 0.25, "order": 0.35, "numeric": 0.30},
     "box": {"format": 0.20, "validity": 0.15, "geometry": 0.65},
     "yes_no": {"format": 0.20, "accuracy": 0.80},
+    "relation": {"format": 0.20, "accuracy": 0.80},
+    "choice": {"format": 0.20, "accuracy": 0.80},
     "meters": {"format": 0.10, "numeric": 0.90},
     "degrees": {"format": 0.10, "numeric": 0.90},
 }
-WEIGHTS |= dict.fromkeys(("relation", "choice"), WEIGHTS["yes_no"])
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 

@@ -8,7 +8,7 @@ The questions about one scene share its pictures, so that a bootstrap draws whol
     score = mean_i s(answer_i, truth_i)     interval = its quantiles 2.5 % and 97.5 % in 1,000 draws
 
 Scores: motion: direction right, and the error (meters between displacements, degrees between signed
-angles); motions: all names and values right; box: intersection over union; yes_no, choice: right;
+angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
 scores 0, its error is that of the worst true answer of its task. --coupled TEACHER is the test-time
 baseline, which asks the world model while answering.
@@ -1749,10 +1749,11 @@ WEIGHTS = {
     "motions": {"format": 0.10, "action": 0.25, "order": 0.35, "numeric": 0.30},
     "box": {"format": 0.20, "validity": 0.15, "geometry": 0.65},
     "yes_no": {"format": 0.20, "accuracy": 0.80},
+    "relation": {"format": 0.20, "accuracy": 0.80},
+    "choice": {"format": 0.20, "accuracy": 0.80},
     "meters": {"format": 0.10, "numeric": 0.90},
     "degrees": {"format": 0.10, "numeric": 0.90},
 }
-WEIGHTS |= dict.fromkeys(("relation", "choice"), WEIGHTS["yes_no"])
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 
