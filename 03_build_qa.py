@@ -511,19 +511,24 @@ class Survey:
     def __init__(self, cfg, views):
         self.cfg, self.dropped = cfg, Counter()
         self.motions = defaultdict(list)
-        self.steps = [], []  # all moves, all turns
+        # moves and turns of pairs that are asked about: others would tell what is false
+        self.steps = defaultdict(list)
         self.facing = []  # turns that E1 may ask for
         self.labels = defaultdict(set)
         self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
-            for picture in filter(None, view["pictures"]):
+            actions, pictures, frames = view["actions"], view["pictures"], view["keyframes"]
+            for picture in filter(None, pictures):
                 self.labels[view["source"]].update(picture.counts)
                 for one in picture.usable.values():
                     self.facing += turn_to(one.box, view["fov_x_deg"])
-            self.motions[len(view["actions"])].append(view["actions"])
+            if view["covisible"].get((frames[0], frames[-1]), 1) >= cfg.least_covisible:
+                self.motions[len(actions)].append(actions)
+                for kind in {False, not pictures[0].usable.keys().isdisjoint(pictures[-1].usable)}:
+                    for name, value in actions:
+                        self.steps[kind, len(actions), name in TURNS].append((name, value))
         for name, value in sorted(action for view in views for action in view["actions"]):
-            self.steps[name in TURNS].append((name, value))
             largest[name in TURNS] = max(value, largest[name in TURNS])
         for view in sorted(views, key=lambda view: view["traj_id"]):
             self.starts[view["start"]].append(view)
@@ -651,8 +656,9 @@ def four_motions(survey, draw, task, truth):
     for _ in range(TRIES):
         new, motions = {}, []
         for spot in draw.sample(spots, 2):
-            name = parts[min(spot, len(parts) - 1) // 2 * 2]
-            steps = survey.facing if task == "E1" else survey.steps[name in TURNS]
+            step = truth[min(spot, len(parts) - 1) // 2]
+            steps = survey.steps[task == "D3", len(truth), step[0] in TURNS]
+            steps = survey.facing if task == "E1" else steps or [step]
             new[spot] = draw.choice(steps)[spot % 2]
         for some in itertools.product(*([None, spot] for spot in new)):
             changed = [new[k] if k in some else part for k, part in enumerate(parts)]

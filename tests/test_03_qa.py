@@ -704,7 +704,9 @@ def test_an_empty_task_is_named_and_nothing_to_train_on_is_an_error(tmp_path, ca
 
 # --- the only sequence that reaches its pose ---
 def survey_for(widest_turn_deg):
-    view = {"source": "simulated", "pictures": [], "traj_id": "t000", "start": None}
+    blank = qa.Picture("", {}, {}, set(), Counter(), 0.0)
+    view = {"source": "simulated", "pictures": [blank, blank], "traj_id": "t000", "start": None}
+    view |= {"keyframes": [0, 1], "covisible": {}}
     actions = [[("turn_left", widest_turn_deg)], [("forward", 2.0)]]
     return qa.Survey(qa.Config(), [view | {"actions": steps} for steps in actions])
 
