@@ -1,9 +1,10 @@
 """Stage 3: turn imagined views into questions whose answers are known.
 
 A trajectory knows its actions and a view knows its objects. So one pair of pictures (frame 0 and
-the last) answers questions in both directions: inverse, from the outcome to the action (A1-A4, D3),
-and forward, from the action to the outcome (D1, D2, D4). S1-S6 name no motion; from them the tiny
-student learns what a VLM brings along. A task is a function and a line of a table, see TASKS.
+the last) answers questions in both directions: inverse, from the outcome to the action (A1-A4, D3,
+E1), and forward, from the action to the outcome (D1, D2, D4, E2, E3). S1-S3, S5 and S6 name no
+motion; from them the tiny student learns what a VLM brings along. A task is a function and a line
+of a table, see TASKS. E1-E3 and the lettered choices are what SAT, MindCube and VSI-Bench ask.
 
 An answer is worth learning only if it is the one right answer. Two action sequences a and b are
 the same question when
@@ -16,6 +17,11 @@ turns and moves alternate, of the lengths in ONE_ANSWER, with moves of 0.1, 0.2,
 90; move forward 1` ends where `move right 1; turn right 90` does, so neither is asked. Where views
 turn by 90 degrees, every sequence of two steps has such a double of three, and A3 keeps only three.
 
+Options of a choice tell nothing by themselves. Of motions they are {a, a'} x {b, b'}: two parts of
+the truth, each kept or taken from another motion of the data, so each is as near to the others as
+the truth is. Of boxes they are those of other objects. What image 1 shows too little of, or what
+has holes, is not asked about; all that is dropped is counted and printed.
+
 Departures from the published code: no prompt contains its answer. The yes/no tasks have both
 answers in equal numbers for each object label (A4: for each first action) and for each class of
 what else the words tell (`alike` of a question), so neither gives the answer away. A D4 question
@@ -27,8 +33,10 @@ Reads   RUN/2_views/views.jsonl, one trajectory per line (shortened here), and w
              "actions": [["turn_left", 40]], "keyframes": [0, 8], "kept": [0, 8], "start": [0.4,
              -1.2, 30], "c2w": [...], "teacher": "simulator", "qc": {"passed": true}, "frames":
              ["2_views/room_00000/t000/000.png", "2_views/room_00000/t000/008.png"], "objects":
-             [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "distance_m": 2.4}], []]}
-Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S1-S6), grpo.jsonl (a part of
+             [[{"id": 3, "label": "red ball", "box": [412, 300, 530, 611], "distance_m": 2.4,
+             "bearing_deg": -1.3}], []], "fov_x_deg": 90, "covisible": [[0, 8, 0.41]], "holes":
+             [0.0, 0.0]}
+Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S tasks), grpo.jsonl (a part of
         sft.jsonl: stage 5 refines on what stage 4 has seen), heldout.jsonl (all tasks, held-out
         scenes only, whatever --directions, --sources and --tasks train on). One line per question:
             {"task_type": "A2", "answer_type": "motion", "messages": [{"role": "user", "content":
@@ -38,7 +46,8 @@ Writes  RUN/3_qa/sft.jsonl (the tasks about motion), static.jsonl (S1-S6), grpo.
              "2_views/room_00000/t000/008.png"], "scene_id": "room_00000", "traj_id": "t000",
              "split": "train", "source": "simulated", "teacher": "simulator", "difficulty":
              "1 near"}
-        card.json (counts), examples.png (two questions per task), meta.json
+        of a choice with "answer_type": "choice", "options": ["turn left 40 degrees", ...]
+        card.json (counts), examples.png (each task and form), meta.json
 
     python 03_build_qa.py --run runs/demo
     python 03_build_qa.py --run runs/demo --out 3_forward --directions forward
@@ -76,13 +85,14 @@ from transformers.hf_argparser import HfArg
 
 RECIPES = {
     "paper": "",
-    "tiny": "--box_step 10 --grpo_per_task 2500"
-    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 S1=1 S2=0.6 S3=0.6 S4=0.4 S5=1 S6=4",
+    "tiny": "--formats open --box_step 10 --grpo_per_task 2500"
+    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.6 S5=1 S6=4",
     # single actions only, mostly D4 and A4, whose false statements are plainly false
-    "lesson": "--out 3_lesson --box_step 10 --grpo_per_task 0 --most_actions 1"
-    " --caps A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 S2=1 S5=1 S6=1"
+    "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
+    " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
-    "base": "--box_step 10 --caps D1=1 D2=1 D4=1 S1=1 S2=0.6 S3=0.4 S4=0.3 S5=4 S6=4",
+    "base": "--formats open --box_step 10"
+    " --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
 }
 
 
@@ -95,14 +105,28 @@ class Config:
     directions: Literal["forward", "inverse", "both"] = HfArg(default="both", help="to train on")
     sources: Literal["real", "simulated", "both"] = HfArg(default="both", help="to train on")
     tasks: list[str] = HfArg(default_factory=lambda: sorted(TASKS), help="to train on")
+    formats: list[str] = HfArg(
+        default_factory=lambda: [*FORMATS],
+        help="open: an answer in words or numbers; choice: one "
+        "of lettered options; of each question both (S1-S6: open only, E3: choice only)",
+    )
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
+    )
+    least_covisible: float = HfArg(
+        default=0.15, help="A1-A4, D3, E3: least share of image 2 that image 1 shows, where known"
+    )
+    max_holes: float = HfArg(
+        default=0.05, help="largest share of a picture that is holes; 1: ask all the same"
+    )
+    keep_unchecked: bool = HfArg(
+        default=False, help="ask about moves of a generating teacher that nothing could check"
     )
     most_actions: int = HfArg(default=0, help="in a pair asked about, an easier lesson; 0: any")
     caps: list[str] = HfArg(
         default_factory=list,
-        help="TASK=NUMBER: most questions per pair (S1-S4: per picture), so that scenes full of "
-        "objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
+        help="TASK=NUMBER: most questions per pair (S1-S3, E1: per picture), so that scenes full "
+        "of objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
     )
     box_step: int = HfArg(default=1, help="grid of boxes, thousandths; 10: a token each in tiny")
     near_miss_m: float = HfArg(
@@ -138,13 +162,26 @@ PHRASES = {
     "turn_right": "turn right {:g} degrees",
 }
 ONE_ANSWER = {"A1": (1,), "A2": (1,), "A3": (2, 3), "D3": (1, 2)}  # lengths asked for
+STYLES = ("list", "list", "count", "order")  # of `say`, drawn for each question
 # z + ix of 1 m towards each whole degree; rounded, so that 90 degrees give exactly i.
 TOWARDS = np.round(np.exp(1j * np.radians(np.arange(360))), 15)
 
 
-def say(actions):
-    """[("turn_left", 40), ("forward", 1.2)] -> "turn left 40 degrees; move forward 1.2 meters"."""
-    return "; ".join(PHRASES[name].format(value) for name, value in actions)
+def say(actions, style="list"):
+    """[("turn_left", 40), ("forward", 1.2)] -> "turn left 40 degrees; move forward 1.2 meters"; in
+    other styles as other question sets write it: "2 steps | ...", "first ..., then ...".
+    """
+    text = "; ".join(PHRASES[name].format(value) for name, value in actions)
+    if style == "count":
+        return f"{len(actions)} step{'s' * (len(actions) > 1)} | {text}"
+    if style == "order" and len(actions) > 1:
+        return "first " + text.replace("; ", ", then ")
+    return text
+
+
+def write(answer, style="list"):
+    """An answer as it stands in a question: words, a box or actions."""
+    return say(answer, style) if isinstance(answer[0], tuple) else str(answer)
 
 
 def pose(actions):
@@ -195,7 +232,8 @@ ORIGIN = ("scene_id", "traj_id", "split", "source", "teacher")  # copied from vi
 class Seen(NamedTuple):  # an object that is fit for a question
     label: str
     box: list[int]  # as the questions write it
-    distance_m: float  # 0: unknown
+    distance_m: float  # along the floor to its centre; 0: unknown
+    bearing_deg: float  # of its centre (unknown: its box's), + to the right of the camera's axis
 
 
 class Picture(NamedTuple):  # a kept keyframe of a view, with its objects by id
@@ -204,13 +242,14 @@ class Picture(NamedTuple):  # a kept keyframe of a view, with its objects by id
     visible: dict[int | str, str]  # labels of what is at least partly in the picture
     hidden: set[int | str]  # known to be out of sight
     counts: Counter  # of the visible labels
+    holes: float  # share of the picture
 
 
 def size(box):
     return box[2] - box[0], box[3] - box[1]
 
 
-def see(path, entries, cfg):
+def see(path, entries, holes, fov_x_deg, cfg):
     """The Picture of a frame, its objects as views.jsonl or the tracker tell them."""
     usable, visible, hidden = {}, {}, set()
     for entry in entries:
@@ -230,8 +269,16 @@ def see(path, entries, cfg):
         sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA
         sure = entry.get("score", 1) >= cfg.min_score
         if clear and sized and sure:
-            usable[key] = Seen(label, box, float(entry.get("distance_m") or 0))
-    return Picture(path, usable, visible, hidden, Counter(visible.values()))
+            bearing_deg = entry.get("bearing_deg", bearing_of(exact, fov_x_deg))
+            distance_m = entry.get("distance_m") or 0
+            usable[key] = Seen(label, box, float(distance_m), float(bearing_deg))
+    return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes))
+
+
+def bearing_of(box, fov_x_deg):
+    """Degrees from the camera's axis to the middle of a box, + to the right."""
+    half = math.tan(math.radians(fov_x_deg) / 2)
+    return math.degrees(math.atan(((box[0] + box[2]) / 1000 - 1) * half))
 
 
 def validate(view, run):
@@ -256,19 +303,32 @@ def validate(view, run):
                 raise ValueError(f"{path} is cut short")
 
 
+def turn_to(box, fov_x_deg):
+    """[the turn] that brings the middle of a box to the camera's axis; [] where it is too small."""
+    deg = FACING_STEP * round(bearing_of(box, fov_x_deg) / FACING_STEP)
+    return [("turn_right" if deg > 0 else "turn_left", abs(deg))] if deg else []
+
+
 def slim(view, cfg, detect):
     """What the questions need of a record, with a Picture per keyframe (None: not kept)."""
     objects = view["objects"]
     if objects is None and detect:
         objects = track(view, [detect(Path(cfg.run, path)) for path in view["frames"]])
-    frames = zip(view["kept"], view["frames"], objects or [[]] * len(view["kept"]), strict=True)
-    pictures = {index: see(path, entries, cfg) for index, path, entries in frames}
-    small = {key: view[key] for key in ORIGIN}
-    small["exact"] = view["objects"] is not None
-    small["start"] = view["start"] and tuple(map(float, view["start"]))
-    small["actions"] = [tuple(action) for action in view["actions"]]
-    small["pictures"] = [pictures.get(index) for index in view["keyframes"]]
-    return small
+    kept, fov_x_deg = view["kept"], float(view["fov_x_deg"])
+    objects, holes = objects or [[]] * len(kept), view.get("holes") or [0] * len(kept)
+    frames = zip(kept, view["frames"], objects, holes, strict=True)
+    pictures = {index: see(*frame, fov_x_deg, cfg) for index, *frame in frames}
+    start = view["start"] and tuple(map(float, view["start"]))
+    shares = view.get("covisible") or []
+    return {key: view[key] for key in (*ORIGIN, "keyframes")} | {
+        "exact": view["objects"] is not None,
+        "fov_x_deg": fov_x_deg,
+        # frames 0 of the trajectories that share this are one picture
+        "start": (view["scene_id"], f"{view.get('anchor')} {view.get('start_yaw_deg')}", start),
+        "actions": [tuple(action) for action in view["actions"]],
+        "pictures": [pictures.get(index) for index in view["keyframes"]],
+        "covisible": {(i, j): float(share) for i, j, share in shares if share is not None},
+    }
 
 
 def load_views(cfg, detect):
@@ -285,10 +345,12 @@ def load_views(cfg, detect):
             names.add(name)
             if split_of.setdefault(view["scene_id"], view["split"]) != view["split"]:
                 raise ValueError(f"the scene of {name} is in both splits: run 01 again")
-            if view["qc"]["passed"]:
-                views.append(slim(view, cfg, detect))
-            else:
+            if not view["qc"]["passed"]:
                 skipped["failed the quality check"] += 1  # stage 2 has reported it
+            elif view["qc"].get("unchecked") and not cfg.keep_unchecked:
+                skipped["moved unchecked, see --keep_unchecked"] += 1
+            else:
+                views.append(slim(view, cfg, detect))
         except BROKEN as error:
             skipped["broken or doubled record"] += 1
             why = f"{type(error).__name__} {error}; delete the line, or 2_views and run 02 again"
@@ -419,14 +481,29 @@ def track(view, found):
 # --- what a question is about ---
 class Question(NamedTuple):
     task: str
-    prompt: str
-    answer: str
+    words: str  # without the marks of the pictures and how to answer
+    truth: str | list  # the answer in words, as actions or as a box
     images: list
     label: str  # within which yes and no are balanced: the object's; A4: the first action's
     alike: str  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
+    options: list | None = None  # of a lettered choice, in the order of the letters
+    right: int = 0  # which of them is
+
+    @property
+    def answer(self):
+        return LETTERS[self.right] if self.options else write(self.truth)
+
+    @property
+    def prompt(self):
+        lettered = zip(LETTERS, self.options or [], strict=False)
+        words = " ".join([self.words, *(f"{letter}. {option}" for letter, option in lettered)])
+        words += "." if self.options else ""
+        _, how = LETTER if self.options else TASKS[self.task].answer
+        how += BOXES if "[" in words or how == BOX[1] else ""
+        return f"{'<image>' * len(self.images)}{words} {how}"
 
 
 class Survey:
@@ -435,30 +512,53 @@ class Survey:
     def __init__(self, cfg, views):
         self.cfg, self.dropped = cfg, Counter()
         self.motions = defaultdict(list)
-        self.values = defaultdict(list)
+        # moves and turns of pairs that are asked about: others would tell what is false
+        self.steps = defaultdict(list)
+        self.facing = []  # turns that E1 may ask for
         self.labels = defaultdict(set)
+        self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
-            for picture in filter(None, view["pictures"]):
+            actions, pictures, frames = view["actions"], view["pictures"], view["keyframes"]
+            for picture in filter(None, pictures):
                 self.labels[view["source"]].update(picture.counts)
-            self.motions[len(view["actions"])].append(view["actions"])
+                for one in picture.usable.values():
+                    self.facing += turn_to(one.box, view["fov_x_deg"])
+            if view["covisible"].get((frames[0], frames[-1]), 1) >= cfg.least_covisible:
+                self.motions[len(actions)].append(actions)
+                for kind in {False, not pictures[0].usable.keys().isdisjoint(pictures[-1].usable)}:
+                    for name, value in actions:
+                        self.steps[kind, len(actions), name in TURNS].append((name, value))
         for name, value in sorted(action for view in views for action in view["actions"]):
-            self.values[name].append(value)
             largest[name in TURNS] = max(value, largest[name in TURNS])
+        for view in sorted(views, key=lambda view: view["traj_id"]):
+            self.starts[view["start"]].append(view)
+        self.facing.sort()
         self.shared = {}
         for task, lengths in ONE_ANSWER.items():
             self.shared[task] = shared_poses(*largest, lengths)
 
-    def only_answer(self, task, actions):
+    def unique(self, task, actions):
         """Whether no other sequence that the task may answer with ends at the same pose."""
-        if len(actions) not in ONE_ANSWER[task]:
-            return False
         turns = [name in TURNS for name, _ in actions]
         alternate = all(one != two for one, two in itertools.pairwise(turns))  # two moves commute
-        if alternate and pose_key(*pose(actions)) not in self.shared[task]:
-            return True
-        self.dropped[f"{task}: not the only sequence to its pose"] += 1
-        return False
+        return alternate and pose_key(*pose(actions)) not in self.shared[task]
+
+    def only_answer(self, task, actions):
+        """Whether the task may ask for these actions; counts those that are not unique."""
+        if len(actions) not in ONE_ANSWER[task]:
+            return False
+        unique = self.unique(task, actions)
+        if not unique:
+            self.dropped[f"{task}: not the only sequence to its pose"] += 1
+        return unique
+
+    def differ(self, task, actions, others):
+        """Whether two motions end so far apart that a picture tells one from the other."""
+        (position, yaw), (position2, yaw2) = pose(actions), pose(others)
+        off_deg = abs((yaw - yaw2 + 180) % 360 - 180)
+        least_deg = 10 if task == "E1" else self.cfg.near_miss_deg
+        return abs(position - position2) >= self.cfg.near_miss_m or off_deg >= least_deg
 
 
 class Shown:
@@ -470,7 +570,9 @@ class Shown:
         self.after = view["pictures"][keyframes[-1]]
         self.both = [key for key in self.before.usable if key in self.after.usable]
         self.actions = view["actions"][keyframes[0] : keyframes[-1]]
-        self.motion = say(self.actions)
+        ends = tuple(view["keyframes"][k] for k in keyframes)
+        self.share = view["covisible"].get(ends, 1)  # of image 2 in image 1; 1: unknown
+        self.holes = max(self.before.holes, self.after.holes)
         moved_m = sum(value for name, value in self.actions if name in MOVES)
         turned_deg = sum(value for name, value in self.actions if name in TURNS)
         far = "far" if moved_m > 1 or turned_deg > 40 else "near"
@@ -491,16 +593,43 @@ class Shown:
         two = self.after.usable.get(key if key2 is None else key2)
         return {"label": one.label, "box": one.box, "box2": two and two.box}
 
-    def question(self, task, draw, wordings, answer, words, alike="", pictures=2):
-        """One of the wordings, with `words` filled in and the form of the answer behind."""
+    def named(self, draw, key):
+        """An object of image 1: by its label alone (where that is unique, mostly), or its box."""
+        one = self.before.usable[key]
+        unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
+        return f"the {one.label}" + ("" if unique else f" at {one.box}")
+
+    def question(self, task, draw, parts, truth, words, alike="", pictures=2):
+        """One wording of each of `parts`, with `words` filled in."""
         images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
-        words = {"label": "", "actions": self.motion} | words
-        prompt = "<image>" * len(images) + draw.choice(wordings).format(**words)
-        prompt = f"{prompt} {TASKS[task].answer[1]}"
-        if str(answer) in prompt and task not in YES_NO_TASKS:
-            stop(f"a fault of {task}: the prompt holds its answer, {prompt}")
+        words = {"label": "", "actions": self.actions} | words
+        actions = say(words["actions"], draw.choice(STYLES))
+        text = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
         more = (words["label"], alike, draw.random(), self.difficulty, self.view)
-        return Question(task, prompt, str(answer), images, *more)
+        q = Question(task, text, truth, images, *more)
+        if q.answer in text and TASKS[task].answer[0] not in ("yes_no", "relation"):
+            stop(f"a fault of {task}: the prompt holds its answer, {q.prompt}")
+        return q
+
+    def choice(self, q):
+        """The question with lettered options; None where too few differ."""
+        draw = self.generator("choice", q.task, q.words)
+        kind, _ = TASKS[q.task].answer
+        if kind == "choice":  # of pictures, which have been shuffled
+            return q._replace(options=IMAGES, right=IMAGES.index(q.truth))
+        if kind == "box":
+            options = four_boxes(draw, self, q.truth, q.words)
+        elif isinstance(q.truth, list):
+            options = four_motions(self.survey, draw, q.task, q.truth)
+        else:
+            options = next(group for group in ANSWERS if q.truth in group)
+        if not options:
+            self.survey.dropped[f"{q.task} choice: too few options that differ"] += 1
+            return None
+        style, options = draw.choice(STYLES), draw.sample(options, len(options))
+        right = options.index(q.truth)
+        options = [write(option, style) for option in options]
+        return q._replace(options=options, right=right, order=draw.random())
 
 
 def some(draw, things, most):
@@ -514,104 +643,137 @@ def mixed(draw, one, other, most):
     return turns[:most]
 
 
+# --- options of choices: none is nearer to the others than the rest, so that they tell nothing ---
+TRIES = 20  # of drawing four options that differ
+LEAST_APART = 0.3  # IoU: boxes that overlap more are not offered beside each other
+
+
+def four_motions(survey, draw, task, truth):
+    """Four motions, the truth first, that differ in two things: {a, a'} x {b, b'}, each a step's
+    direction or magnitude, as in the data, or the order of the steps. None: too few differ.
+    """
+    parts = [part for action in truth for part in action]  # name, value, name, value ...
+    spots = range(len(parts) + (len(truth) > 1))  # the last: the order
+    for _ in range(TRIES):
+        new, motions = {}, []
+        for spot in draw.sample(spots, 2):
+            step = truth[min(spot, len(parts) - 1) // 2]
+            steps = survey.steps[task == "D3", len(truth), step[0] in TURNS]
+            steps = survey.facing if task == "E1" else steps or [step]
+            new[spot] = draw.choice(steps)[spot % 2]
+        for some in itertools.product(*([None, spot] for spot in new)):
+            changed = [new[k] if k in some else part for k, part in enumerate(parts)]
+            motion = [*zip(changed[::2], changed[1::2], strict=True)]
+            motions.append(motion[::-1] if len(parts) in some else motion)
+        unique = task not in ONE_ANSWER or all(survey.unique(task, one) for one in motions)
+        if unique and all(survey.differ(task, *two) for two in itertools.combinations(motions, 2)):
+            return motions
+    return None
+
+
+def four_boxes(draw, pair, true, words):
+    """Boxes of objects of image 2, then of image 1, the right one first; where they are too few,
+    two boxes and their mirror images. None: they overlap.
+    """
+    boxes = [true]
+    for picture in (pair.after, pair.before):
+        others = [one.box for one in picture.usable.values() if str(one.box) not in words]
+        for box in draw.sample(others, len(others)):
+            if all(iou(box, known) < LEAST_APART for known in boxes):
+                boxes.append(box)
+    if len(boxes) < 4:
+        boxes = boxes[:2] + [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes[:2]]
+    overlap = max(iou(one, two) for one, two in itertools.combinations(boxes[:4], 2))
+    return boxes[:4] if len(boxes) > 3 and overlap < LEAST_APART else None
+
+
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
+# What several tasks say. A question has one wording of each of its lists.
+SEEN = [
+    "The {label} is at {box} in image 1.",
+    "Look at the {label} at {box} in image 1.",
+    "Image 1 has the {label} at {box}.",
+]
+SEEN_ALONE = [
+    "The {label} is at {box}.",
+    "Look at the {label} at {box}.",
+    "In this picture the {label} is at {box}.",
+]
+DID = ["The camera then did this: {actions}.", "The camera got to image 2 like this: {actions}."]
+WILL = [
+    "The camera is about to do this: {actions}.",
+    "Suppose the camera does this: {actions}.",
+    "Next camera motion: {actions}.",
+]
+
+
 def ask_motion(pair, task, most):
     """A1, A2, A3: which actions lead from image 1 to image 2?"""
-    wordings = {
-        "A1": [
-            "Which way and how far did the camera move from image 1 to image 2?",
-            "The camera moved once between image 1 and image 2. Name the move.",
-            "What single move leads from image 1 to image 2?",
-        ],
-        "A2": [
-            "Which way and how far did the camera turn from image 1 to image 2?",
-            "The camera turned once between image 1 and image 2. Name the turn.",
-            "What single turn leads from image 1 to image 2?",
-        ],
-        "A3": [
-            "Which 2 or 3 actions did the camera do from image 1 to image 2, in order?",
-            "List in order the 2 or 3 actions that lead from image 1 to image 2.",
-        ],
-    }
     verb = {"A1": "move", "A2": "turn", "A3": ""}[task]
-    if most and pair.motion.startswith(verb) and pair.survey.only_answer(task, pair.actions):
-        yield pair.question(task, pair.generator(task), wordings[task], pair.motion, {})
+    one = [
+        "Which way and how far did the camera {verb} from image 1 to image 2?",
+        "The camera made one {verb} between image 1 and image 2. Which way, and how far?",
+        "What single {verb} takes the camera from image 1 to image 2?",
+        "Image 2 was taken after one {verb} from image 1. Name the {verb}.",
+        "Image 1 comes before the {verb}, image 2 after it. What was the {verb}?",
+        "By which {verb} did the camera get from image 1 to image 2?",
+    ]
+    before = [
+        "The camera did 2 or 3 things in a row between image 1 and image 2.",
+        "Image 2 was taken 2 or 3 actions after image 1.",
+        "It took the camera 2 or 3 actions to get from image 1 to image 2.",
+    ]
+    parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
+    fits = say(pair.actions).startswith(verb)
+    if most and fits and pair.survey.only_answer(task, pair.actions):
+        words = {"verb": verb}
+        yield pair.question(task, pair.generator(task), parts, pair.actions, words)
 
 
 def ask_statement(pair, task, most):
     """A4: is a statement about the motion true? True and false by turns."""
-    wordings = [
-        "From image 1 to image 2 the camera did: {actions}. True or false?",
-        "Is this what the camera did from image 1 to image 2: {actions}?",
-        "Do these actions lead from image 1 to image 2: {actions}?",
+    claims = [
+        "From image 1 to image 2 the camera did this: {actions}.",
+        "Claim: this takes the camera from image 1 to image 2: {actions}.",
+        "Someone says how the camera got from image 1 to image 2: {actions}.",
     ]
+    parts = [claims, ["True or false?", "Is that true or false?"]]
     draw = pair.generator(task)
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
-            words = {"actions": say(actions), "label": actions[0][0]}
-            yield pair.question(task, draw, wordings, str(truth).lower(), words)
+            q = pair.question(task, draw, parts, str(truth).lower(), {"actions": actions})
+            yield q._replace(label=actions[0][0])
 
 
 def false_statement(pair, draw):
-    """Another motion of as many steps, or a near miss; its pose really differs. None: none found.
+    """A near miss, or another motion of as many steps; its pose really differs. None: none found.
 
-    A near miss changes one step's direction or magnitude, or the order. The other motions are
-    those of the data, so that some statements are plainly false, and so are the magnitudes, so
-    that the numbers do not tell whether a statement is true.
+    Both are made of the data's motions and magnitudes, so that some statements are plainly false
+    and the numbers do not tell whether one is true.
     """
     actions, survey = pair.actions, pair.survey
-    position, yaw = pose(actions)
-    for kind in draw.sample(["other", "direction", "magnitude", "order"], 4):
-        step = draw.randrange(len(actions))
-        changed = list(actions)
-        name, value = actions[step]
-        if kind == "other":
-            changed = draw.choice(survey.motions.get(len(actions), [actions]))
-        elif kind == "order":
-            changed.reverse()
-        elif kind == "direction":
-            others = [one for one in (TURNS if name in TURNS else MOVES) if one != name]
-            changed[step] = (draw.choice(others), value)
-        else:
-            changed[step] = (name, draw.choice(survey.values[name]))
-        position2, yaw2 = pose(changed)
-        off_deg = abs((yaw - yaw2 + 180) % 360 - 180)
-        off_m = abs(position - position2)
-        if off_m >= survey.cfg.near_miss_m or off_deg >= survey.cfg.near_miss_deg:
-            return changed
-    return None
+    others = [draw.choice(survey.motions.get(len(actions), [actions]))]
+    others += four_motions(survey, draw, "A4", actions) or []
+    others = [one for one in others if survey.differ("A4", actions, one)]
+    return draw.choice(others) if others else None
 
 
 def ask_box(pair, task, most):
     """D1, S5: where is an object of image 1 in image 2, told the motion (D1) or not (S5)?"""
-    wordings = {
-        "D1": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Where is it in image 2?",
-            "An object is at {box} in image 1. After {actions}, where is it in image 2?",
-            "Find the {label} at {box} in image 1 again in image 2, after {actions}.",
-        ],
-        "S5": [
-            "The {label} is at {box} in image 1. Where is it in image 2?",
-            "An object is at {box} in image 1. Find it in image 2.",
-        ],
-    }
+    ask = ["Where is it in image 2?", "Find it in image 2."]
+    parts = [SEEN, DID, ask] if task == "D1" else [SEEN, ask]
     # where the box is unchanged, the prompt would hold the answer
     boxes = {key: pair.words(key) for key in pair.both}
     moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
     draw = pair.generator(task)
     for key in some(draw, moved, most):
-        yield pair.question(task, draw, wordings[task], boxes[key]["box2"], boxes[key])
+        yield pair.question(task, draw, parts, boxes[key]["box2"], boxes[key])
 
 
 def ask_gone(pair, task, most):
     """D2: will an object be out of sight? Image 2 stays hidden."""
-    wordings = [
-        "The {label} is at {box}. The camera will do: {actions}. Will it disappear?",
-        "An object is at {box}. After {actions}, will it be out of sight?",
-        "Does the {label} at {box} disappear after {actions}?",
-    ]
+    ask = ["Will it be out of sight then?", "Does it disappear from view?"]
     gone = []
     for key in pair.before.usable:
         known = pair.view["exact"] or key in pair.after.hidden  # a detector may miss an object
@@ -623,62 +785,51 @@ def ask_gone(pair, task, most):
         answer = "yes" if key in gone else "no"
         # balanced by the way and the size too: after a long way most objects are gone
         alike = f"{pair.difficulty} {math.prod(size(words['box'])) > 40_000}"
-        yield pair.question(task, draw, wordings, answer, words, alike, pictures=1)
+        yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, pictures=1)
 
 
 def ask_motion_of_object(pair, task, most):
     """D3: which actions take an object from its box in image 1 to its box in image 2?"""
-    wordings = [
-        "The {label} is at {box} in image 1, at {box2} in image 2. "
+    seen = [
+        "The {label} is at {box} in image 1 and at {box2} in image 2.",
+        "Image 1 has the {label} at {box}, image 2 at {box2}.",
+        "From image 1 to image 2 the {label} goes from {box} to {box2}.",
+    ]
+    ask = [
         "Which 1 or 2 actions did the camera do, in order?",
-        "1 or 2 actions took an object from {box} in image 1 to {box2} in image 2. "
-        "List them in order.",
+        "Name the 1 or 2 camera actions in between, in order.",
     ]
     if most and pair.both and pair.survey.only_answer(task, pair.actions):
         draw = pair.generator(task)
         for key in some(draw, pair.both, most):
-            yield pair.question(task, draw, wordings, pair.motion, pair.words(key))
+            yield pair.question(task, draw, [seen, ask], pair.actions, pair.words(key))
 
 
 def ask_same(pair, task, most):
     """D4, S6: do two boxes hold one object, told the motion (D4) or not (S6)?
 
-    Both ask about objects of one label. S6 then asks about any two; --near_miss_box has D4 ask
-    about any two that lie so far apart, where the boxes alone may tell.
+    D4 asks about two objects of one label, S6 about such and about any two, called "object". With
+    --near_miss_box D4 asks about any two that lie so far apart: the boxes alone may tell.
     """
-    wordings = {
-        "D4": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Is the {label} at {box2} in image 2 the same one?",
-            "One {label} is at {box} in image 1. After {actions}, "
-            "is it the {label} at {box2} in image 2?",
-        ],
-        "D4 any": [
-            "The {label} is at {box} in image 1. The camera did: {actions}. "
-            "Is it at {box2} in image 2?",
-            "One {label} is at {box} in image 1. After {actions}, "
-            "is it the one at {box2} in image 2?",
-        ],
-        "S6": [
-            "One {label} is at {box} in image 1, one at {box2} in image 2. Are they the same one?",
-            "Is the {label} at {box} in image 1 the {label} at {box2} in image 2?",
-        ],
-        "S6 any": [
-            "One object is at {box} in image 1, one at {box2} in image 2. Are they the same one?",
-            "Is the object at {box} in image 1 the object at {box2} in image 2?",
-        ],
-    }
     apart = pair.survey.cfg.near_miss_box if task == "D4" else 0
-    forms = {"D4": ["D4 any"] if apart else ["D4"], "S6": ["S6", "S6 any"]}
-    for form in forms[task]:
-        same, other = same_and_other(pair, form.endswith("any"), apart)
-        draw = pair.generator(form)
+    twins = [
+        "Is the {label} at {box2} in image 2 the same one?",
+        "Is it the {label} at {box2} in image 2?",
+    ]
+    any_two = ["Is it at {box2} in image 2?", "Is it the object at {box2} in image 2?"]
+    for any_label in [apart > 0] if task == "D4" else [False, True]:
+        same, other = same_and_other(pair, any_label, apart)
+        draw = pair.generator(task, any_label)
+        parts = [SEEN, DID] if task == "D4" else [SEEN]
+        parts.append(any_two if any_label else twins)
         for key, k in mixed(draw, same, other, most):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            alike = "" if apart else f"{form} {shift}"
-            yield pair.question(task, draw, wordings[form], answer, words, alike)
+            alike = "" if apart else f"{any_label} {shift}"
+            name = {"label": "object"} if task == "S6" and any_label else {}
+            q = pair.question(task, draw, parts, answer, words | name, alike)
+            yield q._replace(label=words["label"])
 
 
 def same_and_other(pair, any_label, apart):
@@ -715,20 +866,75 @@ def shift_class(before, after, actions):
     return f"{turn != 0} {round(shift / 200)} {round(growth)} {round(wider)}"
 
 
+def ask_bearing(pair, task, most):
+    """E2: on which side is an object after the motion; is it nearer or farther? Image 2 is hidden.
+
+    From its bearing and distance in image 1, or from its box where the camera only turns.
+    """
+    sides = [
+        "Will {object} be ahead, behind, to the left or to the right?",
+        "Where will {object} be: ahead, behind, left or right?",
+    ]
+    ways = ["Will {object} be nearer or farther?", "Does that bring {object} nearer or farther?"]
+    position, yaw = pose(pair.actions)
+    draw, found = pair.generator(task), []
+    for key, one in pair.before.usable.items():
+        if one.distance_m or not position:
+            place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
+            found += [(key, answer) for answer in relations(place, position, yaw)]
+    found = draw.sample(found, len(found))
+    found.sort(key=lambda one: one[1] in YES)  # the rare ones first
+    way = f"{yaw} {round(position.real)} {round(position.imag)}"
+    for key, answer in found[:most]:
+        words = pair.words(key) | {"object": pair.named(draw, key)}
+        parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
+        q = pair.question(task, draw, parts, answer, words, alike, pictures=1)
+        yield q._replace(label="")  # balanced for each motion, of whatever object
+
+
+def relations(place, position, yaw):
+    """The clear ones of SIDES and WAYS for an object at `place` (z_m + i x_m) after a motion."""
+    after = (place - position) * TOWARDS[-yaw % 360]
+    quarter, off_deg = divmod(np.degrees(np.angle(after)) + 45, 90)
+    nearer_m = abs(place) - abs(after)
+    clear = CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M
+    found = [SIDES[int(quarter) % 4]] if clear else []
+    return found + ([WAYS[int(nearer_m < 0)]] if abs(nearer_m) >= CLEAR_M else [])
+
+
+def ask_picture(pair, task, most):
+    """E3: which of four pictures follows the motion? All end trajectories of one start."""
+    begin = ["Image 1 is the start.", "You stand where image 1 was taken."]
+    ask = ["Which image shows the view afterwards?", "Which image does it see then?"]
+    survey = pair.survey
+    siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
+    draw, ends = pair.generator(task), [(pair.actions, pair.after)]
+    for view in draw.sample(siblings, len(siblings)):
+        actions, picture = view["actions"], view["pictures"][-1]
+        apart = all(survey.differ(task, actions, known) for known, _ in ends)
+        if apart and picture.holes <= survey.cfg.max_holes:
+            ends.append((actions, picture))
+    if len(ends) >= 4:
+        order = draw.sample(range(4), 4)
+        q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
+        yield q._replace(images=[pair.before.path, *(ends[k][1].path for k in order)])
+
+
 def ask_where(shown, task, most):
     """S1: where is an object that is the only one of its label?"""
-    wordings = ["Where is the {label}?", "Find the {label}."]
+    parts = [["Find", "Locate", "Point out"], ["the {label}.", "the {label} in the picture."]]
     picture = shown.before
     alone = [key for key, one in picture.usable.items() if picture.counts[one.label] == 1]
     for key in some(shown.draw, alone, most):
         words = shown.words(key)
-        yield shown.question(task, shown.draw, wordings, words["box"], words)
+        yield shown.question(task, shown.draw, parts, words["box"], words)
 
 
 def ask_whether_there(shown, task, most):
     """S2: is a label in the picture? And is it at a box?"""
-    wordings = ["Do you see any {label}?", "Is any {label} in the picture?"]
-    wordings_box = ["Is any {label} at {box}?", "Do you see any {label} at {box}?"]
+    seen = ["Do you see", "Can you see", "Is there"]
+    parts = [seen, ["any {label}?", "any {label} in the picture?"]]
+    parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
     if not shown.view["exact"]:  # a detector may miss an object
         return
     draw = shown.draw
@@ -738,7 +944,7 @@ def ask_whether_there(shown, task, most):
     here = sorted({one.label for one in picture.usable.values()})
     for label in mixed(draw, here, absent, most):
         answer = "yes" if label in here else "no"
-        yield shown.question(task, draw, wordings, answer, {"label": label})
+        yield shown.question(task, draw, parts, answer, {"label": label})
     for key in some(draw, list(picture.usable), most):
         words = shown.words(key)
         true = draw.random() < 0.5
@@ -749,7 +955,7 @@ def ask_whether_there(shown, task, most):
         alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
         if wrong or true:
             answer = "yes" if true else "no"
-            yield shown.question(task, draw, wordings_box, answer, words, alike)
+            yield shown.question(task, draw, parts_box, answer, words, alike=alike)
 
 
 def same_kind(label, others):
@@ -759,34 +965,32 @@ def same_kind(label, others):
 
 def ask_distance(shown, task, most):
     """S3: how far away is an object, named by its label alone where that is unique?"""
-    wordings = [
-        "How far away along the floor is the {label}?",
-        "What is the distance along the floor to the {label}?",
-    ]
-    wordings_box = [
-        "How far away along the floor is the object at {box}?",
-        "What is the distance along the floor to the {label} at {box}?",
-    ]
+    ask = ["How far away along the floor is", "How far along the floor is it to"]
+    ask += ["What is the distance along the floor to"]
+    parts = [ask, ["{object}?", "{object} in the picture?"]]
     draw = shown.draw
-    picture = shown.before
-    measured = [key for key, one in picture.usable.items() if one.distance_m]
+    measured = [key for key, one in shown.before.usable.items() if one.distance_m]
     for key in some(draw, measured, most):
-        one = picture.usable[key]
-        unique = picture.counts[one.label] == 1 and draw.random() < 0.7
-        form = wordings if unique else wordings_box
-        answer = round(one.distance_m, 1)
-        yield shown.question(task, draw, form, f"{answer:g} meters", shown.words(key))
+        answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
+        words = shown.words(key) | {"object": shown.named(draw, key)}
+        yield shown.question(task, draw, parts, answer, words)
 
 
-def ask_heading(shown, task, most):
-    """S4: which way does the camera look in its room?"""
-    wordings = ["Which way does the camera look?", "What is the heading of the camera?"]
-    view = shown.view
-    if most and view["start"]:
-        _, turned_deg = pose(view["actions"][: shown.keyframes[0]])
-        yaw_deg = (view["start"][-1] + turned_deg) % 360
-        if yaw_deg % 10 == 0:
-            yield shown.question(task, shown.draw, wordings, f"{yaw_deg:g} degrees", {})
+def ask_facing(shown, task, most):
+    """E1: which turn brings an object of a picture to its middle? From its box and the camera."""
+    field = ["The picture spans {fov} degrees from side to side.", "Field of view: {fov} degrees."]
+    ask = [
+        "How must the camera turn to face {object}?",
+        "Which turn makes the camera face {object}?",
+        "To face {object}, turn which way and how far?",
+    ]
+    fov_deg, usable = shown.view["fov_x_deg"], shown.before.usable
+    beside = [key for key, one in usable.items() if turn_to(one.box, fov_deg)]
+    draw = shown.generator(task)
+    for key in some(draw, beside, most):
+        turn = turn_to(usable[key].box, fov_deg)
+        words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
+        yield shown.question(task, draw, [field, ask], turn, words)
 
 
 # --- the tables of the tasks ---
@@ -795,6 +999,7 @@ class Task(NamedTuple):
     direction: str  # inverse, forward or static
     most: float  # questions per pair or picture; below 1: on that share of them; see --caps
     ask: Callable
+    needs: str = "more views"  # said where there is no question
 
 
 MOVE = ("motion", "Answer: move <direction> <number> meters.")
@@ -803,34 +1008,53 @@ ACTIONS = (
     "motions",
     "Answer: move <direction> <number> meters or turn <direction> <number> degrees, joined by ;.",
 )
-BOX = ("box", "Answer: [x1, y1, x2, y2], each 0 to 1000.")
+BOX = ("box", "Answer with a box.")
 YES_NO = ("yes_no", "Answer yes or no.")
 TRUE_FALSE = ("yes_no", "Answer true or false.")
+RELATION = ("relation", "Answer with one word.")
 METERS = ("meters", "Answer: <number> meters.")
-DEGREES = ("degrees", "Answer: <number> degrees.")
-# A task is a row here and its function above; no wording may hold its answer. The tasks about one
-# picture share a generator: a new one goes behind the others, then their questions stay the same.
+LETTER = ("choice", "Answer with one letter.")
+BOXES = " Boxes are [x1, y1, x2, y2] in thousandths of width and height."
+ONE = "objects with boxes (of photographs: --detector)"
+TWO = f"{ONE} in both pictures"
+# A task is a row here and its function above; no wording may hold its answer. S1-S3 share a
+# generator: another task of theirs goes behind them, then their questions stay the same.
 PAIR_TASKS = {
-    "A1": Task(MOVE, "inverse", 1, ask_motion),
-    "A2": Task(TURN, "inverse", 1, ask_motion),
-    "A3": Task(ACTIONS, "inverse", 1, ask_motion),
+    "A1": Task(MOVE, "inverse", 1, ask_motion, "pairs with a single move"),
+    "A2": Task(TURN, "inverse", 1, ask_motion, "pairs with a single turn"),
+    "A3": Task(ACTIONS, "inverse", 1, ask_motion, "pairs with 2 or 3 actions"),
     "A4": Task(TRUE_FALSE, "inverse", 1, ask_statement),
-    "D1": Task(BOX, "forward", 2, ask_box),
-    "S5": Task(BOX, "static", 2, ask_box),
-    "D2": Task(YES_NO, "forward", 2, ask_gone),
-    "D3": Task(ACTIONS, "inverse", 1, ask_motion_of_object),
-    "D4": Task(YES_NO, "forward", 2, ask_same),
-    "S6": Task(YES_NO, "static", 2, ask_same),
+    "D1": Task(BOX, "forward", 2, ask_box, TWO),
+    "S5": Task(BOX, "static", 2, ask_box, TWO),
+    "D2": Task(YES_NO, "forward", 2, ask_gone, f"{ONE}, some of which leave the view"),
+    "D3": Task(ACTIONS, "inverse", 1, ask_motion_of_object, f"{TWO}, 1 or 2 actions apart"),
+    "D4": Task(YES_NO, "forward", 2, ask_same, f"{TWO}, two of one label"),
+    "S6": Task(YES_NO, "static", 2, ask_same, TWO),
+    "E2": Task(RELATION, "forward", 2, ask_bearing, f"{ONE}, and turns or distances"),
+    "E3": Task(LETTER, "forward", 1, ask_picture, "--formats choice, four views of one start"),
 }
 PICTURE_TASKS = {
-    "S1": Task(BOX, "static", 1, ask_where),
-    "S2": Task(YES_NO, "static", 2, ask_whether_there),
-    "S3": Task(METERS, "static", 1, ask_distance),
-    "S4": Task(DEGREES, "static", 1, ask_heading),
+    "S1": Task(BOX, "static", 1, ask_where, ONE),
+    "S2": Task(YES_NO, "static", 2, ask_whether_there, "exact boxes"),
+    "S3": Task(METERS, "static", 1, ask_distance, "objects at known distances"),
+    "E1": Task(TURN, "inverse", 0.5, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
 YES_NO_TASKS = {task for task, row in TASKS.items() if row.answer[0] == "yes_no"}
-YES = ("yes", "true")  # the answers that say that something holds
+BALANCED = YES_NO_TASKS | {"E2"}
+# what cannot be answered where the pictures share too little
+COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
+FORMATS = ("open", "choice")
+LETTERS = "ABCD"
+# of each balanced question one answer is here; where an object is ahead, most others are too
+YES = ("yes", "true", "ahead", "nearer")
+SIDES = ("ahead", "right", "behind", "left")  # by quarters, clockwise
+WAYS = ("nearer", "farther")
+IMAGES = ("image 2", "image 3", "image 4", "image 5")
+ANSWERS = (("yes", "no"), ("true", "false"), SIDES, WAYS)  # a choice offers all of one
+CLEAR_DEG, CLEAR_M = 10, 0.3  # E2: how far from the border of two answers
+LEAST_DISTANCE_M = 0.5  # E2: nearer, an object is on several sides at once
+FACING_STEP = 5  # degrees: the grid of E1
 
 
 def read_caps(pairs):
@@ -847,7 +1071,7 @@ def read_caps(pairs):
 # --- all questions, balanced and drawn ---
 def ask_all(views, survey):
     """Yield all candidates of all views; balancing drops some later."""
-    cfg, asked = survey.cfg, set()
+    cfg = survey.cfg
     caps = read_caps(cfg.caps)
     for view in tqdm(views, desc="questions", unit="trajectory"):
         kept = [k for k, picture in enumerate(view["pictures"]) if picture]
@@ -855,33 +1079,44 @@ def ask_all(views, survey):
             kept = [0, kept[-1]]
         pairs = itertools.combinations(kept, 2)
         # trajectories that share a start share that picture: it is asked about once
-        start = (view["scene_id"], view["start"])
-        singles = [(k,) for k in kept if k > 0 or start not in asked]
-        asked.add(start)
+        first = survey.starts[view["start"]][0] is view
+        singles = [(k,) for k in kept if k > 0 or first]
         for keyframes in [*pairs, *singles]:
             shown = Shown(survey, view, *keyframes)
             if 0 < cfg.most_actions < len(shown.actions):
+                continue
+            if shown.holes > cfg.max_holes:
+                survey.dropped["all: pictures with more holes than --max_holes"] += 1
                 continue
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
             for task, row in tasks.items():
                 most = caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
-                yield from row.ask(shown, task, int(most))
+                asked = row.ask(shown, task, int(most))
+                if task in COMPARING and shown.share < cfg.least_covisible:
+                    reason = f"{task}: pictures share less than --least_covisible"
+                    survey.dropped[reason] += len([*asked])
+                    continue
+                for q in asked:
+                    if "open" in cfg.formats and row.answer != LETTER:
+                        yield q
+                    if "choice" in cfg.formats and row.direction != "static":
+                        yield from filter(None, [shown.choice(q)])
 
 
 def draw_questions(questions, most=None):
-    """At most `most` per task, by hashed order; their sequence stays. Of the yes/no tasks as many
-    of yes as of no, for each label and each `alike`.
+    """At most `most` per task, by hashed order; their sequence stays. Of the balanced tasks as many
+    answers of YES as others, for each form, label and `alike`.
     """
     keep = set()
     for task in TASKS:
         of_task = [q for q in questions if q.task == task]
         of_task.sort(key=lambda q: q.order)
-        if task in YES_NO_TASKS:
+        if task in BALANCED:
             sides = defaultdict(lambda: ([], []))
             for q in of_task:
-                sides[q.label, q.alike][q.answer in YES].append(q)
+                sides[not q.options, q.label, q.alike][q.truth in YES].append(q)
             pairs = [pair for no, yes in sides.values() for pair in zip(yes, no, strict=False)]
             pairs.sort(key=lambda pair: pair[0].order)
             of_task = [q for pair in pairs for q in pair]
@@ -889,8 +1124,9 @@ def draw_questions(questions, most=None):
     return [q for q in questions if id(q) in keep]
 
 
-def make_files(cfg, questions):
+def make_files(survey, questions):
     """File name -> its questions. The ablation settings do not reach heldout.jsonl."""
+    cfg = survey.cfg
     files = {"static": [], "sft": [], "heldout": []}
     for q in questions:
         direction = TASKS[q.task].direction
@@ -901,21 +1137,40 @@ def make_files(cfg, questions):
             files["static"].append(q)
         elif trained and cfg.directions in (direction, "both"):
             files["sft"].append(q)
-    files = {name: draw_questions(candidates) for name, candidates in files.items()}
+    for name, candidates in files.items():
+        files[name] = draw_questions(candidates)
+        lost = Counter(q.task for q in candidates) - Counter(q.task for q in files[name])
+        for task, count in lost.items():
+            survey.dropped[f"{task}: more of one answer than of the others"] += count
     files["grpo"] = draw_questions(files["sft"], cfg.grpo_per_task)
     return files
+
+
+def name_empty(survey, files):
+    """One line on stderr for each task that was asked for and came out empty, and for heldout."""
+    made = {q.task for q in files["sft"] + files["static"]}
+    for task, most in read_caps(survey.cfg.caps).items():
+        direction = TASKS[task].direction
+        wanted = direction == "static" or survey.cfg.directions in ("both", direction)
+        if wanted and most and task in {*survey.cfg.tasks} - made:
+            needs = f"it needs {TASKS[task].needs}"
+            print(f"no question of {task} to train on: {needs}", file=sys.stderr)
+    if not files["heldout"]:
+        why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
+        print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
 
 
 def as_record(q):
     record = {
         "task_type": q.task,
-        "answer_type": TASKS[q.task].answer[0],
+        "answer_type": "choice" if q.options else TASKS[q.task].answer[0],
         "messages": [
             {"role": "user", "content": q.prompt},
             {"role": "assistant", "content": q.answer},
         ],
         "images": q.images,
     }
+    record |= {"options": q.options} if q.options else {}
     record |= {key: q.view[key] for key in ORIGIN}
     if q.task in PAIR_TASKS:
         record["difficulty"] = q.difficulty
@@ -923,30 +1178,35 @@ def as_record(q):
 
 
 # --- what was made: card.json, examples.png ---
-SIDE_PX, WIDE_PX, TALL_PX = 210, 480, 350  # of examples.png: a picture, a question
+SIDE_PX, WIDE_PX, TALL_PX = 210, 560, 380  # of examples.png: a picture, a question
 
 
 def examples(questions, run):
-    """PNG of two questions per task, of yes and no one each: pictures, words, and the answer. The
-    box that is the answer is green; those in the words, one per picture, are yellow.
+    """PNG of a question per task and form, of balanced tasks two: pictures, words, and answer. A
+    box that is the answer is green, those in the words are yellow; options are not drawn.
     """
-    chosen = sorted(draw_questions(questions, 2), key=lambda q: q.task)
+    chosen = []
+    for task, form in itertools.product(TASKS, (False, True)):
+        same = [q for q in questions if q.task == task and bool(q.options) == form]
+        chosen += draw_questions(same, 2 if task in BALANCED else 1)
     page = Image.new("RGB", (4 * WIDE_PX, -(-len(chosen) // 4) * TALL_PX), "white")
     font = ImageFont.load_default(14)
     for number, q in enumerate(chosen):
         row, column = divmod(number, 4)
         left = column * WIDE_PX + 10
         top = row * TALL_PX + 10
-        boxes = re.findall(r"\[\d[^]]*\]", q.prompt + q.answer)
-        for path, box in zip(q.images, boxes + ["", ""], strict=False):
-            picture = ImageOps.contain(open_picture(run / path), (SIDE_PX, SIDE_PX))
-            if box:
-                corners = np.array(json.loads(box)) / 1000 * (picture.size * 2)
-                colour = "lime" if box == q.answer else "yellow"
+        side = min(SIDE_PX, (WIDE_PX - 10) // len(q.images) - 4)
+        truth = write(q.truth)
+        boxes = re.findall(r"\[\d[^]]*\]", q.words + truth)
+        for k, path in enumerate(q.images):
+            picture = ImageOps.contain(open_picture(run / path), (side, side))
+            if k < len(boxes):
+                corners = np.array(json.loads(boxes[k])) / 1000 * (picture.size * 2)
+                colour = "lime" if boxes[k] == truth else "yellow"
                 ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=colour, width=2)
-            page.paste(picture, (left + q.images.index(path) * (SIDE_PX + 4), top))
-        words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 64)
-        place = (left, top + SIDE_PX + 4)
+            page.paste(picture, (left + k * (side + 4), top))
+        words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 76)
+        place = (left, top + side + 4)
         ImageDraw.Draw(page).text(place, f"{words}\n\n{q.answer}", "black", font)
     png = io.BytesIO()
     page.save(png, "PNG")
@@ -958,6 +1218,8 @@ def main(cfg: Config):
     read_caps(cfg.caps)
     if unknown := {*cfg.tasks} - {*TASKS}:
         stop(f"--tasks {unknown}: unknown, choose among {sorted(TASKS)}")
+    if not cfg.formats or {*cfg.formats} - {*FORMATS}:
+        stop(f"--formats {cfg.formats}: choose among {', '.join(FORMATS)}")
     folder = run / cfg.out
     config = asdict(cfg)
     del config["recipe"], config["run"]
@@ -966,10 +1228,12 @@ def main(cfg: Config):
     detect = load_detector(cfg) if cfg.detector else None
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
-    files = make_files(cfg, list(ask_all(views, survey)))
-    made = files["static"] + files["sft"] + files["heldout"]
-    if not made:
-        stop(f"no question about {len(views)} usable views of {run}/2_views: change the settings")
+    files = make_files(survey, list(ask_all(views, survey)))
+    for reason, count in sorted((+survey.dropped).items()):
+        print(f"dropped {count:7,}  {reason}")
+    name_empty(survey, files)
+    if not files["static"] + files["sft"]:
+        stop(f"no question to train on, {len(views)} usable views in {run}/2_views: see above")
     counts = {}
     for name, questions in files.items():
         lines = [json.dumps(as_record(q), ensure_ascii=False) + "\n" for q in questions]
@@ -977,11 +1241,11 @@ def main(cfg: Config):
         counts[name] = Counter(sorted(q.task for q in questions))
 
     card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts}
-    card["dropped"] = survey.dropped
+    card["dropped"] = +survey.dropped
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
-    save(folder / "examples.png", examples(made, run))
+    save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
-    for name, count in (counts | {"skipped": skipped, "dropped": survey.dropped}).items():
+    for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))
     print(f"next: python 04_train_sft.py --run {cfg.run}")
 

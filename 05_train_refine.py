@@ -214,7 +214,8 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
             task, kind = question["task_type"], question.get("answer_type")
             answer = question["messages"][-1]["content"]
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
-            scores = [reward(task, answer, text, kind)["overall"] for text in texts]
+            about = (kind, question.get("options"))
+            scores = [reward(task, answer, text, *about)["overall"] for text in texts]
             prompt |= {"tokens": group, "texts": texts, "scores": scores}
     rewards = torch.tensor([prompt["scores"] for prompt in prompts], dtype=torch.float32)
     return rewards.reshape(-1, cfg.group)
@@ -810,7 +811,8 @@ def draw_curves(folder: Path, shown: str):
 # --- same in 05, 06: answers and the reward ---
 ANSWER_TYPES = {"A1": "motion", "A2": "motion", "A3": "motions", "D3": "motions", "D1": "box"}
 ANSWER_TYPES |= dict.fromkeys(("A4", "D2", "D4", "S2", "S6"), "yes_no")
-ANSWER_TYPES |= {"S1": "box", "S5": "box", "S3": "meters", "S4": "degrees"}
+ANSWER_TYPES |= {"S1": "box", "S5": "box", "S3": "meters"}
+ANSWER_TYPES |= {"E1": "motion", "E2": "relation", "E3": "choice"}
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 MOVE = rf"move\s+(forward|backward|left|right)\s+({NUMBER})\s*meters{{0,2}}"
 TURN = rf"turn\s+(left|right)\s+({NUMBER})\s*degrees{{0,2}}"
@@ -822,6 +824,7 @@ SECOND_ANSWER = re.compile(SECOND_ANSWER + r"|\b(?:or|not|never|no|yes)\b", re.I
 LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
 SHIFTS = {"left": "shift_left", "right": "shift_right"}
 YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+RELATIONS = {word: word for word in ("left", "right", "ahead", "behind", "nearer", "farther")}
 
 
 def parse_actions(text) -> list[tuple[str, float]] | None:
@@ -861,6 +864,16 @@ def parse_quantity(text, unit: str) -> float | None:
     """The number of `2.3 meters` or `2.3` (the unit is "meters"); None for other text."""
     match = re.fullmatch(rf"(-?{NUMBER})\s*(?:{unit[:-1]}s?)?", canonical(text))
     return float(match[1]) if match else None
+
+
+def parse_choice(text, options=None) -> str | None:
+    """The letter of `B`, `(b)`, `B.` or `B. turn left 40 degrees`, the text being that option."""
+    said = re.sub(r"\A\(?([a-z])\)?[.:)]?(?= |\Z)", r"\1", canonical(text))
+    known = isinstance(options, list | tuple)
+    for code, option in enumerate(options if known else [""] * 26, ord("a")):
+        if said in (chr(code), f"{chr(code)} {canonical(option)}"):
+            return chr(code).upper()
+    return None
 
 
 def numeric_score(error: float, unit: str) -> float:
@@ -935,6 +948,7 @@ def score_actions(true, said) -> dict:
 
 PARSERS = {"motion": parse_actions, "motions": parse_actions, "box": parse_box}
 PARSERS |= {"yes_no": lambda text: YES_NO.get(canonical(text))}
+PARSERS |= {"relation": lambda text: RELATIONS.get(canonical(text)), "choice": parse_choice}
 PARSERS |= {unit: functools.partial(parse_quantity, unit=unit) for unit in ("meters", "degrees")}
 # The parts of the reward and their weights in it; each action too many costs 0.03 beside.
 WEIGHTS = {
@@ -942,18 +956,20 @@ WEIGHTS = {
     "motions": {"format": 0.10, "action": 0.25, "order": 0.35, "numeric": 0.30},
     "box": {"format": 0.20, "validity": 0.15, "geometry": 0.65},
     "yes_no": {"format": 0.20, "accuracy": 0.80},
+    "relation": {"format": 0.20, "accuracy": 0.80},
+    "choice": {"format": 0.20, "accuracy": 0.80},
     "meters": {"format": 0.10, "numeric": 0.90},
     "degrees": {"format": 0.10, "numeric": 0.90},
 }
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 
-def reward(task_type, answer, response, answer_type=None) -> dict:
+def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
     """{"overall": 0..1, parts} of a response; overall is -1 beyond 200 characters.
 
     For one well-formed answer this is the published reward. A response that is not one answer
     earns 0: the published one pays for a list of all answers. Without an answer_type the task
-    decides; for any other task the same text earns 1.
+    decides; for any other task the same text earns 1. options: those of a choice.
     """
     if isinstance(response, str) and len(response.strip()) > 200:
         return {"overall": -1.0, "format": 0.0}
@@ -961,14 +977,15 @@ def reward(task_type, answer, response, answer_type=None) -> dict:
     if kind not in PARSERS:
         same = float(canonical(response) == canonical(answer) != "")
         return {"overall": same, "format": same, "accuracy": same}
-    true, said = PARSERS[kind](answer), PARSERS[kind](response)
+    parse = functools.partial(parse_choice, options=options) if kind == "choice" else PARSERS[kind]
+    true, said = parse(answer), parse(response)
     parts = {"format": 1.0}
     # no answer, or two where one was asked for
     if true is None or said is None or (kind == "motion" and len(said) > 1):
         parts = dict.fromkeys(WEIGHTS[kind], 0.0)
     elif kind == "box":
         parts = score_box(true[0], *said)
-    elif kind == "yes_no":
+    elif kind in ("yes_no", "choice", "relation"):
         parts["accuracy"] = float(true == said)
     elif kind in ("meters", "degrees"):
         error = said - true

@@ -8,7 +8,7 @@ The questions about one scene share its pictures, so that a bootstrap draws whol
     score = mean_i s(answer_i, truth_i)     interval = its quantiles 2.5 % and 97.5 % in 1,000 draws
 
 Scores: motion: direction right, and the error (meters between displacements, degrees between signed
-angles); motions: all names and values right; box: intersection over union; yes_no, choice: right;
+angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
 scores 0, its error is that of the worst true answer of its task. --coupled TEACHER is the test-time
 baseline, which asks the world model while answering.
@@ -216,7 +216,8 @@ def existing(run: Path, name: str) -> Path:
 
 # --- questions: {"number", "id", "task_type", "answer_type", "question" (what the user says),
 # "truth", "options", "images" (from the root), "scene_id", "record" (as the student is asked)}
-KINDS = ("motion", "motions", "box", "yes_no", "choice", "meters", "degrees")  # of answers
+# Choices of a task that also has open questions are a task of their own, "A2 choice".
+KINDS = ("motion", "motions", "box", "yes_no", "relation", "choice", "meters", "degrees")
 
 
 @contextmanager
@@ -250,9 +251,11 @@ def read_heldout(path: Path, root: Path, skipped: Counter):
                 raise ValueError(f"unknown task or answer: {task!r}, {truth[:60]!r}")
             images = [Path(image).resolve() for image in record["images"]]
             images = [str(image.relative_to(root.resolve())) for image in images]
+            task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
             question = {"number": number, "id": number, "task_type": task, "answer_type": kind}
             question["question"] = "\n".join(turn["content"] for turn in turns)
-            question |= {"truth": truth, "options": record.get("options"), "images": images}
+            options = [*map(str, record.get("options") or [])]
+            question |= {"truth": truth, "options": options, "images": images}
             question["scene_id"] = str(record.get("scene_id", f"question {number}"))
             yield question | {"difficulty": record.get("difficulty"), "record": record}
 
@@ -263,7 +266,8 @@ def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]
     for question in sorted(questions, key=lambda one: digest(*(one[key] for key in keys))):
         task = question["task_type"]
         counts[task] += 1
-        if (not tasks or task in tasks) and (not per_task or counts[task] <= per_task):
+        asked = not tasks or task in tasks or task.removesuffix(" choice") in tasks
+        if asked and (not per_task or counts[task] <= per_task):
             kept.append(question)
     return sorted(kept, key=lambda question: question["number"])
 
@@ -624,11 +628,11 @@ def motion_pose(name: str, value: float) -> np.ndarray:
 
 
 @functools.cache  # the constant answers meet the same truths again and again
-def measure(kind: str, truth: str, response: str, truths: frozenset = frozenset()) -> dict:
+def measure(kind, truth: str, response: str, truths=frozenset(), options: tuple = ()) -> dict:
     """{"answered", scores, "reward", "right"}; without an answer the error of the worst truth."""
     response = response if len(response.strip()) <= 200 else ""  # no answer, as in the reward
-    parts = reward(None, truth, response, kind)
-    answered = parts["format"] > 0 or (kind == "choice" and response != "")
+    parts = reward(None, truth, response, kind, options or None)
+    answered = parts["format"] > 0
     scores, name, error = {}, "", None
     if kind in ("meters", "degrees"):
         name = "error_m" if kind == "meters" else "error_deg"
@@ -672,8 +676,10 @@ def training_answers(run: Path, names: list[str]) -> dict[str, Counter]:
         for _, record in read_lines(path, "task_type", "messages") if path.is_file() else ():
             with suppress(TypeError, LookupError, AttributeError):  # 04 names these
                 answer = record["messages"][-1]["content"].strip()
-                if kind_of(record, answer):
-                    counts.setdefault(record["task_type"], Counter())[answer] += 1
+                if kind := kind_of(record, answer):
+                    task = record["task_type"]
+                    task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
+                    counts.setdefault(task, Counter())[answer] += 1
     return counts
 
 
@@ -709,7 +715,10 @@ def fill_scores(own: list[dict], protocol: dict, counts: Counter) -> dict[str, s
         pairs = zip(own, responses, strict=True)
         if "scorer" in protocol:
             return [score_choice(protocol["scorer"], *pair) for pair in pairs]
-        return [measure(one["answer_type"], one["truth"], said, truths) for one, said in pairs]
+        return [
+            measure(one["answer_type"], one["truth"], said, truths, tuple(one.get("options", ())))
+            for one, said in pairs
+        ]
 
     said = {name: [sample[name] for sample in own] for name in ("response", "blank_response")}
     boxes = [BOX.search(sample["question"]) for sample in own]
@@ -1044,9 +1053,9 @@ def motion_poses(actions: list) -> tuple[np.ndarray, list[int]]:
 
 
 def stated(text: str) -> tuple:
-    """All actions that a question's text states, as a walk: D1, D2, D4 and A4 state some."""
+    """All actions that a question's text states before its options, as a walk: D1, D2, D4, A4."""
     walk = ()
-    for match in ACTION.finditer(text):
+    for match in ACTION.finditer(text.partition(" A. ")[0]):
         walk = extend(walk, *parse_actions(match[0])[0])
     return walk if sum(value for _, value in walk) <= 1000 else ()  # longer paths fill the memory
 
@@ -1600,7 +1609,8 @@ def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tu
 # --- same in 05, 06: answers and the reward ---
 ANSWER_TYPES = {"A1": "motion", "A2": "motion", "A3": "motions", "D3": "motions", "D1": "box"}
 ANSWER_TYPES |= dict.fromkeys(("A4", "D2", "D4", "S2", "S6"), "yes_no")
-ANSWER_TYPES |= {"S1": "box", "S5": "box", "S3": "meters", "S4": "degrees"}
+ANSWER_TYPES |= {"S1": "box", "S5": "box", "S3": "meters"}
+ANSWER_TYPES |= {"E1": "motion", "E2": "relation", "E3": "choice"}
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 MOVE = rf"move\s+(forward|backward|left|right)\s+({NUMBER})\s*meters{{0,2}}"
 TURN = rf"turn\s+(left|right)\s+({NUMBER})\s*degrees{{0,2}}"
@@ -1612,6 +1622,7 @@ SECOND_ANSWER = re.compile(SECOND_ANSWER + r"|\b(?:or|not|never|no|yes)\b", re.I
 LIST_MARK = re.compile(r"\A[\s\"'*<>-]*1[.)]\s")  # "1. move ...": one answer written as a list
 SHIFTS = {"left": "shift_left", "right": "shift_right"}
 YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+RELATIONS = {word: word for word in ("left", "right", "ahead", "behind", "nearer", "farther")}
 
 
 def parse_actions(text) -> list[tuple[str, float]] | None:
@@ -1651,6 +1662,16 @@ def parse_quantity(text, unit: str) -> float | None:
     """The number of `2.3 meters` or `2.3` (the unit is "meters"); None for other text."""
     match = re.fullmatch(rf"(-?{NUMBER})\s*(?:{unit[:-1]}s?)?", canonical(text))
     return float(match[1]) if match else None
+
+
+def parse_choice(text, options=None) -> str | None:
+    """The letter of `B`, `(b)`, `B.` or `B. turn left 40 degrees`, the text being that option."""
+    said = re.sub(r"\A\(?([a-z])\)?[.:)]?(?= |\Z)", r"\1", canonical(text))
+    known = isinstance(options, list | tuple)
+    for code, option in enumerate(options if known else [""] * 26, ord("a")):
+        if said in (chr(code), f"{chr(code)} {canonical(option)}"):
+            return chr(code).upper()
+    return None
 
 
 def numeric_score(error: float, unit: str) -> float:
@@ -1725,6 +1746,7 @@ def score_actions(true, said) -> dict:
 
 PARSERS = {"motion": parse_actions, "motions": parse_actions, "box": parse_box}
 PARSERS |= {"yes_no": lambda text: YES_NO.get(canonical(text))}
+PARSERS |= {"relation": lambda text: RELATIONS.get(canonical(text)), "choice": parse_choice}
 PARSERS |= {unit: functools.partial(parse_quantity, unit=unit) for unit in ("meters", "degrees")}
 # The parts of the reward and their weights in it; each action too many costs 0.03 beside.
 WEIGHTS = {
@@ -1732,18 +1754,20 @@ WEIGHTS = {
     "motions": {"format": 0.10, "action": 0.25, "order": 0.35, "numeric": 0.30},
     "box": {"format": 0.20, "validity": 0.15, "geometry": 0.65},
     "yes_no": {"format": 0.20, "accuracy": 0.80},
+    "relation": {"format": 0.20, "accuracy": 0.80},
+    "choice": {"format": 0.20, "accuracy": 0.80},
     "meters": {"format": 0.10, "numeric": 0.90},
     "degrees": {"format": 0.10, "numeric": 0.90},
 }
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 
-def reward(task_type, answer, response, answer_type=None) -> dict:
+def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
     """{"overall": 0..1, parts} of a response; overall is -1 beyond 200 characters.
 
     For one well-formed answer this is the published reward. A response that is not one answer
     earns 0: the published one pays for a list of all answers. Without an answer_type the task
-    decides; for any other task the same text earns 1.
+    decides; for any other task the same text earns 1. options: those of a choice.
     """
     if isinstance(response, str) and len(response.strip()) > 200:
         return {"overall": -1.0, "format": 0.0}
@@ -1751,14 +1775,15 @@ def reward(task_type, answer, response, answer_type=None) -> dict:
     if kind not in PARSERS:
         same = float(canonical(response) == canonical(answer) != "")
         return {"overall": same, "format": same, "accuracy": same}
-    true, said = PARSERS[kind](answer), PARSERS[kind](response)
+    parse = functools.partial(parse_choice, options=options) if kind == "choice" else PARSERS[kind]
+    true, said = parse(answer), parse(response)
     parts = {"format": 1.0}
     # no answer, or two where one was asked for
     if true is None or said is None or (kind == "motion" and len(said) > 1):
         parts = dict.fromkeys(WEIGHTS[kind], 0.0)
     elif kind == "box":
         parts = score_box(true[0], *said)
-    elif kind == "yes_no":
+    elif kind in ("yes_no", "choice", "relation"):
         parts["accuracy"] = float(true == said)
     elif kind in ("meters", "degrees"):
         error = said - true

@@ -31,9 +31,10 @@ ANSWERS = {
     "S1": ["[100, 100, 300, 300]"],
     "S2": ["yes", "no"],
     "S3": ["1 meters", "3.5 meters"],
-    "S4": ["350 degrees", "20 degrees"],
     "S5": ["[100, 100, 300, 300]"],
     "S6": ["yes", "no"],
+    "E1": ["turn left 35 degrees", "turn right 10 degrees"],
+    "E2": ["left", "nearer"],
 }
 
 
@@ -60,7 +61,7 @@ def make_run(run: Path, rooms: int = 4) -> list[dict]:
             (run / image).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 255, (84, 84, 3), dtype=np.uint8)).save(run / image)
         for task, answers in ANSWERS.items():
-            shown = images[:1] if task in ("D2", "S1", "S2", "S3", "S4") else images
+            shown = images[:1] if task in ("D2", "S1", "S2", "S3", "E1", "E2") else images
             records += [
                 record(task, answer, f"room_{room}", shown, f"Case {i}.")
                 for i, answer in enumerate(answers)
@@ -172,6 +173,9 @@ TWO = "turn left 30 degrees; move left 1 meters"
         ("yes_no", "no", "", {"answered": False, "accuracy": 0}),
         ("choice", "B", "b.", {"answered": True, "accuracy": 1}),
         ("choice", "B", "A", {"answered": True, "accuracy": 0}),
+        ("choice", "B", "A or B", {"answered": False, "accuracy": 0}),
+        ("relation", "left", "Left.", {"accuracy": 1, "right": 1}),
+        ("relation", "left", "left or right", {"answered": False, "accuracy": 0}),
         ("box", "[0, 0, 100, 100]", "[50, 0, 150, 100]", {"iou": 1 / 3, "right": 0}),
         ("box", "[0, 0, 100, 100]", "x" * 300, {"iou": 0, "reward": 0, "answered": False}),
         ("meters", "2 meters", "2.5 meters", {"error_m": 0.5, "right": 1}),
@@ -182,6 +186,33 @@ TWO = "turn left 30 degrees; move left 1 meters"
 def test_scores_by_meaning(kind, answer, response, expected):
     got = evaluation.measure(kind, answer, response)
     assert {key: got[key] for key in expected} == pytest.approx(expected)
+
+
+def test_choices_of_a_task_are_scored_beside_its_open_questions(run, monkeypatch):
+    """As "A2 choice", with accuracy; a letter may be followed by the text of its option."""
+    images, options = (
+        ["2_views/room_0/t000/000.png"],
+        ["turn left 40 degrees", "turn left 70 degrees"],
+    )
+    more = {"answer_type": "choice", "options": options}
+    words = "A. turn left 40 degrees B. turn left 70 degrees"
+    choices = [record("A2", answer, f"room_{answer}", images, words) | more for answer in "AB"]
+    plain = record("A2", "turn left 40 degrees", "room_0", images)
+    write(run / "3_qa/heldout.jsonl", [*choices, plain])
+    write(run / "3_qa/sft.jsonl", [choices[1]] * 3)
+
+    def says(question, blank):
+        return "B. turn left 70 degrees" if question["options"] else question["truth"]
+
+    results = evaluate(run, monkeypatch, says, tasks=["A2"])
+    assert {task: row["questions"] for task, row in results["tasks"].items()} == {
+        "A2": 1,
+        "A2 choice": 2,
+        "all": 3,
+    }
+    accuracy = scores(results, "A2 choice", "accuracy")
+    assert accuracy["mean"] == 0.5 and accuracy["constant"]["answer"] == "B"
+    assert evaluation.stated(f"after turn left 10 degrees. {words}") == (("turn_left", 10.0),)
 
 
 def test_scores_go_by_the_answer_type_and_otherwise_by_the_task(run, monkeypatch):
@@ -423,7 +454,7 @@ def test_a_wrong_flag_ends_with_status_2():
 
 def untrained_student(run):
     texts = [text for answers in ANSWERS.values() for text in answers]
-    texts.append("A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S4 S5 S6 : object at [100, 100, 300, 400].")
+    texts.append("A1 A2 A3 A4 D1 D2 D3 D4 S1 S2 S3 S5 S6 E1 E2 : object at [100, 100, 300, 400].")
     load("04_train_sft").build_tiny(run / "student", [*texts, "Case 012."], 0)
 
 

@@ -29,9 +29,11 @@ HONEST = {
     "S1": "[10, 20, 300, 400]",
     "S2": "yes",
     "S3": "2.3 meters",
-    "S4": "350 degrees",
     "S5": "[10, 20, 300, 400]",
     "S6": "no",
+    "E1": "turn left 35 degrees",
+    "E2": "ahead",
+    "E3": "C",
 }
 
 
@@ -224,8 +226,34 @@ GAMED += [
     )
 ]
 GAMED += [
-    ("S4", "350 degrees", response)
-    for response in ("350 degrees 10 degrees", "0 350", "turn 350 degrees", "350 meters")
+    ("E2", "left", response)
+    for response in (
+        "left right",
+        "left or right",
+        "leftright",
+        "not left",
+        "right",
+        "behind, left",
+    )
+]
+GAMED += [
+    ("E3", "B", response)
+    for response in (
+        "A B",
+        "A, B",
+        "B or C",
+        "B/C",
+        "BC",
+        "B B",
+        "B. C",
+        "B. A. B",
+        "(B)(C)",
+        "not B",
+        "A. B. C. D.",
+        "the answer is B",
+        "1",
+        "image 3",
+    )
 ]
 
 
@@ -241,6 +269,8 @@ def test_gaming_pays_less_than_the_honest_answer(task, answer, response):
         ("D4", "yes", "no"),
         ("A2", "turn left 40 degrees", "turn right 90 degrees"),
         ("D1", "[412, 300, 530, 611]", "[700, 700, 701, 701]"),
+        ("E3", "B", "C"),
+        ("E2", "left", "right"),
     ],
 )
 def test_hedging_pays_less_even_than_an_honest_wrong_answer(task, right, wrong):
@@ -301,8 +331,10 @@ def test_closer_pays_more():
     assert falls([paid("D1", boxes[0], box) for box in boxes])
     assert falls([paid("S3", "1 meters", f"{v / 10:g} meters") for v in range(10, 80)])
     around = [f"{(350 + v) % 360} degrees" for v in range(0, 180, 10)]  # the circle
-    assert falls([paid("S4", "350 degrees", said) for said in around])
-    same, other, worse = (paid("S4", "350 degrees", f"{v} degrees") for v in (10, 330, 90))
+    degrees = [stage.reward(None, "350 degrees", said, "degrees")["overall"] for said in around]
+    assert falls(degrees)
+    wide = (f"{v} degrees" for v in (10, 330, 90))
+    same, other, worse = (stage.reward(None, "350 degrees", v, "degrees")["overall"] for v in wide)
     assert same == other > worse
 
 
@@ -383,3 +415,46 @@ def test_parsers():
     assert stage.parse_quantity("2.3 Meters.", "meters") == 2.3
     assert stage.parse_quantity("-5", "degrees") == -5
     assert stage.parse_quantity("2 degrees", "meters") is None
+
+
+OPTIONS = ["turn left 40 degrees", "turn left 70 degrees", "first move left 1 meters, then", "B"]
+
+
+def choose(response, truth="B", options=OPTIONS):
+    return stage.reward("A2", truth, response, "choice", options)["overall"]
+
+
+def test_a_choice_is_one_letter_alone_or_before_its_own_option():
+    for said in ("B", "b", "B.", "(B)", "(b).", " B \n", "B)", "B:"):
+        assert choose(said) == choose(said, options=None) == pytest.approx(1)
+    for said in (
+        "B. turn left 70 degrees",
+        "(b) Turn left  70 degrees.",
+        "B: turn left 70 degrees",
+    ):
+        assert choose(said) == pytest.approx(1)
+    assert choose("A. turn left 40 degrees") == choose("C") == pytest.approx(0.2)  # one, but wrong
+    # text of another option, of two, or a letter that is none of the options' or no letter at all
+    texts = [
+        "B. turn left 40 degrees",
+        "B. turn left 70 degrees or A",
+        "E",
+        "Z",
+        "turn left 70 degrees",
+    ]
+    texts += [
+        "A B",
+        "AB",
+        "A and B",
+        "B. A",
+        "A. turn left 70 degrees",
+        "B. B",
+        "D. B. B",
+        "yes",
+        "",
+    ]
+    assert not any(map(choose, texts))
+    assert choose("D. B", truth="D") == pytest.approx(1)  # where that is its option
+    assert choose("B. turn left 70 degrees", options=None) == 0  # what it says is not known
+    for options in ([], [1, None], "AB", 5, {}):
+        assert 0 <= choose("B", options=options) <= 1
