@@ -393,6 +393,7 @@ def list_photos(source: str):
 ASSUMED_FOV_DEG = 54.0  # along the longer side, where nothing tells
 VIEW_FOV_DEG = {False: 30.0, True: 75.0}  # of a frame inside a photograph, a panorama
 MOST_TURN = 0.8  # of a frame's field of view: what is left is seen twice
+APART_DEG = 20.0  # turns from one start are so different
 
 
 def fov_of(width_px: float, focal_px: float) -> float:
@@ -587,16 +588,16 @@ def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
     most_deg = min(reach_deg, MOST_TURN * scene["fov_x_deg"])
     turns_deg = [value for value in multiples(bounds, TURN_GRID_DEG) if value <= most_deg]
     for attempt in range(100 if turns_deg else 0):
-        value = float(g.choice(turns_deg))
-        actions = [(str(g.choice(list(TURNS))), value)]
+        name, value = str(g.choice(list(TURNS))), float(g.choice(turns_deg))
         # from the first start every turn fits, so that others can share it
         free_deg = min(reach_deg - (value if records else turns_deg[-1]), 180)
         yaw_deg = float(round(g.uniform(-free_deg, free_deg)))
         if 0 < len(records) < SHARE_START and attempt < 50:
             yaw_deg = records[0]["start_yaw_deg"]
-        new = all((one["actions"], one["start_yaw_deg"]) != (actions, yaw_deg) for one in records)
-        if new and abs(yaw_deg) <= free_deg:
-            return actions, yaw_deg
+        known = [one["actions"][0] for one in records if one["start_yaw_deg"] == yaw_deg]
+        apart_deg = [abs(TURNS[name] * value - TURNS[way] * deg) for way, deg in known]
+        if abs(yaw_deg) <= free_deg and min(apart_deg, default=90) >= APART_DEG:
+            return [(name, value)], yaw_deg
     return None
 
 
