@@ -108,12 +108,12 @@ class Config:
     objects: list[int] = HfArg(
         default_factory=lambda: [6, 9], help="fewest and most objects per room"
     )
-    same_label_share: float = HfArg(default=0.7, help="share of rooms with pairs of one label")
+    same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
     twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
     twin_gap_m: float = HfArg(default=0.8, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of photographs at most, pixels")
     photo_fov_deg: float = HfArg(default=54.0, help="degrees of the longer side, unless EXIF tells")
-    heldout: float = HfArg(default=0.05, help="share of scenes kept out of training, one at least")
+    heldout: float = HfArg(default=0.1, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
 
@@ -416,8 +416,9 @@ def clearance(x, z, room: dict):
     return nearest
 
 
-def sees_an_object(x, z, yaw_deg, room: dict):
-    """Starts [S, 1] each -> [S] bool: is an object well inside the picture?
+def sees_objects(x, z, yaw_deg, room: dict):
+    """Starts [S, 1] each -> [S]: 0, 1 or, where two of one label are among them, 2: are objects
+    well inside the picture?
 
     It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
     it, which stage 2 finds out exactly.
@@ -430,7 +431,10 @@ def sees_an_object(x, z, yaw_deg, room: dict):
     )  # half of the picture's width there
     off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
     large = width_m * height_m > 0.015 * (2 * half_m) ** 2
-    return ((ahead > 0.3) & (off_m < 0.85 * half_m) & large).any(1)
+    seen = (ahead > 0.3) & (off_m < 0.85 * half_m) & large
+    labels = np.array([thing["label"] for thing in room["objects"]])
+    twins = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
+    return seen.any(1) + 0 + (seen & (seen @ twins)).any(1)
 
 
 # --- photographs ---
@@ -581,11 +585,11 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
         dx, dz = rotate(path, yaw_deg)  # [S, P]
         free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
-        # 0: hits something, 1: is free, 2: sees an object besides
-        rank = free * (1 + sees_an_object(x, z, yaw_deg, room))
+        # 0: hits something, 1: is free, 2: sees an object besides, 3: two of one label
+        rank = free * (1 + sees_objects(x, z, yaw_deg, room))
         best = rank.argmax()
         found = actions, starts[best].tolist()
-        if rank[best] == 2:
+        if rank[best] >= 2:
             return found
         if rank[best] == 1:
             second_best = second_best or found

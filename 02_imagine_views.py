@@ -606,12 +606,9 @@ def paint(room: Room, pose, rays, picture, parts, depth):
 def visible_objects(room: Room, ids, pose) -> list[dict]:
     """The objects that show in `ids` [H,W]: exact box and number of their visible pixels, and
     where their centre is: horizontal distance, and bearing from the camera's axis, + right."""
-    found = []
-    for index, thing in enumerate(room.objects):
-        mask = ids == index + 1
-        visible_px = int(np.count_nonzero(mask))
-        if not visible_px:
-            continue
+    found, counts = [], np.bincount(ids.ravel(), minlength=len(room.objects) + 1)
+    for index in np.flatnonzero(counts[1:]).tolist():
+        thing, mask, visible_px = room.objects[index], ids == index + 1, int(counts[index + 1])
         low, high = [], []
         for axis in (0, 1):  # x, then y
             size, shown = mask.shape[1 - axis], np.flatnonzero(mask.any(axis)).tolist()
