@@ -64,10 +64,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-SMALL_ROOMS = (
-    "--room_px 84 --same_label_share 1 --twins 2 --twin_gap_m 0.6 --objects 6 8"
-    " --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
-)
+SMALL_ROOMS = "--room_px 84 --objects 6 8 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
 RECIPES = {
     "paper": "",
     "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
@@ -106,14 +103,14 @@ class Config:
         default_factory=lambda: [60.0, 100.0], help="least and largest field of view in rooms"
     )
     objects: list[int] = HfArg(
-        default_factory=lambda: [6, 9], help="fewest and most objects per room"
+        default_factory=lambda: [7, 9], help="fewest and most objects per room"
     )
     same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
     twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
-    twin_gap_m: float = HfArg(default=0.8, help="widest gap within a pair, metres; 0: any")
+    twin_gap_m: float = HfArg(default=0.4, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of photographs at most, pixels")
     photo_fov_deg: float = HfArg(default=54.0, help="degrees of the longer side, unless EXIF tells")
-    heldout: float = HfArg(default=0.1, help="share of scenes kept out of training, one at least")
+    heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
 
@@ -218,55 +215,48 @@ COLORS = {
     "orange": [245, 135, 25],
     "cyan": [50, 205, 215],
 }
-OTHER_COLORS = {
-    "wood": [150, 105, 65],
-    "white": [235, 235, 228],
-    "leaf": [55, 130, 60],
-    "glass": [175, 205, 225],
-}
-# What rooms hold, a part per line: kind, shape, width, height and depth in metres, where its middle
-# lies across, how high its bottom, where its middle lies along, and its color; "own" is the label's.
-# +-0.5 stands for two parts, at -0.5 and 0.5. A kind's size is drawn within SCALES.
+WOOD, WHITE, LEAF = [150, 105, 65], [235, 235, 228], [55, 130, 60]
+# What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
+# middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
+# one of these three are several parts. A new piece of furniture is a few lines more.
 KINDS = """
 ball    ball    0.80 0.80 0.80  0 0 0  own
 crate   crate   0.80 0.90 0.70  0 0 0  own
 pillar  pillar  0.55 1.30 0.55  0 0 0  own
 cone    cone    0.85 1.15 0.85  0 0 0  own
 table   crate   1.30 0.08 0.80  0 0.68 0  own
-table   crate   0.08 0.68 0.08  +-0.58 0 +-0.33  wood
+table   crate   0.08 0.68 0.08  -0.58,0.58 0 -0.33,0.33  wood
 chair   crate   0.50 0.08 0.50  0 0.42 0  own
 chair   crate   0.50 0.55 0.07  0 0.50 0.21  own
-chair   crate   0.06 0.42 0.06  +-0.21 0 +-0.21  wood
+chair   crate   0.06 0.42 0.06  -0.21,0.21 0 -0.21,0.21  wood
 sofa    crate   1.70 0.42 0.80  0 0 0  own
 sofa    crate   1.70 0.45 0.22  0 0.42 0.29  own
-sofa    crate   0.20 0.20 0.58  +-0.75 0.42 -0.11  own
+sofa    crate   0.20 0.20 0.58  -0.75,0.75 0.42 -0.11  own
 bed     crate   1.20 0.22 1.90  0 0 0  wood
 bed     crate   1.14 0.22 1.30  0 0.22 -0.28  own
 bed     crate   1.14 0.18 0.55  0 0.22 0.62  white
 bed     crate   1.20 0.90 0.08  0 0 0.95  wood
-shelf   crate   0.07 1.60 0.40  +-0.52 0 0  own
-shelf   crate   1.00 0.06 0.38  0 0.10 0  own
-shelf   crate   1.00 0.06 0.38  0 0.80 0  own
-shelf   crate   1.00 0.06 0.38  0 1.54 0  own
-shelf   crate   0.40 0.28 0.26  -0.25 0.16 0  white
-shelf   crate   0.50 0.34 0.26  0.20 0.86 0  wood
+shelf   crate   0.07 1.60 0.40  -0.52,0.52 0 0  own
+shelf   crate   1.00 0.06 0.38  0 0.10,0.80,1.54 0  own
+shelf   crate   0.20 0.34 0.26  -0.30,0.20 0.86 0  white
 lamp    pillar  0.40 0.06 0.40  0 0 0  wood
 lamp    pillar  0.07 1.20 0.07  0 0.06 0  wood
 lamp    cone    0.60 0.50 0.60  0 1.10 0  own
 plant   pillar  0.46 0.45 0.46  0 0 0  own
-plant   ball    0.46 0.46 0.46  +-0.15 0.50 0  leaf
+plant   ball    0.46 0.46 0.46  -0.15,0.15 0.50 0  leaf
 plant   ball    0.40 0.40 0.40  0 0.80 0  leaf
-door    crate   1.00 2.05 0.06  0 0 0  white
-door    crate   0.84 1.97 0.10  0 0 0  own
-door    ball    0.12 0.12 0.12  0.32 0.95 0  white
+door    crate   0.90 2.05 0.06  0 0 0  own
+door    ball    0.12 0.12 0.12  0.35 0.95 0  white
 window  crate   1.30 1.10 0.06  0 0.95 0  own
-window  crate   0.54 0.90 0.10  +-0.30 1.05 0  glass
+window  crate   0.54 0.90 0.10  -0.30,0.30 1.05 0  white
 picture crate   0.90 0.70 0.06  0 1.20 0  own
 picture crate   0.74 0.54 0.08  0 1.28 0  white
 picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
 """
+KINDS = [row.split() for row in KINDS.strip().splitlines()]
 ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
-CARRIERS = ("table", "bed", "shelf")  # a toy may stand on them
+PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
+CARRIERS = ("table", "shelf")  # a toy may stand on them
 SCALES = {"toy": (0.65, 1.3), "small": (0.3, 0.45), "furniture": (0.9, 1.15)}
 ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
 CAMERA_HEIGHT_M = (1.2, 1.7)
@@ -295,19 +285,19 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
     looks, free = {}, []  # free: furniture on which nothing stands
     for label in draw_labels(g, cfg):
         *color, kind = label.split()
-        look = {"color": color[0] if color else str(g.choice([*COLORS]))}
         under = free.pop() if color and kind in TOYS and free else None
         size = "small" if under else "toy" if kind in TOYS else "furniture"
-        look |= {"scale": g.uniform(*SCALES[size]), "yaw_deg": float(g.integers(360))}
-        if label in looks and g.random() >= RECOLORED:
-            look["color"] = looks[label]["color"]
+        look = [color[0] if color else str(g.choice([*COLORS]))]
+        look += [g.uniform(*SCALES[size]), float(g.integers(360))]
         # The second of a pair is a copy of the first: size and yaw would tell the two apart.
-        look = looks.setdefault(label, look) | {"color": look["color"]}
-        thing = {"id": len(room["objects"]), "label": label} | build_object(kind, **look)
+        if label in looks:
+            own = look if g.random() < RECOLORED else looks[label]
+            look = own[:1] + looks[label][1:]
+        thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
         thing = find_place(g, thing, under, room, cfg)
-        if thing:
-            room["objects"].append(thing)
-            free += [thing] if kind in CARRIERS else []
+        room["objects"] += [thing] if thing else []
+        free += [thing] if thing and kind in CARRIERS else []
+        looks[label] = look
     return room
 
 
@@ -316,11 +306,10 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 
     The kinds of the pairs have no other object in the room: "the red ball" is never one of them.
     """
-    kinds = list(dict.fromkeys(row.split()[0] for row in KINDS.strip().splitlines()))
+    kinds = dict.fromkeys(kind for kind, *_ in KINDS)
     labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
     if g.random() < cfg.same_label_share:
-        paired = g.permutation([kind for kind in kinds if kind not in ON_WALLS])
-        paired = paired[: cfg.twins].tolist()
+        paired = g.permutation(PAIRED)[: cfg.twins].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
         labels = np.repeat(paired, 2).tolist() + others
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
@@ -328,19 +317,17 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 
 def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
-    rows = [row.split()[1:] for row in KINDS.strip().splitlines() if row.split()[0] == kind]
+    paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
     parts = []
-    for shape, *numbers, paint in rows:
-        sides = [(-1, 1) if number.startswith("+-") else (1,) for number in numbers]
-        width, height, depth, *place = (float(number.removeprefix("+-")) for number in numbers)
-        for signs in itertools.product(*sides[3:]):
-            x, bottom, z = np.multiply(signs, place)
-            center_m = scale * np.array([x, -bottom - height / 2, z])
-            size_m = scale * np.array([width, height, depth])
-            part = {"shape": shape, "color": (COLORS | OTHER_COLORS).get(paint, COLORS[color])}
-            parts.append(part | {"center_m": center_m, "size_m": size_m, "yaw_deg": 0.0})
-    low = np.min([part["center_m"] - part["size_m"] / 2 for part in parts], 0)
-    high = np.max([part["center_m"] + part["size_m"] / 2 for part in parts], 0)
+    for _, shape, *size, across, bottoms, along, paint in (row for row in KINDS if row[0] == kind):
+        size = np.array(size, float)
+        part = {"shape": shape, "color": paints[paint], "size_m": scale * size, "yaw_deg": 0.0}
+        for place in itertools.product(*(text.split(",") for text in (across, bottoms, along))):
+            x, bottom, z = map(float, place)
+            center_m = scale * np.array([x, -bottom - size[1] / 2, z])
+            parts.append(part | {"center_m": center_m})
+    centers_m, sizes_m = (np.array([part[key] for part in parts]) for key in ("center_m", "size_m"))
+    low, high = (centers_m - sizes_m / 2).min(0), (centers_m + sizes_m / 2).max(0)
     for part in parts:
         part["center_m"] = np.round(part["center_m"] - (low + high) / 2, 4).tolist()
         part["size_m"] = np.round(part["size_m"], 4).tolist()
@@ -349,15 +336,12 @@ def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
 
 
 def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
-    """The object on what is `under` it, on a wall, or where it is clear of others; None: nowhere.
-
-    Two of one label stand near each other where asked.
-    """
+    """The object on what is `under` it, on a wall, or where it is clear of others; None: nowhere."""
     y, radius_m = thing["center_m"][1], outer_radius(thing)
-    places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
     if under:
-        y += under["center_m"][1] - under["size_m"][1] / 2
-        return thing | {"center_m": [under["center_m"][0], round(y, 4), under["center_m"][2]]}
+        x, top, z = np.subtract(under["center_m"], [0, under["size_m"][1] / 2, 0]).tolist()
+        return thing | {"center_m": [x, round(top + y, 4), z]}
+    places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
     if thing["label"].split()[-1] in ON_WALLS:  # one of the four, its front to the room
         wall = int(g.integers(4))
         axis, side = (wall + 1) % 2, 1 if wall < 2 else -1
@@ -367,7 +351,7 @@ def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
     for other in room["objects"]:
         x, _, z = other["center_m"]
         gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
-        fits &= gap_m > 0.2
+        fits &= gap_m > 0.1
         if other["label"] == thing["label"] and cfg.twin_gap_m:
             fits &= gap_m < cfg.twin_gap_m
     x, z = np.round(places[fits.argmax()], 2).tolist()
@@ -379,15 +363,10 @@ def half_size(room: dict):
     return np.array([room["width_m"], room["depth_m"]]) / 2
 
 
-def is_round(thing: dict) -> bool:
-    """Whether an object's footprint is a circle; otherwise it is a rectangle."""
-    return all(part["shape"] != "crate" for part in thing["parts"])
-
-
 def outer_radius(thing: dict) -> float:
     """Radius of the circle around an object's footprint, metres."""
     width_m, _, depth_m = thing["size_m"]
-    return max(width_m, depth_m) / 2 if is_round(thing) else math.hypot(width_m, depth_m) / 2
+    return math.hypot(width_m, depth_m) / 2
 
 
 def rotate(points, yaw_deg):
@@ -404,14 +383,11 @@ def clearance(x, z, room: dict):
     for thing in room["objects"]:
         center_x, _, center_z = thing["center_m"]
         width_m, _, depth_m = thing["size_m"]
-        dx, dz = x - center_x, z - center_z
-        free_m = np.hypot(dx, dz) - outer_radius(thing)
-        if not is_round(thing):
-            # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
-            dx, dz = np.abs(rotate((dx, dz), -thing["yaw_deg"]))
-            dx, dz = dx - width_m / 2, dz - depth_m / 2
-            free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
-            free_m += np.minimum(np.maximum(dx, dz), 0)
+        # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
+        dx, dz = np.abs(rotate((x - center_x, z - center_z), -thing["yaw_deg"]))
+        dx, dz = dx - width_m / 2, dz - depth_m / 2
+        free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
+        free_m += np.minimum(np.maximum(dx, dz), 0)
         nearest = np.minimum(nearest, free_m)
     return nearest
 
@@ -426,9 +402,8 @@ def sees_objects(x, z, yaw_deg, room: dict):
     things = [thing["center_m"] + thing["size_m"] for thing in room["objects"]]
     center_x, y, center_z, width_m, height_m, _ = np.array(things).reshape(-1, 6).T  # [O] each
     right, ahead = rotate((center_x - x, center_z - z), -yaw_deg)  # [S, O]
-    half_m = ahead * math.tan(
-        math.radians(room["fov_x_deg"]) / 2
-    )  # half of the picture's width there
+    # half of the picture's width there
+    half_m = ahead * math.tan(math.radians(room["fov_x_deg"]) / 2)
     off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
     large = width_m * height_m > 0.015 * (2 * half_m) ** 2
     seen = (ahead > 0.3) & (off_m < 0.85 * half_m) & large
@@ -681,8 +656,7 @@ def refuse_impossible(cfg: Config):
         "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
-        "room_fov_deg": len(cfg.room_fov_deg) == 2
-        and 10 <= min(cfg.room_fov_deg) <= max(cfg.room_fov_deg) <= 150,
+        "room_fov_deg": [10 <= fov_deg <= 150 for fov_deg in cfg.room_fov_deg] == [True, True],
         "heldout": 0 <= cfg.heldout <= 1,
     }
     for name, holds in possible.items():
@@ -722,7 +696,7 @@ def main(cfg: Config):
     if not records:
         stop(f"nothing to write: {counts}")
     for name, room in rooms.items():
-        save(folder / "rooms" / f"{name}.json", json.dumps(room, indent=1))
+        save(folder / "rooms" / f"{name}.json", json.dumps(room))
     lines = [json.dumps(record) + "\n" for record in records]
     save(folder / "trajectories.jsonl", "".join(lines))
     save(folder / "trajectories.png", draw_picture(drawn, rooms))
