@@ -336,7 +336,7 @@ def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
 
 
 def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
-    """The object on what is `under` it, on a wall, or where it is clear of others; None: nowhere."""
+    """The object on the one `under` it, on a wall, or clear of all others; None: nowhere."""
     y, radius_m = thing["center_m"][1], outer_radius(thing)
     if under:
         x, top, z = np.subtract(under["center_m"], [0, under["size_m"][1] / 2, 0]).tolist()

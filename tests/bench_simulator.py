@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import time
 
+import numpy as np
 from conftest import load
 
 rooms, stage = load("01"), load("02")
@@ -12,8 +13,15 @@ PROCESSES = os.cpu_count() or 1
 
 
 def bench_room(seed: int):
-    """A room as stage 1 draws it by default."""
-    return stage.prepare_room(rooms.draw_room(f"room_{seed:05d}", rooms.Config()))
+    """A 7 x 8 m room with seven objects in a ring, of four or so parts each."""
+    rng, objects = np.random.default_rng(seed), []
+    kinds = rng.permutation(["ball", "cone", "table", "chair", "shelf", "lamp", "plant", "sofa"])
+    for i, kind in enumerate(kinds[:7].tolist()):
+        thing = rooms.build_object(kind, "red", rng.uniform(0.9, 1.1), 40.0 * i)
+        place = [2.6 * math.sin(0.9 * i), thing["center_m"][1], 3.1 * math.cos(0.9 * i)]
+        objects.append(thing | {"id": i, "label": f"red {kind}", "center_m": place})
+    room = {"width_m": 7.0, "depth_m": 8.0, "height_m": 2.8, "camera_height_m": 1.5}
+    return stage.prepare_room(room | {"texture_seed": seed, "objects": objects})
 
 
 def work(job: tuple[int, int, int]) -> int:
