@@ -44,6 +44,7 @@ import argparse
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -66,10 +67,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-SMALL_ROOMS = (
-    "--room_px 84 --same_label_share 1 --twins 2 --twin_gap_m 0.6 --objects 6 8"
-    " --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
-)
+SMALL_ROOMS = "--room_px 84 --objects 6 8 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
 RECIPES = {
     "paper": "",
     "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
@@ -105,13 +103,15 @@ class Config:
         help="the same for photographs, degrees: of a 54-degree view, 30 leave 24",
     )
     room_px: int = HfArg(default=112, help="side of a room's square frames, pixels")
-    room_fov_deg: float = HfArg(default=90.0, help="field of view in rooms, degrees")
-    objects: list[int] = HfArg(
-        default_factory=lambda: [4, 7], help="fewest and most objects per room"
+    room_fov_deg: list[float] = HfArg(
+        default_factory=lambda: [60.0, 100.0], help="least and largest field of view in rooms"
     )
-    same_label_share: float = HfArg(default=0.33, help="share of rooms with pairs of one label")
-    twins: int = HfArg(default=1, help="such pairs per room, at most 4: task D4 needs them")
-    twin_gap_m: float = HfArg(default=0.0, help="widest gap within a pair, metres; 0: any")
+    objects: list[int] = HfArg(
+        default_factory=lambda: [7, 9], help="fewest and most objects per room"
+    )
+    same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
+    twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
+    twin_gap_m: float = HfArg(default=0.4, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(
         default=0.0, help="of photographs, degrees; 0: as the manifest, transforms.json or EXIF say"
@@ -124,7 +124,7 @@ class Config:
     view_fov_deg: float = HfArg(
         default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
     )
-    heldout: float = HfArg(default=0.05, help="share of scenes kept out of training, one at least")
+    heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
 
@@ -221,22 +221,60 @@ COLORS = {
     "orange": [245, 135, 25],
     "cyan": [50, 205, 215],
 }
-SHAPES = {  # ranges of diameter or side and of height, metres: a level camera sees them
-    "ball": ((0.5, 1.1), None),
-    "crate": ((0.5, 1.1), (0.5, 1.4)),
-    "pillar": ((0.35, 0.7), (1.0, 1.6)),
-    "cone": ((0.6, 1.1), (0.7, 1.6)),
-}
+WOOD, WHITE, LEAF = [150, 105, 65], [235, 235, 228], [55, 130, 60]
+# What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
+# middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
+# one of these three are several parts. A new piece of furniture is a few lines more.
+KINDS = """
+ball    ball    0.80 0.80 0.80  0 0 0  own
+crate   crate   0.80 0.90 0.70  0 0 0  own
+pillar  pillar  0.55 1.30 0.55  0 0 0  own
+cone    cone    0.85 1.15 0.85  0 0 0  own
+table   crate   1.30 0.08 0.80  0 0.68 0  own
+table   crate   0.08 0.68 0.08  -0.58,0.58 0 -0.33,0.33  wood
+chair   crate   0.50 0.08 0.50  0 0.42 0  own
+chair   crate   0.50 0.55 0.07  0 0.50 0.21  own
+chair   crate   0.06 0.42 0.06  -0.21,0.21 0 -0.21,0.21  wood
+sofa    crate   1.70 0.42 0.80  0 0 0  own
+sofa    crate   1.70 0.45 0.22  0 0.42 0.29  own
+sofa    crate   0.20 0.20 0.58  -0.75,0.75 0.42 -0.11  own
+bed     crate   1.20 0.22 1.90  0 0 0  wood
+bed     crate   1.14 0.22 1.30  0 0.22 -0.28  own
+bed     crate   1.14 0.18 0.55  0 0.22 0.62  white
+bed     crate   1.20 0.90 0.08  0 0 0.95  wood
+shelf   crate   0.07 1.60 0.40  -0.52,0.52 0 0  own
+shelf   crate   1.00 0.06 0.38  0 0.10,0.80,1.54 0  own
+shelf   crate   0.20 0.34 0.26  -0.30,0.20 0.86 0  white
+lamp    pillar  0.40 0.06 0.40  0 0 0  wood
+lamp    pillar  0.07 1.20 0.07  0 0.06 0  wood
+lamp    cone    0.60 0.50 0.60  0 1.10 0  own
+plant   pillar  0.46 0.45 0.46  0 0 0  own
+plant   ball    0.46 0.46 0.46  -0.15,0.15 0.50 0  leaf
+plant   ball    0.40 0.40 0.40  0 0.80 0  leaf
+door    crate   0.90 2.05 0.06  0 0 0  own
+door    ball    0.12 0.12 0.12  0.35 0.95 0  white
+window  crate   1.30 1.10 0.06  0 0.95 0  own
+window  crate   0.54 0.90 0.10  -0.30,0.30 1.05 0  white
+picture crate   0.90 0.70 0.06  0 1.20 0  own
+picture crate   0.74 0.54 0.08  0 1.28 0  white
+picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
+"""
+KINDS = [row.split() for row in KINDS.strip().splitlines()]
+ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
+PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
+CARRIERS = ("table", "shelf")  # a toy may stand on them
+SCALES = {"toy": (0.65, 1.3), "small": (0.3, 0.45), "furniture": (0.9, 1.15)}
 ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
-CAMERA_HEIGHT_M = 1.5  # one for all rooms, so that the floor tells distances
+CAMERA_HEIGHT_M = (1.2, 1.7)
 MARGIN_M = 0.3  # least distance of a camera to walls and objects
+RECOLORED = 0.15  # share of pairs of two colors: in all others the motion alone decides D4
 
 
 def draw_room(scene_id: str, cfg: Config) -> dict:
-    """A room and its objects, none of which touches another or a wall.
+    """A room and its objects, none of which touches another but a toy what it stands on.
 
     World axes: x right, y down, z forward; the floor is y = 0, its middle x = z = 0. An object
-    that finds no place in 200 tries is left out.
+    that finds no place in 200 tries is left out. Stage 2 draws the walls by texture_seed.
     """
     g = rng(cfg.seed, scene_id, "room")
     width_m, depth_m = np.round(g.uniform(*ROOM_SIDE_M, 2), 2).tolist()
@@ -245,74 +283,85 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         "width_m": width_m,
         "depth_m": depth_m,
         "height_m": round(g.uniform(2.6, 3.2), 2),
-        "camera_height_m": CAMERA_HEIGHT_M,
+        "camera_height_m": round(g.uniform(*CAMERA_HEIGHT_M), 2),
+        "fov_x_deg": round(g.uniform(*sorted(cfg.room_fov_deg)), 1),
         "texture_seed": int(g.integers(2**31)),
+        "objects": [],
     }
-    objects = []
+    looks, free = {}, []  # free: furniture on which nothing stands
     for label in draw_labels(g, cfg):
-        twin = next((other for other in objects if other["label"] == label), None)
-        thing = draw_object(g, len(objects), label, twin)
-        radius_m = outer_radius(thing)
-        reach_m = half_size(room) - radius_m - 0.1
-        places = g.uniform(-1, 1, (200, 2)) * reach_m
-        # The first place that is clear of all other objects, and near the twin where asked.
-        fits = np.ones(200, bool)
-        for other in objects:
-            x, _, z = other["center_m"]
-            gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
-            fits &= gap_m > 0.2
-            if other is twin and cfg.twin_gap_m:
-                fits &= gap_m < cfg.twin_gap_m
-        if fits.any():
-            x, z = np.round(places[fits.argmax()], 2).tolist()
-            objects.append(thing | {"center_m": [x, thing["center_m"][1], z]})
-    return room | {"objects": objects}
+        *color, kind = label.split()
+        under = free.pop() if color and kind in TOYS and free else None
+        size = "small" if under else "toy" if kind in TOYS else "furniture"
+        look = [color[0] if color else str(g.choice([*COLORS]))]
+        look += [g.uniform(*SCALES[size]), float(g.integers(360))]
+        # The second of a pair is a copy of the first: size and yaw would tell the two apart.
+        if label in looks:
+            own = look if g.random() < RECOLORED else looks[label]
+            look = own[:1] + looks[label][1:]
+        thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
+        thing = find_place(g, thing, under, room, cfg)
+        room["objects"] += [thing] if thing else []
+        free += [thing] if thing and kind in CARRIERS else []
+        looks[label] = look
+    return room
 
 
 def draw_labels(g: Generator, cfg: Config) -> list:
-    """A room's labels, for example ["ball", "ball", "red cone"]: its pairs first.
+    """A room's labels, for example ["ball", "ball", "red chair"]: its pairs first.
 
-    The shapes of the pairs have no other object in the room: "the red ball" is never one of them.
+    The kinds of the pairs have no other object in the room: "the red ball" is never one of them.
     """
-    labels = g.permutation([f"{color} {shape}" for color in COLORS for shape in SHAPES]).tolist()
+    kinds = dict.fromkeys(kind for kind, *_ in KINDS)
+    labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
     if g.random() < cfg.same_label_share:
-        paired = g.permutation(list(SHAPES))[: cfg.twins].tolist()
+        paired = g.permutation(PAIRED)[: cfg.twins].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
         labels = np.repeat(paired, 2).tolist() + others
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
 
 
-def draw_object(g: Generator, number: int, label: str, twin) -> dict:
-    """An object that has no place on the floor yet.
+def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
+    """The parts of an object that has no place on the floor yet, and the box around them."""
+    paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
+    parts = []
+    for _, shape, *size, across, bottoms, along, paint in (row for row in KINDS if row[0] == kind):
+        size = np.array(size, float)
+        part = {"shape": shape, "color": paints[paint], "size_m": scale * size, "yaw_deg": 0.0}
+        for place in itertools.product(*(text.split(",") for text in (across, bottoms, along))):
+            x, bottom, z = map(float, place)
+            center_m = scale * np.array([x, -bottom - size[1] / 2, z])
+            parts.append(part | {"center_m": center_m})
+    centers_m, sizes_m = (np.array([part[key] for part in parts]) for key in ("center_m", "size_m"))
+    low, high = (centers_m - sizes_m / 2).min(0), (centers_m + sizes_m / 2).max(0)
+    for part in parts:
+        part["center_m"] = np.round(part["center_m"] - (low + high) / 2, 4).tolist()
+        part["size_m"] = np.round(part["size_m"], 4).tolist()
+    center_m, size_m = np.round([(low + high) / 2, high - low], 4).tolist()
+    return {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg, "parts": parts}
 
-    Its label is a color and a shape; within a pair it is the shape alone. The second of a pair is
-    its `twin` in another color: the pictures tell the two apart, but neither their names nor the
-    shapes of their boxes do.
-    """
-    *colors, shape = label.split()
-    if not colors:
-        colors = [name for name in COLORS if not twin or COLORS[name] != twin["color"]]
-    color = COLORS[colors[g.integers(len(colors))]]
-    if twin:
-        return twin | {"id": number, "color": color}
-    side_m, tall_m = SHAPES[shape]
-    width = height = depth = g.uniform(*side_m)
-    if shape != "ball":
-        height = g.uniform(*tall_m)
-    if shape == "crate":
-        depth = g.uniform(*side_m)
-    lift_m = 0.0
-    if shape in ("ball", "crate") and g.random() < 0.3:  # some hover at eye level
-        lift_m = g.uniform(0.2, 1.0)
-    return {
-        "id": number,
-        "label": label,
-        "shape": shape,
-        "color": color,
-        "center_m": [0.0, round(-lift_m - round(height, 2) / 2, 3), 0.0],
-        "size_m": [round(width, 2), round(height, 2), round(depth, 2)],
-        "yaw_deg": float(g.integers(360)) if shape == "crate" else 0.0,
-    }
+
+def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
+    """The object on the one `under` it, on a wall, or clear of all others; None: nowhere."""
+    y, radius_m = thing["center_m"][1], outer_radius(thing)
+    if under:
+        x, top, z = np.subtract(under["center_m"], [0, under["size_m"][1] / 2, 0]).tolist()
+        return thing | {"center_m": [x, round(top + y, 4), z]}
+    places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
+    if thing["label"].split()[-1] in ON_WALLS:  # one of the four, its front to the room
+        wall = int(g.integers(4))
+        axis, side = (wall + 1) % 2, 1 if wall < 2 else -1
+        places[:, axis] = side * (half_size(room)[axis] - thing["size_m"][2] / 2)
+        thing = thing | {"yaw_deg": 90.0 * wall}
+    fits = np.ones(200, bool)
+    for other in room["objects"]:
+        x, _, z = other["center_m"]
+        gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
+        fits &= gap_m > 0.1
+        if other["label"] == thing["label"] and cfg.twin_gap_m:
+            fits &= gap_m < cfg.twin_gap_m
+    x, z = np.round(places[fits.argmax()], 2).tolist()
+    return thing | {"center_m": [x, y, z]} if fits.any() else None
 
 
 def half_size(room: dict):
@@ -323,11 +372,11 @@ def half_size(room: dict):
 def outer_radius(thing: dict) -> float:
     """Radius of the circle around an object's footprint, metres."""
     width_m, _, depth_m = thing["size_m"]
-    return math.hypot(width_m, depth_m) / 2 if thing["shape"] == "crate" else width_m / 2
+    return math.hypot(width_m, depth_m) / 2
 
 
 def rotate(points, yaw_deg):
-    """R(yaw) @ points (x, z): from a camera's or crate's axes to the world's; -yaw leads back."""
+    """R(yaw) @ points (x, z): from a camera's or object's axes to the world's; -yaw leads back."""
     x, z = points
     cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
     return cos * x + sin * z, cos * z - sin * x
@@ -340,20 +389,18 @@ def clearance(x, z, room: dict):
     for thing in room["objects"]:
         center_x, _, center_z = thing["center_m"]
         width_m, _, depth_m = thing["size_m"]
-        dx, dz = x - center_x, z - center_z
-        free_m = np.hypot(dx, dz) - width_m / 2
-        if thing["shape"] == "crate":
-            # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
-            dx, dz = np.abs(rotate((dx, dz), -thing["yaw_deg"]))
-            dx, dz = dx - width_m / 2, dz - depth_m / 2
-            free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
-            free_m += np.minimum(np.maximum(dx, dz), 0)
+        # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
+        dx, dz = np.abs(rotate((x - center_x, z - center_z), -thing["yaw_deg"]))
+        dx, dz = dx - width_m / 2, dz - depth_m / 2
+        free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
+        free_m += np.minimum(np.maximum(dx, dz), 0)
         nearest = np.minimum(nearest, free_m)
     return nearest
 
 
-def sees_an_object(x, z, yaw_deg, room: dict, fov_deg: float):
-    """Starts [S, 1] each -> [S] bool: is an object well inside the picture?
+def sees_objects(x, z, yaw_deg, room: dict):
+    """Starts [S, 1] each -> [S]: 0, 1 or, where two of one label are among them, 2: are objects
+    well inside the picture?
 
     It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
     it, which stage 2 finds out exactly.
@@ -361,10 +408,14 @@ def sees_an_object(x, z, yaw_deg, room: dict, fov_deg: float):
     things = [thing["center_m"] + thing["size_m"] for thing in room["objects"]]
     center_x, y, center_z, width_m, height_m, _ = np.array(things).reshape(-1, 6).T  # [O] each
     right, ahead = rotate((center_x - x, center_z - z), -yaw_deg)  # [S, O]
-    half_m = ahead * math.tan(math.radians(fov_deg) / 2)  # half of the picture's width there
+    # half of the picture's width there
+    half_m = ahead * math.tan(math.radians(room["fov_x_deg"]) / 2)
     off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
     large = width_m * height_m > 0.015 * (2 * half_m) ** 2
-    return ((ahead > 0.3) & (off_m < 0.85 * half_m) & large).any(1)
+    seen = (ahead > 0.3) & (off_m < 0.85 * half_m) & large
+    labels = np.array([thing["label"] for thing in room["objects"]])
+    twins = (labels[:, None] == labels) & ~np.eye(len(labels), dtype=bool)
+    return seen.any(1) + 0 + (seen & (seen @ twins)).any(1)
 
 
 # --- photographs ---
@@ -485,11 +536,12 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
 
 
 # --- scenes: a room or a photograph each ---
-def room_scene(name: str, cfg: Config) -> dict:
-    room = f"1_trajectories/rooms/{name}.json"
-    frame = {"width": cfg.room_px, "height": cfg.room_px, "fov_x_deg": cfg.room_fov_deg}
+def room_scene(room: dict, cfg: Config) -> dict:
+    name = room["scene_id"]
+    path = f"1_trajectories/rooms/{name}.json"
+    frame = {"width": cfg.room_px, "height": cfg.room_px, "fov_x_deg": room["fov_x_deg"]}
     frame |= {"fov_source": "exact", "panorama": False, "photo_fov_deg": None}
-    return {"scene_id": name, "source": "simulated", "anchor": None, "room": room} | frame
+    return {"scene_id": name, "source": "simulated", "anchor": None, "room": path} | frame
 
 
 def photo_scenes(named: list, cfg: Config) -> list:
@@ -537,33 +589,40 @@ def draw_splits(scenes: list, cfg: Config) -> dict:
 
 
 # --- trajectories ---
-SHARE_START = 4  # trajectories of a scene that begin alike: which picture follows which action?
+SHARING = 4  # so many trajectories of a scene have one picture 1: which picture 2 follows what?
 
 
-def draw_in_room(g: Generator, room: dict, cfg: Config):
+def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
     """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
 
     48 starts are tried at once for each of 20 draws of actions, so that long moves are hardly
-    rarer than short ones. A start that sees an object is preferred.
+    rarer than short ones. A start that sees an object is preferred. The first SHARING records
+    start at one place with different actions, where 20 draws find some that fit there.
     """
+    shared = [record["start"] for record in records[:1] if len(records) < SHARING]
     second_best = None
     for _ in range(20):
         actions = draw_actions(g, cfg, cfg.turn_deg)
+        if shared and any(record["actions"] == actions for record in records):
+            continue
         c2w, _ = integrate(actions)
         path = np.unique(c2w[:, [0, 2], 3].astype(float), axis=0).T  # [2, P]: a turn has one place
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
+        starts = np.array(shared) if shared else starts
         x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
         dx, dz = rotate(path, yaw_deg)  # [S, P]
         free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
-        # 0: hits something, 1: is free, 2: sees an object besides
-        rank = free * (1 + sees_an_object(x, z, yaw_deg, room, cfg.room_fov_deg))
+        # 0: hits something, 1: is free, 2: sees an object besides, 3: two of one label
+        rank = free * (1 + sees_objects(x, z, yaw_deg, room))
         best = rank.argmax()
         found = actions, starts[best].tolist()
-        if rank[best] == 2:
+        if rank[best] >= 2:
             return found
         if rank[best] == 1:
             second_best = second_best or found
+    if shared and not second_best:
+        return draw_in_room(g, [], room, cfg)
     return second_best
 
 
@@ -592,7 +651,7 @@ def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
         # from the first start every turn fits, so that others can share it
         free_deg = min(reach_deg - (value if records else turns_deg[-1]), 180)
         yaw_deg = float(round(g.uniform(-free_deg, free_deg)))
-        if 0 < len(records) < SHARE_START and attempt < 50:
+        if 0 < len(records) < SHARING and attempt < 50:
             yaw_deg = records[0]["start_yaw_deg"]
         known = [one["actions"][0] for one in records if one["start_yaw_deg"] == yaw_deg]
         apart_deg = [abs(TURNS[name] * value - TURNS[way] * deg) for way, deg in known]
@@ -607,7 +666,7 @@ def draw_trajectories(scene: dict, room, split: str, cfg: Config) -> list:
     for index in range(cfg.room_trajectories if room else cfg.photo_trajectories):
         g = rng(cfg.seed, scene["scene_id"], index, "trajectory")
         if room:
-            drawn = draw_in_room(g, room, cfg)
+            drawn = draw_in_room(g, records, room, cfg)
         elif scene["panorama"] or cfg.pan:
             drawn = draw_pan(g, records, scene, cfg)
         else:
@@ -660,7 +719,9 @@ def draw_objects(ax, room: dict):
     ax.set(xlim=(-x, x), ylim=(-z, z))
     for thing in room["objects"]:
         x, _, z = thing["center_m"]
-        ax.add_patch(Circle((x, z), outer_radius(thing), color=np.array(thing["color"]) / 255))
+        ax.add_patch(
+            Circle((x, z), outer_radius(thing), color=np.array(thing["parts"][-1]["color"]) / 255)
+        )
 
 
 def refuse_impossible(cfg: Config):
@@ -674,7 +735,7 @@ def refuse_impossible(cfg: Config):
         "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
-        "room_fov_deg": 10 <= cfg.room_fov_deg <= 150,
+        "room_fov_deg": [10 <= fov_deg <= 150 for fov_deg in cfg.room_fov_deg] == [True, True],
         "view_fov_deg": 0 <= cfg.view_fov_deg <= 120,
         "heldout": 0 <= cfg.heldout <= 1,
     }
@@ -695,7 +756,7 @@ def main(cfg: Config):
     names = [f"room_{number:05d}" for number in range(cfg.rooms)]
     rooms = {name: draw_room(name, cfg) for name in names}
     photos = photo_scenes(named, cfg)
-    scenes = [room_scene(name, cfg) for name in names]
+    scenes = [room_scene(room, cfg) for room in rooms.values()]
     splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)
     drawn = {}
     for scene in tqdm(scenes + photos, "scenes"):
@@ -717,7 +778,7 @@ def main(cfg: Config):
     if not records:
         stop(f"nothing to write: {counts}")
     for name, room in rooms.items():
-        save(folder / "rooms" / f"{name}.json", json.dumps(room, indent=1))
+        save(folder / "rooms" / f"{name}.json", json.dumps(room))
     lines = [json.dumps(record) + "\n" for record in records]
     save(folder / "trajectories.jsonl", "".join(lines))
     save(folder / "trajectories.png", draw_picture(drawn, rooms))

@@ -254,17 +254,9 @@ def yaw_deg_of(R):
 TEXELS = 256  # side of one surface pattern; it repeats
 TEXELS_PER_M = 32  # so a pattern repeats every 8 m, further than most walls are wide
 LEVELS = 5  # blurred copies of each pattern, for far surfaces
-FACE_RGB = [  # faces of a room: 2 * axis + (is it the far side?)
-    [205, 170, 80],  # -x
-    [100, 150, 90],  # +x
-    [95, 115, 175],  # -z
-    [190, 105, 90],  # +z
-    [215, 215, 210],  # ceiling
-    [150, 135, 120],  # floor
-]
-FACE_RGB = np.array(FACE_RGB, np.float32)
+# Faces of a room: 2 * axis + (is it the far side?), so 4 is the ceiling and 5 the floor.
 CONTRAST = np.array([1, 1, 1, 1, 0.3, 0.7])  # of the pattern on each face
-LIGHT = np.array([-0.42, -0.78, -0.46], np.float32)  # unit vector towards the light, y down
+SHADOWS = 8  # tones of the floor under an object, beside its own
 
 
 @lru_cache(maxsize=1)
@@ -287,30 +279,18 @@ def pattern_bank():
     def tones(low, height, width, along):  # a random one per cell
         return rng.uniform(low, 1, (S // height, S // width))[row // height, along // width]
 
-    def bricks(height, width, shift, joint):
-        along = (column + shift * (row // height % 2)) % S
-        tone = tones(0.25, height, width, along)
-        return np.where((row % height < 2) | (along % width < 2), joint, tone)
-
-    def checks(side):
-        return 0.6 * ((row // side + column // side) % 2) + 0.4 * tones(0, side, side, column)
-
-    def stripes():
-        widths = rng.integers(5, 20, 64)
-        return np.repeat(rng.uniform(0, 1, 64), widths)[:S][None].repeat(S, 0)
-
-    def panels():
-        image = np.full((S, S), 0.75)
-        for _ in range(60):
-            (top, left), tone = rng.integers(0, S, 2), rng.uniform(0, 1)
-            rows = (top + np.arange(rng.integers(8, 40))) % S
-            columns = (left + np.arange(rng.integers(8, 40))) % S
-            image[np.ix_(rows, columns)] = tone
-        return image
-
-    kinds = [stripes(), stripes(), checks(16), checks(8)]
-    kinds += [bricks(8, 16, 8, 0.9), bricks(16, 32, 16, 0.1), panels(), panels()]
-    kinds += [noise(1.5), noise(1.1), bricks(16, 16, 0, 0.0), bricks(32, 32, 0, 0.9)]
+    along = (column + 16 * (row // 16 % 2)) % S
+    joint = (row % 16 < 2) | (along % 32 < 2)
+    bricks = np.where(joint, 0.1, tones(0.25, 16, 32, along))
+    checks = 0.6 * ((row // 16 + column // 16) % 2) + 0.4 * tones(0, 16, 16, column)
+    stripes = np.repeat(rng.uniform(0, 1, 64), rng.integers(5, 20, 64))[:S][None].repeat(S, 0)
+    panels = np.full((S, S), 0.75)
+    for _ in range(60):
+        (top, left), tone = rng.integers(0, S, 2), rng.uniform(0, 1)
+        rows = (top + np.arange(rng.integers(8, 40))) % S
+        columns = (left + np.arange(rng.integers(8, 40))) % S
+        panels[np.ix_(rows, columns)] = tone
+    kinds = [stripes, bricks, checks, panels, noise(1.3)]
     level = np.stack([0.75 * kind + 0.25 * noise(1.0) for kind in kinds])
     levels = [level]
     for size in (1, 2, 4, 8):
@@ -321,42 +301,99 @@ def pattern_bank():
 
 
 class Room(NamedTuple):
-    """A room file made ready to render. n objects."""
+    """A room file made ready to render: n parts of the objects' groups, in room axes."""
 
     half_m: np.ndarray  # [3] half extents, y: half the height
     camera_height_m: float
     objects: list[dict]
+    shapes: np.ndarray  # [n] row of SHAPES
+    owners: np.ndarray  # [1+n] uint8, 0 and 1 + index of each part's object
     half_sizes: np.ndarray  # [n,3] float32
-    turns: np.ndarray  # [n,3,3] float32, object to room axes
-    corners: np.ndarray  # [n,8,3] float32, of each object's bounding box, room axes
+    centers: np.ndarray  # [n,3] float32
+    turns: np.ndarray  # [n,3,3] float32, part to room axes
+    corners: np.ndarray  # [n,8,3] float32, of each part's bounding box
+    colors: np.ndarray  # [n,3] float32
+    light: np.ndarray  # [3] unit vector towards the light, y down
+    ambient: float  # share of the light that comes from everywhere
     face_pattern: np.ndarray  # [6] int32, start of each face's pattern in the bank
-    face_shift: np.ndarray  # [6] float32, texels by which the pattern is moved along both axes
-    palette: np.ndarray  # [6*256] uint32, face and pattern value -> RGBx
+    face_shift: np.ndarray  # [6] int32, texels by which the pattern is moved along both axes
+    flat_turn: np.ndarray  # [2] cos and sin of the quarter turns of floor and ceiling patterns
+    palette: np.ndarray  # [(6+SHADOWS)*256] uint32, face and pattern value -> RGBx
+    shadows: np.ndarray  # [s,s] int32, places on the floor -> what is added to index the palette
 
 
 def prepare_room(room: dict) -> Room:
-    """Room record (see 01) -> Room. Raises KeyError, TypeError, ... when it is not one."""
+    """Room record (see 01) -> Room. Raises KeyError, TypeError, ... when it is not one.
+
+    Colors, patterns and light are drawn by texture_seed, so that none of them tells a heading.
+    """
     objects, rng = room["objects"], np.random.default_rng(room["texture_seed"])
-    for thing in objects:
-        SHAPES[thing["shape"]], thing["id"], thing["label"], thing["color"]
     half_m = np.array([room[key] for key in ("width_m", "height_m", "depth_m")], np.float32) / 2
-    half_sizes = np.array([thing["size_m"] for thing in objects], np.float32).reshape(-1, 3) / 2
-    centers = np.array([thing["center_m"] for thing in objects], np.float32).reshape(-1, 3)
-    turns = [yaw_matrix(thing["yaw_deg"]) for thing in objects]
+    if not (half_m > 0).all() or half_m.max() > 50:
+        raise ValueError("a room is at most 100 m wide")
+    owners, parts, turns, centers = [0], [], [], []
+    for number, thing in enumerate(objects, 1):
+        thing["id"], thing["label"], thing["size_m"]
+        R = yaw_matrix(thing["yaw_deg"])
+        for part in thing["parts"]:
+            owners.append(number)
+            parts.append(part)
+            turns.append(R @ yaw_matrix(part["yaw_deg"]))
+            centers.append(R @ part["center_m"] + thing["center_m"])
+    shapes = np.array([[*SHAPES].index(part["shape"]) for part in parts], int)
+    half_sizes = np.array([part["size_m"] for part in parts], np.float32).reshape(-1, 3) / 2
+    colors = np.array([part["color"] for part in parts], np.float32).reshape(-1, 3)
     turns = np.array(turns, np.float32).reshape(-1, 3, 3)
+    centers = np.array(centers, np.float32).reshape(-1, 3)
     unit = np.array([*itertools.product((-1, 1), repeat=3)], np.float32)
     corners = (unit * half_sizes[:, None]) @ turns.transpose(0, 2, 1) + centers[:, None]
-    walls = rng.choice(10, 4, replace=False)
-    pattern = np.r_[walls, rng.choice([8, 9, 11]), rng.choice([4, 5, 10, 11])]
-    pattern = (pattern * TEXELS**2).astype(np.int32)
-    shift = rng.integers(0, TEXELS, 6).astype(np.float32)
+    bodies = half_sizes, centers, turns, corners, colors
+    owners = np.array(owners, np.uint8)
+
+    light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
+    # Stripes and bricks, which lie along an axis, only on walls.
+    pattern = np.r_[rng.permutation(5)[:4], rng.integers(2, 5, 2)] * TEXELS**2
+    shift = rng.integers(0, TEXELS, 6).astype(np.int32)
+    flat_turn = yaw_matrix(90 * rng.integers(4))[0, [0, 2]].round().astype(np.float32)
+    rgb = rng.uniform(90, 225, (6, 3))
+    rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.
     tone = 1 + CONTRAST[:, None, None] * np.linspace(-0.5, 0.35, 256)[:, None]
-    palette = np.zeros((6, 256, 4), np.uint8)
-    palette[..., :3] = np.clip(FACE_RGB[:, None] * tone, 0, 255)
+    faces = np.clip(rgb[:, None] * tone, 0, 255)
+    dark = 1 - 0.5 * np.arange(1, SHADOWS + 1)[:, None, None] / SHADOWS
+    palette = np.zeros((6 + SHADOWS, 256, 4), np.uint8)
+    palette[..., :3] = np.concatenate([faces, faces[5] * dark])
     palette = palette.reshape(-1).view(np.uint32)
-    height_m, bodies = float(room["camera_height_m"]), (half_sizes, turns, corners)
-    return Room(half_m, height_m, objects, *bodies, pattern, shift, palette)
+    look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32), shift
+    shadows = floor_shadows(objects, half_m, flat_turn)
+    height_m = float(room["camera_height_m"])
+    return Room(
+        half_m, height_m, objects, shapes, owners, *bodies, *look, flat_turn, palette, shadows
+    )
+
+
+def floor_shadows(objects: list[dict], half_m, flat_turn):
+    """Room.shadows: an ellipse around the footprint of everything that stands on the floor."""
+    reach_m, (cos, sin) = float(max(half_m[0], half_m[2])), flat_turn
+    shadows = np.zeros((int(2 * reach_m * TEXELS_PER_M) + 2,) * 2, np.int32)
+    for thing in objects:
+        (x, y, z), (width, height, depth) = thing["center_m"], thing["size_m"]
+        if -y - height / 2 > 0.1:
+            continue
+        place = np.array([cos * x + sin * z, cos * z - sin * x]) + reach_m
+        radius = math.hypot(width, depth) / 2 + 0.2
+        low = np.maximum((place - radius) * TEXELS_PER_M, 0).astype(int)
+        high = np.maximum((place + radius) * TEXELS_PER_M, 0).astype(int)
+        window = shadows[low[1] : high[1], low[0] : high[0]]
+        v, u = (np.arange(n) + 0.5 for n in window.shape)
+        du = (low[0] + u) / TEXELS_PER_M - place[0]
+        dv = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
+        R = yaw_matrix(thing["yaw_deg"])[0, [0, 2]] @ [[cos, sin], [-sin, cos]]
+        across, along = R[0] * du - R[1] * dv, R[1] * du + R[0] * dv
+        away = (across / (width / 2 + 0.15)) ** 2 + (along / (depth / 2 + 0.15)) ** 2
+        level = np.clip((1.2 - away) * SHADOWS, 0, SHADOWS).astype(np.int32)
+        np.maximum(window, 256 * level, out=window)
+    return shadows
 
 
 # --- the simulator: rays ---
@@ -380,7 +417,7 @@ def meet_ball(o, d, half):
 
 def meet_crate(o, d, half):
     enters, leaves = -np.inf, np.inf
-    for i in range(3):
+    for i in (0, 2, 1):  # [1,w] as long as that will do
         side = np.copysign(half[i], d[i])  # the far one
         enters = np.maximum(enters, (-side - o[i]) / d[i])
         leaves = np.minimum(leaves, (side - o[i]) / d[i])
@@ -420,7 +457,7 @@ def normal_ball(p, half):
 
 
 def normal_crate(p, half):
-    share = p / half[:, None]
+    share = p / half
     face = np.abs(share).argmax(0)
     return np.where(face == np.arange(3)[:, None], np.sign(share), 0)
 
@@ -436,7 +473,7 @@ def normal_cone(p, half):
     slope, radius = half[0] / (2 * half[1]), np.hypot(x, z) + 1e-6
     normal = np.stack([x / radius, np.full_like(radius, -slope), z / radius])
     below = y > 0.9999 * half[1]
-    return np.where(below, [[0], [1], [0]], normal / math.hypot(1, slope))
+    return np.where(below, [[0], [1], [0]], normal / np.hypot(1, slope))
 
 
 SHAPES = {
@@ -467,8 +504,8 @@ def render(room: Room, pose, K):
         level = np.clip(level, 0, LEVELS - 1).astype(np.int32)
         return level * pattern_bank()[0].size + room.face_pattern[face]
 
-    def texel(place, shift):
-        return (place + shift).astype(np.int32) & (TEXELS - 1)
+    def texel(place):
+        return place.astype(np.int32)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         tx = (np.copysign(hx, dx) - ox) / dx
@@ -479,89 +516,116 @@ def render(room: Room, pose, K):
         # angle: one level softer.
         face = np.where(on_x, dx > 0, 2 + (dz > 0)), 4 + (dy > 0)
         wall_start, flat_start = start(wall, face[0], 0), start(ty, face[1], 1)
-        # Pattern coordinates are (z or x, y) on walls, (x, z) on floor and ceiling; 64 m more
-        # keep them positive before they are cut to integers.
-        wall_shift, flat_shift = (room.face_shift[f] + 64 * TEXELS_PER_M for f in face)
-        along = np.where(on_x, oz + wall * dz, ox + wall * dx)
-        wall_u = texel(TEXELS_PER_M * along, wall_shift)  # [1,W]
-        wall_v = texel(dy * (TEXELS_PER_M * wall), TEXELS_PER_M * oy + wall_shift)  # [H,W]
+        wall_shift, flat_shift = (room.face_shift[f] for f in face)
+        # Patterns run from left to right on every wall; 64 m more keep the texels positive, which
+        # a cut to integers needs. Those of the flats are turned, and start at a corner.
+        right = np.where(on_x, -np.sign(dx) * (oz + wall * dz), np.sign(dz) * (ox + wall * dx))
+        wall_u = texel(TEXELS_PER_M * (right + 64)) + wall_shift  # [1,W]
+        wall_v = texel(dy * (TEXELS_PER_M * wall) + TEXELS_PER_M * (oy + 64))  # [H,W]
         near = TEXELS_PER_M * np.minimum(ty, 1e3)  # [H,1]; the horizon's floor is at infinity
-        flat_u = texel(near * dx, TEXELS_PER_M * ox + flat_shift)
-        flat_v = texel(near * dz, TEXELS_PER_M * oz + flat_shift)
+        (c, s), corner = room.flat_turn.tolist(), float(max(hx, hz))
+        flat_u = texel(near * (c * dx + s * dz) + TEXELS_PER_M * (c * ox + s * oz + corner))
+        flat_v = texel(near * (c * dz - s * dx) + TEXELS_PER_M * (c * oz - s * ox + corner))
     flat = ty < wall  # [H,W] from here on
     depth = np.minimum(ty, wall)
-    wall_texel = wall_v * TEXELS + (wall_u + wall_start)
-    value = np.where(flat, flat_v * TEXELS + (flat_u + flat_start), wall_texel)
+    wall_texel = ((wall_v + wall_shift) & (TEXELS - 1)) * TEXELS + (
+        (wall_u & (TEXELS - 1)) + wall_start
+    )
+    flat_texel = (
+        ((flat_v + flat_shift) & (TEXELS - 1)) * TEXELS
+        + ((flat_u + flat_shift) & (TEXELS - 1))
+        + flat_start
+    )
+    value = np.where(flat, flat_texel, wall_texel)
     wall_tone, flat_tone = ((f * 256).astype(np.int32) for f in face)
     picture = pattern_bank().take(value) + np.where(flat, flat_tone, wall_tone)
+    floor = slice(int((dy <= 0).sum()), None)  # the rows below the horizon
+    place = flat_v[floor] * len(room.shadows) + flat_u[floor]
+    picture[floor] += flat[floor] * room.shadows.take(place, mode="clip")
     picture = room.palette.take(picture)  # uint32
-    ids = np.zeros(depth.shape, np.uint8)
-    for index, part in windows(room, pose, K):
-        rows, columns = part
-        rays = dx[:, columns], dy[rows], dz[:, columns]
-        paint(room, index, pose, rays, picture[part], ids[part], depth[part])
+    parts = np.zeros(depth.shape, np.int16)
+    for index, window in windows(room, pose, K):
+        rows, columns = window
+        t = meet(room, index, pose, (dx[:, columns], dy[rows], dz[:, columns]))
+        np.copyto(parts[window], index + 1, where=t < depth[window])
+        np.minimum(depth[window], t, out=depth[window])
+    paint(room, pose, (dx, dy, dz), picture, parts, depth)
     rgb = np.empty((*depth.shape, 3), np.uint8)
     for channel in range(3):  # three times as fast as one copy of [..., :3]
         rgb[..., channel] = picture.view(np.uint8)[:, channel::4]
-    return rgb, ids, depth
+    return rgb, room.owners[parts], depth
 
 
 def windows(room: Room, pose, K):
-    """(object index, (rows, columns)) of every object whose bounding box reaches into the view."""
+    """(part index, (rows, columns)) of every part whose bounding box reaches into the view."""
     (width, height), pose = size_of(K), pose.astype(np.float32)
     seen = (room.corners - pose[:3, 3]) @ pose[:3, :3]  # [n,8,3] in camera axes
     near, far = seen[..., 2].min(1), seen[..., 2].max(1)
+    edge = seen[..., 2:] * (K[:2, 2] / K[0, 0])
+    beside = (seen[..., :2] < -edge).all(1) | (seen[..., :2] > edge).all(1)
     pixel = seen[..., :2] / np.maximum(seen[..., 2:], 0.05) * K[0, 0] + K[:2, 2]
-    bounds = np.c_[np.floor(pixel.min(1)), np.ceil(pixel.max(1))].clip(-1e6, 1e6).astype(int)
-    for index, (left, top, right, bottom) in enumerate(bounds.tolist()):
-        if near[index] <= 0.05:  # partly beside or behind the camera: no bound
-            left, top, right, bottom = 0, 0, width, height
-        top, bottom, left, right = max(top, 0), min(bottom, height), max(left, 0), min(right, width)
-        if far[index] > 0 and top < bottom and left < right:
+    bounds = np.c_[np.floor(pixel.min(1)), np.ceil(pixel.max(1))]
+    bounds[near <= 0.05] = 0, 0, width, height  # partly beside or behind the camera: no bound
+    bounds = bounds.clip(0, [width, height, width, height]).astype(int)
+    for index in np.flatnonzero((far > 0) & ~beside.any(1)).tolist():
+        left, top, right, bottom = bounds[index].tolist()
+        if top < bottom and left < right:
             yield index, (slice(top, bottom), slice(left, right))
 
 
-def paint(room: Room, index: int, pose, rays, picture, ids, depth):
-    """Draw an object where it is the nearest so far: writes into picture, ids and depth [h,w]."""
-    thing, half, R = room.objects[index], room.half_sizes[index], room.turns[index]
-    meet, normal = SHAPES[thing["shape"]]
+def meet(room: Room, index: int, pose, rays):
+    """Depth [h,w] at which the rays of a window meet a part."""
     x, y, z = rays
-    cos, _, sin = R[0]  # the room's axes to the object's: R^T, a turn about y
+    R = room.turns[index]
+    cos, _, sin = R[0].tolist()  # the room's axes to the part's: R^T, a turn about y
     d = cos * x - sin * z, y, sin * x + cos * z
-    o = ((pose[:3, 3] - thing["center_m"]) @ R).astype(np.float32)
+    o = ((pose[:3, 3] - room.centers[index]) @ R).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = meet(o, d, half)
-    hit = t < depth
-    row, column = np.nonzero(hit)
-    t = t[hit]  # [m], and so each of the three that follow
-    d = d[0][0, column], d[1][row, 0], d[2][0, column]
-    p = np.stack([start + t * step for start, step in zip(o, d, strict=True)])  # [3,m]
-    lambert = (LIGHT @ R) @ normal(p, half)
+        return [*SHAPES.values()][room.shapes[index]][0](o, d, room.half_sizes[index])
+
+
+def paint(room: Room, pose, rays, picture, parts, depth):
+    """Write the colors of the parts that show into the picture [H,W]."""
+    row, column = np.nonzero(parts)
+    index, t = parts[row, column] - 1, depth[row, column]  # [m], and so all that follow
+    ray = rays[0][0, column], rays[1][row, 0], rays[2][0, column]
+    x, y, z = (
+        o + t * d - c
+        for o, d, c in zip(pose[:3, 3].astype(np.float32), ray, room.centers[index].T, strict=True)
+    )
+    cos, sin = room.turns[index, 0, 0], room.turns[index, 0, 2]
+    p, half = np.stack([cos * x - sin * z, y, sin * x + cos * z]), room.half_sizes[index].T
+    lambert, shape = np.empty_like(t), room.shapes[index]
+    lights = (room.light @ room.turns)[index].T
+    for number, (_, normal) in enumerate(SHAPES.values()):
+        here = np.flatnonzero(shape == number)
+        if len(here):
+            n = normal(p[:, here], half[:, here])
+            lambert[here] = (lights[:, here] * n).sum(0)
     # Faint checks through the body show how it is turned; 1.96 keeps their edges off its faces.
-    check = np.floor(p * (1.96 / half[:, None])).sum(0) % 2
-    tone = (0.72 + 0.28 * lambert) * (1 - 0.18 * check)
+    check = np.floor(p * (1.96 / half)).sum(0) % 2
+    tone = (room.ambient + (1 - room.ambient) * lambert) * (1 - 0.18 * check)
     color = np.zeros((len(t), 4), np.uint8)
-    color[:, :3] = np.minimum(tone[:, None] * np.array(thing["color"], np.float32), 255)
-    picture[hit], ids[hit], depth[hit] = color.view(np.uint32)[:, 0], index + 1, t
+    color[:, :3] = np.minimum(tone[:, None] * room.colors[index], 255)
+    picture[row, column] = color.view(np.uint32)[:, 0]
 
 
 def visible_objects(room: Room, ids, pose) -> list[dict]:
     """The objects that show in `ids` [H,W]: exact box and number of their visible pixels, and
-    the horizontal distance of their centre."""
-    found = []
-    for index, thing in enumerate(room.objects):
-        mask = ids == index + 1
-        visible_px = int(np.count_nonzero(mask))
-        if not visible_px:
-            continue
+    where their centre is: horizontal distance, and bearing from the camera's axis, + right."""
+    found, counts = [], np.bincount(ids.ravel(), minlength=len(room.objects) + 1)
+    for index in np.flatnonzero(counts[1:]).tolist():
+        thing, mask, visible_px = room.objects[index], ids == index + 1, int(counts[index + 1])
         low, high = [], []
         for axis in (0, 1):  # x, then y
             size, shown = mask.shape[1 - axis], np.flatnonzero(mask.any(axis)).tolist()
             low.append(BOX * shown[0] // size)
             high.append(-(-BOX * (shown[-1] + 1) // size))
-        x, _, z = pose[:3, 3] - thing["center_m"]
+        x, _, z = (thing["center_m"] - pose[:3, 3]) @ pose[:3, :3]
+        bearing_deg = math.degrees(math.atan2(x, z))
         entry = {"id": thing["id"], "label": thing["label"], "box": low + high}
-        found.append(entry | {"visible_px": visible_px, "distance_m": round(math.hypot(x, z), 3)})
+        entry |= {"visible_px": visible_px, "distance_m": round(math.hypot(x, z), 3)}
+        found.append(entry | {"bearing_deg": round(bearing_deg, 1)})
     return found
 
 

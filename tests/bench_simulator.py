@@ -8,27 +8,25 @@ import time
 import numpy as np
 from conftest import load
 
-stage = load("02")
+rooms, stage = load("01"), load("02")
 PROCESSES = os.cpu_count() or 1
 
 
 def bench_room(seed: int):
-    """A 7 x 8 m room with the six objects of an average room of the demo."""
+    """A 7 x 8 m room with seven objects in a ring, of four or so parts each."""
     rng, objects = np.random.default_rng(seed), []
-    for i in range(6):
-        side, tall = rng.uniform(0.5, 1.0), rng.uniform(0.6, 1.5)
-        shape = [*stage.SHAPES][i % 4]
-        size = [side, side if shape == "ball" else tall, side]
-        place = [2.6 * math.sin(i), -size[1] / 2, 3.1 * math.cos(i)]
-        thing = {"id": i, "label": f"red {shape}", "shape": shape, "color": [215, 40, 40]}
-        objects.append(thing | {"size_m": size, "yaw_deg": 40.0 * i, "center_m": place})
+    kinds = rng.permutation(["ball", "cone", "table", "chair", "shelf", "lamp", "plant", "sofa"])
+    for i, kind in enumerate(kinds[:7].tolist()):
+        thing = rooms.build_object(kind, "red", rng.uniform(0.9, 1.1), 40.0 * i)
+        place = [2.6 * math.sin(0.9 * i), thing["center_m"][1], 3.1 * math.cos(0.9 * i)]
+        objects.append(thing | {"id": i, "label": f"red {kind}", "center_m": place})
     room = {"width_m": 7.0, "depth_m": 8.0, "height_m": 2.8, "camera_height_m": 1.5}
     return stage.prepare_room(room | {"texture_seed": seed, "objects": objects})
 
 
 def work(job: tuple[int, int, int]) -> int:
     side_px, frames, seed = job
-    room, K = bench_room(seed), stage.intrinsics(side_px, side_px, 90.0)
+    room, K = bench_room(seed), stage.intrinsics(side_px, side_px, 80.0)
     for i in range(frames):
         pose = stage.start_pose(room, [math.sin(i), math.cos(2 * i), 37.0 * i])
         stage.visible_objects(room, stage.render(room, pose, K)[1], pose)

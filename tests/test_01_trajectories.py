@@ -132,7 +132,7 @@ def test_frames_and_keyframes(stage):
 
 
 # ---------------------------------------------------------------------------- rooms
-def crate_corners(thing: dict) -> np.ndarray:
+def footprint(thing: dict) -> np.ndarray:
     yaw = math.radians(thing["yaw_deg"])
     # R(yaw)'s x and z axes, seen from above
     across = np.array([math.cos(yaw), -math.sin(yaw)])
@@ -143,12 +143,8 @@ def crate_corners(thing: dict) -> np.ndarray:
 
 
 def distance_to(thing: dict, point: np.ndarray) -> float:
-    """Written apart from the script: distance to a circle, or to a polygon's edges (negative
-    inside)."""
-    if thing["shape"] != "crate":
-        center = (thing["center_m"][0], thing["center_m"][2])
-        return math.dist(point, center) - thing["size_m"][0] / 2
-    corners, inside, nearest = crate_corners(thing), True, math.inf
+    """Written apart from the script: distance to a rectangle's edges (negative inside)."""
+    corners, inside, nearest = footprint(thing), True, math.inf
     for start, end in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         edge, to_point = end - start, point - start
         inside &= edge[0] * to_point[1] - edge[1] * to_point[0] >= 0
@@ -179,65 +175,95 @@ def test_no_path_runs_through_a_wall_or_an_object(rooms):
             for thing in room["objects"]:
                 assert distance_to(thing, np.array([x, z])) > 0.3 - 1e-6
         seen = [np.linalg.inv(world[0]) @ [*thing["center_m"], 1] for thing in room["objects"]]
-        looking += any(z > 0 and abs(x) < z and abs(y) < z for x, y, z, _ in seen)
+        half = math.tan(math.radians(room["fov_x_deg"]) / 2)
+        looking += any(z > 0 and abs(x) < half * z and abs(y) < half * z for x, y, z, _ in seen)
     assert looking >= 0.98 * len(lines)  # questions need something to ask about
 
 
+def all_rooms(run: Path) -> list[dict]:
+    paths = sorted((run / "1_trajectories/rooms").glob("*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def bounds(thing: dict):
+    """Low and high corner of the box around an object's parts, in its own axes, from its centre."""
+    middles, sizes = (np.array([p[key] for p in thing["parts"]]) for key in ("center_m", "size_m"))
+    assert all(part["yaw_deg"] == 0 for part in thing["parts"])
+    return (middles - sizes / 2).min(0), (middles + sizes / 2).max(0)
+
+
 def test_rooms_are_as_agreed(rooms):
-    pairs = 0
-    for number in range(50):
-        name = f"1_trajectories/rooms/room_{number:05d}.json"
-        room = json.loads((rooms / name).read_text())
+    kinds, shapes = set(), set()
+    for room in all_rooms(rooms):
         things = room["objects"]
-        assert 5 <= room["width_m"] <= 9 and 5 <= room["depth_m"] <= 9 and 4 <= len(things) <= 7
+        assert 5 <= room["width_m"] <= 9 and 5 <= room["depth_m"] <= 9 and 5 <= len(things) <= 9
+        assert 1.2 <= room["camera_height_m"] <= 1.7 and 60 <= room["fov_x_deg"] <= 100
         assert [thing["id"] for thing in things] == list(range(len(things)))
+        half, labels = (room["width_m"] / 2, room["depth_m"] / 2), [t["label"] for t in things]
         for thing in things:
-            assert thing["label"].split()[-1] == thing["shape"]
-            assert thing["shape"] in ("ball", "crate", "pillar", "cone")
-            assert len(thing["color"]) == 3 and all(0 <= value <= 255 for value in thing["color"])
-            assert 0.5 <= thing["size_m"][1] <= 1.61
+            kind = thing["label"].split()[-1]
+            kinds.add(kind)
+            shapes |= {part["shape"] for part in thing["parts"]}
+            for part in thing["parts"]:
+                assert len(part["color"]) == 3 and all(0 <= value <= 255 for value in part["color"])
+            low, high = bounds(thing)  # the box is the union of the parts'
+            np.testing.assert_allclose(high, np.array(thing["size_m"]) / 2, atol=3e-4)
+            np.testing.assert_allclose(low, -high, atol=3e-4)
             bottom = -thing["center_m"][1] - thing["size_m"][1] / 2
             assert bottom >= -1e-3 and bottom + thing["size_m"][1] < room["height_m"]
-            assert bottom < 0.01 or thing["shape"] in ("ball", "crate")
-            middle, reach = np.array(thing["center_m"])[[0, 2]], thing["size_m"][0] / 2
-            outline = middle[None]
-            if thing["shape"] == "crate":
-                outline, reach = crate_corners(thing), 0
-            half = (room["width_m"] / 2, room["depth_m"] / 2)
-            assert (np.abs(outline) + reach < half).all()
-            for other in things[: thing["id"]]:  # corners and the middle lie outside the other
-                assert all(distance_to(other, point) > reach for point in [*outline, middle])
-        labels = [thing["label"] for thing in things]
-        twins = [thing for thing in things if labels.count(thing["label"]) == 2]
-        assert len(set(labels)) >= len(labels) - 1
-        if twins:  # "ball": the only two balls of the room
-            pairs += 1
-            shape = twins[0]["shape"]
-            assert all(thing["label"] == shape or thing["shape"] != shape for thing in things)
-            assert twins[0]["color"] != twins[1]["color"]
-            assert twins[0]["size_m"] == twins[1]["size_m"]
-    assert 8 <= pairs <= 26  # a third of 50
+            outline = footprint(thing)
+            assert (np.abs(outline) < np.add(half, 0.01)).all()
+            if kind in ("door", "window", "picture"):  # at a wall, its front to the room
+                yaw = math.radians(thing["yaw_deg"])
+                out = np.array([math.sin(yaw), math.cos(yaw)])
+                assert (outline @ out).max() == pytest.approx(abs(out) @ half, abs=0.011)
+            for other in things[: thing["id"]]:
+                apart = min(distance_to(other, point) for point in outline)
+                height = -other["center_m"][1] + other["size_m"][1] / 2
+                on_it = kind in ("ball", "crate", "pillar", "cone") and abs(bottom - height) < 1e-3
+                assert apart > 0 or on_it
+        for label in set(labels):  # "ball": the only two balls of the room
+            alike = [t for t in things if t["label"].split()[-1] == label.split()[-1]]
+            assert labels.count(label) == 1 if " " in label else len(alike) <= 2
+    furniture = {"table", "chair", "sofa", "bed", "shelf", "lamp", "plant"}
+    assert kinds == {*shapes, *furniture, "door", "window", "picture"}
+    assert len({room["fov_x_deg"] for room in all_rooms(rooms)}) > 30
 
 
-def test_pairs_differ_in_color_and_stand_near(tmp_path):
-    """Neither name nor size tells the two apart; the gap is between their outer circles."""
-    script("01", "--run", tmp_path / "run", "--rooms", 30, "--recipe", "tiny")
-    pairs, own = 0, ("id", "center_m", "color")
-    for path in (tmp_path / "run/1_trajectories/rooms").glob("*.json"):
-        things = json.loads(path.read_text())["objects"]
-        assert [thing["id"] for thing in things] == list(range(len(things)))
-        for one, two in itertools.combinations(things, 2):
+@pytest.mark.parametrize("recipe, gap_m", [("paper", 0.4), ("tiny", 0.4)])
+def test_pairs_are_copies_and_stand_near(tmp_path, recipe, gap_m):
+    """Neither name nor look tells the two apart, but for the color of a few pairs; the gap is
+    between the circles around their footprints."""
+    script("01", "--run", tmp_path / "run", "--rooms", 60, "--recipe", recipe)
+    pairs, recolored = 0, 0
+    for room in all_rooms(tmp_path / "run"):
+        for one, two in itertools.combinations(room["objects"], 2):
             if one["label"] != two["label"]:
                 continue
             pairs += 1
-            first, second = ({k: v for k, v in t.items() if k not in own} for t in (one, two))
-            assert first == second
+            recolored += one["parts"] != two["parts"]
+            for thing in (one, two):
+                thing["parts"] = [part | {"color": None} for part in thing["parts"]]
+            own = {"id": None, "center_m": None}
+            assert one | own == two | own
             (x1, y1, z1), (x2, y2, z2) = one["center_m"], two["center_m"]
-            width, _, depth = one["size_m"]
-            width = np.hypot(width, depth) if one["shape"] == "crate" else width
-            assert one["color"] != two["color"] and y1 == y2
-            assert 0.19 < np.hypot(x1 - x2, z1 - z2) - width < 0.61
-    assert pairs > 40
+            gap = math.dist((x1, z1), (x2, z2)) - math.hypot(*one["size_m"][::2])
+            assert y1 == y2 and 0.09 < gap < gap_m + 0.01
+    assert pairs > 90 and 0 < recolored < 0.2 * pairs
+
+
+def test_four_trajectories_of_a_room_share_their_start(rooms):
+    by_room = {}
+    for line in records(rooms):
+        by_room.setdefault(line["scene_id"], []).append(line)
+    shared = 0
+    for lines in by_room.values():
+        same = [line for line in lines[:4] if line["start"] == lines[0]["start"]]
+        shared += len(same)
+        walks = [json.dumps(line["actions"]) for line in same]
+        assert len(walks) == len(set(walks))
+        assert all(line["start"] != lines[0]["start"] for line in lines[4:])
+    assert shared > 0.9 * 4 * len(by_room)
 
 
 def test_actions_are_on_the_grid_and_alternate(rooms):
@@ -255,7 +281,9 @@ def test_actions_are_on_the_grid_and_alternate(rooms):
     moves = {"forward", "backward", "shift_left", "shift_right"}
     assert seen == {*moves, "turn_left", "turn_right", 2, 3}
     for line in lines:
-        assert line["width"] == line["height"] == 112 and line["fov_x_deg"] == 90.0
+        assert line["width"] == line["height"] == 112
+        room = json.loads((rooms / line["room"]).read_text())
+        assert line["fov_x_deg"] == room["fov_x_deg"]
         assert line["source"] == "simulated" and line["anchor"] is None
 
 

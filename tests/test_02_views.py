@@ -3,7 +3,6 @@
 And faults that are caught, runs that survive.
 """
 
-import colorsys
 import io
 import json
 import math
@@ -55,7 +54,10 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def thing(shape: str, center_m: list, size_m: list, yaw_deg: float = 0.0, number: int = 0) -> dict:
-    made = {"id": number, "label": f"red {shape}", "shape": shape, "color": [215, 40, 40]}
+    """An object of one part."""
+    part = {"shape": shape, "color": [215, 40, 40], "size_m": size_m}
+    part |= {"center_m": [0.0, 0.0, 0.0], "yaw_deg": 0.0}
+    made = {"id": number, "label": f"red {shape}", "parts": [part]}
     return made | {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg}
 
 
@@ -77,9 +79,11 @@ def random_room(draw: np.random.Generator) -> dict:
             size[1] = size[0]
         x, z = draw.uniform(-3, 3, 2) if number else draw.uniform(-0.8, 0.8, 2)
         y, yaw_deg = -draw.uniform(0, 2.6), draw.uniform(0, 360)
-        objects.append(
-            thing(shape, [float(x), float(y), float(z)], size.tolist(), float(yaw_deg), 10 + number)
-        )
+        center_m = [float(x), float(y), float(z)]
+        made = thing(shape, center_m, size.tolist(), float(yaw_deg), 10 + number)
+        more = made["parts"][0] | {"center_m": draw.uniform(-0.5, 0.5, 3).tolist()}
+        made["parts"].append(more | {"yaw_deg": float(draw.uniform(0, 360))})
+        objects.append(made)
     width_m, depth_m = draw.uniform(5, 8, 2).tolist()
     return room_of(
         *objects, width_m=width_m, depth_m=depth_m, texture_seed=int(draw.integers(1000))
@@ -159,6 +163,15 @@ def inside(shape: str, p: np.ndarray, half: np.ndarray) -> np.ndarray:
     return outside_by[shape] <= 1e-9
 
 
+def bodies(room: dict):
+    """(1 + index of its object, part in room axes) of every part."""
+    for number, whole in enumerate(room["objects"], 1):
+        for part in whole["parts"]:
+            center_m = turned(whole["yaw_deg"])[:3, :3] @ part["center_m"] + whole["center_m"]
+            yaw_deg = whole["yaw_deg"] + part["yaw_deg"]
+            yield number, part | {"center_m": center_m, "yaw_deg": yaw_deg}
+
+
 def reference(room: dict, pose: np.ndarray, width: int, height: int, fov_x_deg: float):
     """Brute force in float64: each ray is cut with every quadric and plane that bounds a body; cuts
     outside the body are dropped; the nearest in front of the camera wins -> ids [H,W] as `render`
@@ -174,7 +187,7 @@ def reference(room: dict, pose: np.ndarray, width: int, height: int, fov_x_deg: 
             for plane in planes:
                 t = (plane - o[axis]) / d[:, axis]
                 depth = np.where((t > 0) & (t < depth), t, depth)
-        for number, body in enumerate(room["objects"], 1):
+        for number, body in bodies(room):
             to_object, half = turned(body["yaw_deg"])[:3, :3].T, np.array(body["size_m"]) / 2
             oo, dd = to_object @ (o - body["center_m"]), d @ to_object.T
             cuts = []  # a ball's planes are its tangents
@@ -203,7 +216,7 @@ def random_pose(draw: np.random.Generator, room: dict) -> np.ndarray:
         pose = turned(draw.uniform(0, 360))
         x_m, z_m = (draw.uniform(-0.35, 0.35) * room[side] for side in ("width_m", "depth_m"))
         pose[:3, 3] = x_m, -1.5, z_m
-        for body in room["objects"]:
+        for _, body in bodies(room):
             half = np.array(body["size_m"]) / 2 + 0.02
             place = turned(body["yaw_deg"])[:3, :3].T @ (pose[:3, 3] - body["center_m"])
             if inside(body["shape"], place[None], half)[0]:
@@ -238,7 +251,9 @@ def test_render_equals_brute_force(stage, width, height, fov_x_deg):
             assert entry["box"] == box + [math.ceil(1000 * a - 1e-9) for a in high]
             away_m = math.hypot(*(pose[[0, 2], 3] - np.array(body["center_m"])[[0, 2]]))
             assert abs(entry["distance_m"] - away_m) < 1e-3
-            shapes_seen.add(body["shape"])
+            x, _, z, _ = np.linalg.inv(pose) @ [*body["center_m"], 1]
+            assert abs(entry["bearing_deg"] - math.degrees(math.atan2(x, z))) < 0.06
+            shapes_seen.add(body["parts"][0]["shape"])
     assert shapes_seen == set(SHAPES)
 
 
@@ -262,29 +277,87 @@ def test_occlusion_hides_pixels(stage):
     assert 1 not in visible(crate, thing("crate", [0, -1.2, 1.0], [2.4, 2.4, 0.4], 0, 2))
 
 
-def hue_of(picture: np.ndarray) -> float:
-    """0..1, of the mean colour."""
-    return colorsys.rgb_to_hsv(*(picture.reshape(-1, 3).mean(0) / 255))[0]
+def test_nothing_tells_a_heading(stage):
+    """Over many rooms no face has a color or a brightness of its own, nor has an object a side."""
+    K, seen, sides = stage.intrinsics(40, 40, 60.0), [], []
+    pillar = thing("pillar", [0.0, -1.4, 0.0], [1.0, 0.8, 1.0])
+    for seed in range(150):
+        room = stage.prepare_room(room_of(pillar, texture_seed=seed))
+        views = []
+        for yaw in (0, 90, 180, 270):
+            s, c = math.sin(math.radians(yaw)), math.cos(math.radians(yaw))
+            pose = stage.start_pose(room, [-2.5 * s, -2.5 * c, yaw])
+            picture, ids, _ = stage.render(room, pose, K)
+            views.append([picture[12:28, :8].mean((0, 1)), picture[ids > 0].mean(0)])
+        seen.append([view[0] for view in views])
+        sides.append([view[1] for view in views])
+    for colors, least in ((np.array(seen), 15), (np.array(sides), 4)):  # [150,4,3]
+        spread = colors.std(0) / math.sqrt(len(colors))
+        assert (np.abs(colors.mean(0) - colors.mean((0, 1))) < 4 * spread).all()
+        assert colors.std(1).mean() > least  # though within a room the four differ
 
 
-def apart(a: float, b: float) -> float:
-    return abs((a - b + 0.5) % 1 - 0.5)
+def test_a_group_has_one_box_and_one_index(stage):
+    """Its box is the union of its parts', each rendered alone."""
+    number, K = 5, stage.intrinsics(100, 100, 80.0)
+    whole = load("01").build_object("chair", "red", 1.1, 30.0) | {
+        "id": number,
+        "label": "red chair",
+    }
+    whole["center_m"] = [0.2, whole["center_m"][1], 2.5]
+
+    def seen(parts):
+        room = stage.prepare_room(room_of(whole | {"parts": parts}))
+        pose = stage.start_pose(room, [0, 0, 0])
+        (entry,) = stage.visible_objects(room, stage.render(room, pose, K)[1], pose)
+        return entry
+
+    boxes = np.array([seen([part])["box"] for part in whole["parts"]])
+    union = [*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist()]
+    assert seen(whole["parts"])["box"] == union and seen(whole["parts"])["id"] == number
+    assert seen(whole["parts"])["bearing_deg"] == round(math.degrees(math.atan2(0.2, 2.5)), 1)
 
 
-def test_a_heading_is_known_by_its_wall(stage):
-    """The four walls have four colours, whatever the texture."""
-    K, hues, pictures = stage.intrinsics(60, 60, 60.0), [], set()
-    for seed in range(8):
-        room = stage.prepare_room(room_of(texture_seed=seed))
-        poses = [stage.start_pose(room, [0, 0, yaw]) for yaw in (0, 90, 180, 270)]
-        views = [stage.render(room, pose, K)[0][22:38, 15:45] for pose in poses]
-        hues.append([hue_of(view) for view in views])
-        pictures.add(views[0].tobytes())
-    for wall in range(4):
-        others = [row[other] for row in hues for other in range(4) if other != wall]
-        assert max(apart(row[wall], hues[0][wall]) for row in hues) < 0.03
-        assert min(apart(row[wall], other) for row in hues for other in others) > 0.08
-    assert len(pictures) == 8  # but no two rooms look alike
+def test_a_shadow_lies_on_the_floor(stage):
+    """Darkest under the object, none a metre away, and the same from two places."""
+    K, table = stage.intrinsics(200, 200, 90.0), load("01").build_object("table", "red", 1.0, 25.0)
+    table |= {"id": 0, "label": "red table", "center_m": [0.0, table["center_m"][1], 0.0]}
+    rooms = [room_of(*things, texture_seed=3) for things in ([table], [])]
+    rooms = [stage.prepare_room(room) for room in rooms]
+    tones = {}
+    for start in ([0, -2.6, 0], [-2.6, 0, 90], [0, 2.6, 180]):
+        pose = stage.start_pose(rooms[0], start)
+        (with_it, ids, depth), (without, _, _) = (stage.render(room, pose, K) for room in rooms)
+        x, y = stage.rays_of(K)
+        rays = np.stack(np.broadcast_arrays(x, y, 1.0), -1)
+        points = (rays * depth[..., None]) @ pose[:3, :3].T + pose[:3, 3]
+        floor = (ids == 0) & (np.abs(points[..., 1]) < 1e-3) & (without.min(-1) > 40)
+        ratio = with_it[floor].sum(-1) / without[floor].sum(-1)
+        place = points[floor][:, [0, 2]]
+        away = np.hypot(*place.T)
+        assert np.abs(ratio[away > 1.3] - 1).max() < 0.02 and ratio[away < 0.3].max() < 0.6
+        for key, tone in zip(map(tuple, np.floor(place * 8).astype(int)), ratio, strict=True):
+            tones.setdefault(key, {}).setdefault(str(start), []).append(tone)
+    several = [[np.mean(t) for t in by.values()] for by in tones.values() if len(by) == 3]
+    assert len(several) > 50
+    assert np.mean([max(t) - min(t) for t in several]) < 0.03 < np.ptp(np.concatenate(several))
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"objects": [{"id": 0, "label": "ball"}]}, "KeyError"),
+        ({"objects": [thing("torus", [0, -1, 0], [1, 1, 1])]}, "torus"),
+        ({"width_m": 1e6}, "100 m"),
+        ({"width_m": -1.0}, "100 m"),
+        ({"texture_seed": "red"}, "Error"),
+    ],
+)
+def test_other_room_files_end_in_one_line(stage, tmp_path, change, part):
+    (tmp_path / "room.json").write_text(json.dumps(room_of() | change))
+    with pytest.raises(stage.Unusable, match=part) as refused:
+        stage.load_room(tmp_path / "room.json")
+    assert "\n" not in str(refused.value) and "room.json: not a room file" in str(refused.value)
 
 
 # --- warp
@@ -480,7 +553,8 @@ def test_records_and_files(stage, rooms, tmp_path):
         written = json.loads((folder / "transforms.json").read_text())
         assert [frame["file_path"] for frame in written["frames"]] == names
         assert (written["w"], written["h"], written["cx"], written["cy"]) == (84, 84, 42, 42)
-        assert abs(written["fl_x"] - 42) < 1e-4
+        focal_px = 42 / math.tan(math.radians(view["fov_x_deg"]) / 2)
+        assert abs(written["fl_x"] - focal_px) < 1e-3
         for k, frame in enumerate(view["kept"]):
             pose = stage.start_pose(room, view["start"]) @ c2w[frame]
             picture, ids, _ = stage.render(room, pose, K)
