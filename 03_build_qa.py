@@ -904,8 +904,8 @@ def relations(place, position, yaw):
 
 def ask_picture(pair, task, most):
     """E3: which of four pictures follows the motion? All end trajectories of one start."""
-    begin = ["Image 1 is the start.", "You stand where image 1 was taken."]
-    ask = ["Which image shows the view afterwards?", "Which image does it see then?"]
+    begin = ["Image 1 is the start.", "The camera now sees image 1."]
+    ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
     survey = pair.survey
     siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
     draw, ends = pair.generator(task), [(pair.actions, pair.after)]
