@@ -20,7 +20,7 @@ GRPO_STEPS   ?= 100
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo miniature test-time-baseline ablations base base-check bench bench-kernels \
-	compile-kernels peers fire lint same test clean
+	compile-kernels peers fire lint same shortcuts test clean
 
 SAMPLE  = $(PY) 01_sample_trajectories.py --run $(RUN) --rooms $(ROOMS) --recipe
 IMAGINE = $(PY) 02_imagine_views.py --run $(RUN) --recipe
@@ -129,6 +129,20 @@ lint: $(VENV)/ready
 # The marked blocks that recur in the scripts, written anew from the first script that holds each.
 same: $(VENV)/ready
 	$(PY) tests/house.py --same
+
+# What can be answered without imagining: probes on 1,000 rooms, then on the photographs and
+# panoramas of PHOTOS=folder, where it is given.
+shortcuts: RUN = runs/shortcuts
+shortcuts: ROOMS = 1000
+shortcuts: $(VENV)/ready
+	$(SAMPLE) paper && $(IMAGINE) paper && $(ASK) paper
+	$(PY) tests/shortcuts.py $(RUN)
+ifdef PHOTOS
+	$(PY) 01_sample_trajectories.py --run $(RUN)-photos --images $(PHOTOS) --recipe photos
+	$(PY) 02_imagine_views.py --run $(RUN)-photos --teacher pan
+	$(PY) 03_build_qa.py --run $(RUN)-photos
+	$(PY) tests/shortcuts.py $(RUN)-photos
+endif
 
 test: $(VENV)/ready
 	$(PY) tests/house.py

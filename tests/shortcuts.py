@@ -1,0 +1,331 @@
+"""Probes that never imagine: what of each task can be had without comparing the pictures.
+
+    python tests/shortcuts.py RUN             # a run that is as far as stage 3
+    make shortcuts [PHOTOS=folder]            # makes it first: 1,000 rooms, photographs by pan
+
+Each probe sees one thing (PROBES), is fitted on the training questions (sft.jsonl) and scored on
+the held-out ones; with fewer than 20 scenes, on every scene after a fit on the others. A probe that
+beats the best constant answer by more than its limit, beyond its 95 % interval (bootstrap over
+scenes), is a way to answer without looking: it is named, and the status is 1.
+
+Writes RUN/shortcuts.json and RUN/shortcuts.png; prints a table, task x probe.
+"""
+
+import json
+import re
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.sparse import hstack
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+# The most by which a probe may beat the best constant, beyond its interval, on any task; boxes with
+# words have no limit, because a box, an angle and the field of view are geometry.
+LIMIT, UNLIMITED = 0.05, ("boxes and words",)
+HUES_ON_D4 = 0.60  # the most that hues in the boxes may reach there
+CROSS = 20  # scenes; with fewer every scene is held out in turn
+LIMIT_CROSS, CROSS_TASKS = 0.10, ("A2", "A4")
+MOST, FEWEST = 5000, 40  # questions of a task to fit on; to fit and score at all
+DIRECTION, EXACT = ("A1", "A2", "E1"), ("A3", "D3")
+BOX = re.compile(r"\[(\d+), (\d+), (\d+), (\d+)\]")
+
+
+class Question:
+    """A line of the questions, as the probes see it."""
+
+    def __init__(self, record: dict, run: Path):
+        self.choice = record.get("answer_type") == "choice"
+        self.name = record["task_type"] + " choice" * self.choice
+        self.scene = record["scene_id"]
+        self.words = record["messages"][0]["content"].replace("<image>", "")
+        self.images = [run / path for path in record["images"]]
+        self.boxes = [[int(side) for side in box] for box in BOX.findall(self.words)]
+        self.answer = record["messages"][-1]["content"]
+        if record["task_type"] in DIRECTION and not self.choice:
+            self.answer = " ".join(self.answer.split()[:2])  # the main score is the direction
+        found = BOX.fullmatch(self.answer)
+        self.truth = np.array(found.groups(), float) if found else None
+
+
+# --- what a probe sees: features of a question, None where the probe is not for it ---
+@lru_cache(maxsize=50_000)
+def small(path: Path) -> tuple:
+    """(pixels 48 x 48 in 0..1, share of hole pixels per 8 x 8 block, sharpness per 6 x 6 block)."""
+    image = Image.open(path).convert("RGB")
+    full = np.asarray(image, int)
+    hole = (np.abs(full - 127) <= 1).all(-1)
+    hole = np.asarray(Image.fromarray(hole).convert("L").resize((8, 8), Image.BOX)) / 255
+    grey = full.sum(-1) / 765
+    edges = np.zeros_like(grey)
+    edges[1:, 1:] = np.abs(np.diff(grey, axis=0))[:, 1:] + np.abs(np.diff(grey, axis=1))[1:]
+    edges = np.asarray(Image.fromarray(edges).resize((6, 6), Image.BOX))
+    return np.asarray(image.resize((48, 48), Image.BOX)) / 255, hole, edges
+
+
+def thumbnail(path: Path, side: int = 6) -> np.ndarray:
+    picture = small(path)[0]
+    return picture.reshape(side, 48 // side, side, 48 // side, 3).mean((1, 3)).ravel()
+
+
+def palette(path: Path) -> np.ndarray:
+    """Shares of 4 x 4 x 4 colours."""
+    levels = (small(path)[0] * 3.99).astype(int) @ [16, 4, 1]
+    return np.bincount(levels.ravel(), minlength=64) / levels.size
+
+
+def hues(path: Path, box: list[int]) -> np.ndarray:
+    """Histogram of the hues of the vivid pixels in a box."""
+    picture = Image.open(path).convert("HSV")
+    corners = np.array(box).reshape(2, 2) / 1000 * picture.size
+    hue, vivid, _ = np.asarray(picture.crop(corners.ravel().round().astype(int).tolist())).T
+    found = np.bincount(hue[vivid > 80] // 16, minlength=16).astype(float)
+    return found / max(found.sum(), 1)
+
+
+def picture_1(q: Question):
+    return np.r_[thumbnail(q.images[0], 8), palette(q.images[0])]
+
+
+def picture_2(q: Question):
+    return np.r_[thumbnail(q.images[1], 8), palette(q.images[1])] if len(q.images) > 1 else None
+
+
+def thumbnails(q: Question):
+    """Both pictures at 6 x 6, and their difference; of E3 all five."""
+    if len(q.images) < 2:
+        return None
+    first, *later = (thumbnail(path) for path in q.images)
+    return np.concatenate([first, *later, *(one - first for one in later)])
+
+
+def box_hues(q: Question):
+    if len(q.images) != 2 or len(q.boxes) != 2 or q.choice:
+        return None
+    one, two = (hues(path, box) for path, box in zip(q.images, q.boxes, strict=True))
+    return np.r_[np.abs(one - two), np.minimum(one, two).sum(), one, two]
+
+
+def holes(q: Question):
+    return np.concatenate([small(path)[1].ravel() for path in q.images])
+
+
+def sharpness(q: Question):
+    first, *later = (small(path)[2].ravel() for path in q.images)
+    return np.concatenate([first, *later, *(one - first for one in later)])
+
+
+def box_numbers(q: Question):
+    numbers = [float(number) for number in re.findall(r"\d+\.?\d*", q.words)]
+    return np.pad(numbers, (0, max(0, 40 - len(numbers))))[:40]
+
+
+PROBES = {
+    "words": None,  # of the prompt, without boxes
+    "boxes and words": box_numbers,
+    "picture 1": picture_1,
+    "picture 2": picture_2,
+    "thumbnails": thumbnails,
+    "hues in boxes": box_hues,
+    "holes": holes,
+    "sharpness": sharpness,
+}
+
+
+# --- fit and score ---
+def features(probe: str, train: list[Question], test: list[Question]):
+    """(matrix to fit on, matrix to score on); None where the probe is not for these questions."""
+    dense = [[PROBES[probe](q) for q in part] if PROBES[probe] else [] for part in (train, test)]
+    if any(row is None for part in dense for row in part):
+        return None
+    dense = [np.array(part, np.float32) for part in dense]
+    if "words" not in probe:
+        return dense
+    count = CountVectorizer(ngram_range=(1, 3), min_df=3, token_pattern=r"[\w.]+", binary=True)
+    texts = [[BOX.sub("box", q.words) for q in part] for part in (train, test)]
+    sparse = [count.fit_transform(texts[0]), count.transform(texts[1])]
+    if PROBES[probe] is None:
+        return sparse
+    return [hstack([one, two / 1000]).tocsr() for one, two in zip(sparse, dense, strict=True)]
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = (np.r_[np.minimum(x[:2], x[2:]), np.maximum(x[:2], x[2:])].clip(0, 1000) for x in (a, b))
+    both = np.prod((np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(0))
+    return float(both / max(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both, 1))
+
+
+def learners(task: str, boxes: bool, sparse: bool) -> list:
+    if boxes:
+        return [Ridge(1.0), KNeighborsRegressor(8)]
+    if task in EXACT:  # thousands of answers
+        return [KNeighborsClassifier(1), KNeighborsClassifier(8)]
+    scale = StandardScaler(with_mean=not sparse)
+    found = [make_pipeline(scale, LogisticRegression(C=0.03, max_iter=200))]
+    found.append(KNeighborsClassifier(8))
+    return found if sparse else [*found, HistGradientBoostingClassifier(max_iter=50)]
+
+
+def marks(learner, X, questions: list[Question]) -> np.ndarray:
+    """The score of each question, 0..1."""
+    said = learner.predict(X)
+    if questions[0].truth is not None:
+        return np.array([iou(q.truth, box) for q, box in zip(questions, said, strict=True)])
+    return np.array([float(q.answer == one) for q, one in zip(questions, said, strict=True)])
+
+
+def fit_and_score(probe: str, train: list[Question], test: list[Question]):
+    """Scores of the test questions by what did best on a fifth of the training scenes."""
+    made = features(probe, train, test)
+    if made is None:
+        return None
+    X, X_test = made
+    boxes = train[0].truth is not None
+    y = np.array([q.truth if boxes else q.answer for q in train])
+    scenes = sorted({q.scene for q in train})
+    aside = {*scenes[:: 5 if len(scenes) > 9 else 2]}
+    kept = np.array([q.scene not in aside for q in train])
+    left = [q for q, stays in zip(train, kept, strict=True) if not stays]
+    if not left or (not boxes and len({*y[kept]}) < 2):
+        return None
+    best = None
+    for learner in learners(train[0].name, boxes, hasattr(X, "tocsr")):
+        learner.fit(X[kept], y[kept])
+        score = marks(learner, X[~kept], left).mean()
+        if best is None or score > best[0]:
+            best = score, learner
+    return marks(best[1], X_test, test)
+
+
+def best_constant(test: list[Question]) -> float:
+    if test[0].truth is not None:
+        median = np.median([q.truth for q in test], 0)
+        return float(np.mean([iou(q.truth, median) for q in test]))
+    answers = [q.answer for q in test]
+    return max(answers.count(answer) for answer in {*answers}) / len(answers)
+
+
+def half_interval(scores: np.ndarray, scenes: list[str], draws: int = 500) -> float:
+    """Half of the 95 % interval of the mean, scenes drawn with replacement."""
+    rng, groups = np.random.default_rng(0), {}
+    for score, scene in zip(scores, scenes, strict=True):
+        groups.setdefault(scene, []).append(score)
+    sums = np.array([[sum(group), len(group)] for group in groups.values()])
+    means = []
+    for _ in range(draws):
+        drawn = sums[rng.integers(len(sums), size=len(sums))].sum(0)
+        means.append(drawn[0] / drawn[1])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(high - low) / 2
+
+
+def splits(questions: dict[str, list[Question]]):
+    """[(to fit on, to score on)]: the files as they are, or each scene in turn."""
+    everything = questions["sft"] + questions["heldout"]
+    scenes = sorted({q.scene for q in everything})
+    if len(scenes) >= CROSS:
+        return [(questions["sft"], questions["heldout"])]
+    return [
+        ([q for q in everything if q.scene != scene], [q for q in everything if q.scene == scene])
+        for scene in scenes
+    ]
+
+
+def probe_run(run: Path, folder: str = "3_qa") -> dict:
+    """{task: {"n", "constant", probe: [score, half interval]}}"""
+    questions = {}
+    for name in ("sft", "heldout"):
+        lines = (run / folder / f"{name}.jsonl").read_text().splitlines()
+        questions[name] = [Question(json.loads(line), run) for line in lines]
+    found, rng = {}, np.random.default_rng(0)
+    for task in sorted({q.name for q in questions["sft"]}):
+        of_task = {name: [q for q in part if q.name == task] for name, part in questions.items()}
+        folds = [(train, test) for train, test in splits(of_task) if train and test]
+        tested = [q for _, test in folds for q in test]
+        if len(tested) < FEWEST or min((len(train) for train, _ in folds), default=0) < FEWEST:
+            print(f"{task}: too few questions to probe ({len(tested)} held out)", file=sys.stderr)
+            continue
+        row = {"n": len(tested), "constant": best_constant(tested)}
+        for probe in PROBES:
+            scores = []
+            for train, test in folds:
+                few = rng.permutation(len(train))[:MOST]
+                scores.append(fit_and_score(probe, [train[i] for i in few], test))
+            if all(part is not None for part in scores):
+                scores = np.concatenate(scores)
+                half = half_interval(scores, [q.scene for q in tested])
+                row[probe] = [float(scores.mean()), half]
+        found[task] = row
+        print(table({task: row}).splitlines()[-1], flush=True)
+    return found
+
+
+def violations(found: dict, cross: bool) -> list[str]:
+    over = []
+    for task, row in found.items():
+        for probe in PROBES.keys() - {*UNLIMITED}:
+            score, half = row.get(probe, (0.0, 0.0))
+            allowed = row["constant"] + LIMIT + half
+            if cross:
+                allowed = row["constant"] + LIMIT_CROSS if task in CROSS_TASKS else 1.0
+            if task == "D4" and probe == "hues in boxes":
+                allowed = HUES_ON_D4
+            if score > allowed:
+                over.append(f"{task} by {probe}: {score:.3f}, at most {allowed:.3f}")
+    return sorted(over)
+
+
+def table(found: dict) -> str:
+    head = f"| task | n | best constant | {' | '.join(PROBES)} |"
+    rows = [head, "|---" * (len(PROBES) + 3) + "|"]
+    for task, row in found.items():
+        cells = []
+        for probe in PROBES:
+            cells.append(f"{row[probe][0]:.3f} ± {row[probe][1]:.3f}" if probe in row else "")
+        rows.append(f"| {task} | {row['n']} | {row['constant']:.3f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def draw(found: dict) -> Figure:
+    """How far each probe is above the best constant."""
+    figure = Figure(figsize=(2 + 0.6 * len(found), 5), layout="constrained")
+    panel = figure.add_subplot(ylabel="score - best constant answer", title="Without imagining")
+    for k, probe in enumerate(PROBES):
+        shown = [(i, row) for i, row in enumerate(found.values()) if probe in row]
+        x = [i + (k - 3.5) / 10 for i, _ in shown]
+        y = [row[probe][0] - row["constant"] for _, row in shown]
+        panel.errorbar(x, y, [row[probe][1] for _, row in shown], fmt="o", ms=3, label=probe)
+    panel.set_xticks(range(len(found)), [*found], rotation=60)
+    panel.axhline(0, color="grey")
+    panel.legend(fontsize=7)
+    return figure
+
+
+def main(run: Path):
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    print("\n".join(table({}).splitlines()))
+    found = probe_run(run)
+    scenes = {json.loads(line)["scene_id"] for line in (run / "3_qa/sft.jsonl").open()}
+    over = violations(found, len(scenes) < CROSS)
+    (run / "shortcuts.json").write_text(json.dumps({"tasks": found, "over": over}, indent=1))
+    draw(found).savefig(run / "shortcuts.png", dpi=110)
+    print(f"{run}/shortcuts.json, shortcuts.png")
+    for line in over:
+        print(f"a shortcut: {line}", file=sys.stderr)
+    sys.exit(bool(over))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "3_qa/sft.jsonl").is_file():
+        sys.exit(f"{__doc__}\n{sys.argv[1:]}: want a run folder with 3_qa/sft.jsonl")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,75 @@
+"""The probes of tests/shortcuts.py find a planted shortcut, and nothing where there is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shortcuts
+from PIL import Image, ImageDraw, ImageFilter
+
+
+def planted(run: Path, shortcut: str, scenes: int = 60, each: int = 4):
+    """Questions of task A4 whose answer is random, but for what `shortcut` gives away."""
+    draw = np.random.default_rng(0)
+    files = {"sft": [], "heldout": []}
+    for scene in range(scenes):
+        for k in range(each):
+            truth = bool(draw.integers(2))
+            colors, paths = draw.integers(0, 256, (2, 3)), []
+            if shortcut == "hues in boxes":
+                colors = [[200, 30, 30], [200, 30, 30] if truth else [30, 30, 200]]
+            for number, color in enumerate(colors):
+                noise = draw.integers(0, 60, (40, 40, 3)) + np.array(color) * 0.75
+                picture = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+                told = {"picture 1": 0, "picture 2": 1, "thumbnails": 1}.get(shortcut)
+                if told == number:
+                    side = 0 if truth else 20
+                    ImageDraw.Draw(picture).rectangle([side, 0, side + 19, 39], fill="white")
+                if shortcut == "holes" and number == 1:
+                    side = 0 if truth else 32
+                    ImageDraw.Draw(picture).rectangle([side, 0, side + 7, 39], fill=(127,) * 3)
+                if shortcut == "sharpness" and number == 1 and truth:
+                    picture = picture.filter(ImageFilter.BoxBlur(1))
+                paths.append(f"{scene}_{k}_{number}.png")
+                picture.save(run / paths[-1])
+            value = int(draw.integers(1, 9)) * 10
+            if shortcut == "words":
+                value = 20 if truth else 30
+            words = "<image><image>The ball is at [100, 100, 900, 900] in image 1 and at "
+            words += f"[100, 100, 900, 900] in image 2. Did it turn left {value} degrees?"
+            said = {"role": "user", "content": words}
+            answer = {"role": "assistant", "content": str(truth).lower()}
+            record = {"task_type": "A4", "answer_type": "yes_no", "messages": [said, answer]}
+            record |= {"images": paths, "scene_id": f"room_{scene:05d}"}
+            files["heldout" if scene % 4 == 0 else "sft"].append(json.dumps(record))
+    (run / "3_qa").mkdir()
+    for name, lines in files.items():
+        (run / f"3_qa/{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+FINDS = ["words", "picture 1", "picture 2", "thumbnails", "hues in boxes", "holes", "sharpness"]
+
+
+@pytest.mark.parametrize("shortcut", [*FINDS, "none"])
+def test_probes_find_what_is_planted_and_nothing_else(tmp_path, shortcut):
+    planted(tmp_path, shortcut)
+    found = shortcuts.probe_run(tmp_path)["A4"]
+    assert found["n"] == 60
+    if shortcut in FINDS:
+        score, half = found[shortcut]
+        assert score - half > 0.8, found
+        if shortcut in ("words", "picture 1"):
+            blind = "picture 1" if shortcut == "words" else "words"
+            assert found[blind][0] < 0.7, found
+    over = shortcuts.violations({"A4": found}, cross=False)
+    assert any(f"by {shortcut}" in line for line in over) == (shortcut in FINDS), over
+
+
+def test_a_run_without_questions_is_one_line(tmp_path):
+    command = [sys.executable, shortcuts.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "want a run folder" in done.stderr
+    assert "Traceback" not in done.stderr
