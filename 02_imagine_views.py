@@ -257,7 +257,7 @@ def pattern_bank():
     """uint8 [LEVELS, patterns, TEXELS, TEXELS], the same in every run.
 
     Random tones per cell make a place on a wall unlike its neighbours. Level l is the pattern
-    averaged over 2^l x 2^l texels.
+    averaged over 2^l x 2^l texels. Those that may lie on a floor are there in four directions.
     """
     S, rng = TEXELS, np.random.default_rng(7)
     row, column = np.mgrid[:S, :S]
@@ -283,7 +283,9 @@ def pattern_bank():
         rows = (top + np.arange(rng.integers(8, 40))) % S
         columns = (left + np.arange(rng.integers(8, 40))) % S
         panels[np.ix_(rows, columns)] = tone
-    kinds = [stripes, bricks, checks, panels, noise(1.3)]
+    kinds = [stripes, bricks]
+    for kind in (checks, panels, noise(1.3)):
+        kinds += [np.rot90(kind, turns) for turns in range(4)]
     level = np.stack([0.75 * kind + 0.25 * noise(1.0) for kind in kinds])
     levels = [level]
     for size in (1, 2, 4, 8):
@@ -311,7 +313,6 @@ class Room(NamedTuple):
     face_pattern: np.ndarray  # [6] int32, start of each face's pattern in the bank
     face_shift: np.ndarray  # [4] of each wall, texels by which its pattern is moved on both axes
     flat_shift: int  # the same of floor and ceiling
-    flat_turn: np.ndarray  # [2] cos and sin of the quarter turns of floor and ceiling patterns
     palette: np.ndarray  # [(6+SHADOWS)*256] uint32, face and pattern value -> RGBx
     shadows: np.ndarray  # [s,s] int32, places on the floor -> what is added to index the palette
 
@@ -323,8 +324,8 @@ def prepare_room(room: dict) -> Room:
     """
     objects, rng = room["objects"], np.random.default_rng(room["texture_seed"])
     half_m = np.array([room[key] for key in ("width_m", "height_m", "depth_m")], np.float32) / 2
-    if not (half_m > 0).all() or half_m.max() > 50:
-        raise ValueError("a room is at most 100 m wide")
+    if not (half_m > 0).all() or half_m.max() > 50 or len(objects) > 255:
+        raise ValueError("a room is at most 100 m wide and holds at most 255 objects")
     owners, parts, turns, centers = [0], [], [], []
     for number, thing in enumerate(objects, 1):
         thing["id"], thing["label"], thing["size_m"]
@@ -345,10 +346,8 @@ def prepare_room(room: dict) -> Room:
     owners = np.array(owners, np.uint8)
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
-    # Stripes and bricks, which lie along an axis, only on walls.
-    pattern = np.r_[rng.permutation(5)[:4], rng.integers(2, 5, 2)] * TEXELS**2
+    pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[:4], rng.integers(2, 14, 2)] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
-    flat_turn = yaw_matrix(90 * rng.integers(4))[0, [0, 2]].round().astype(np.float32)
     rgb = rng.uniform(90, 225, (6, 3))
     rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.
@@ -359,29 +358,27 @@ def prepare_room(room: dict) -> Room:
     palette[..., :3] = np.concatenate([faces, faces[5] * dark])
     palette = palette.reshape(-1).view(np.uint32)
     look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32)
-    look += np.array(wall_shift, np.float32), flat_shift, flat_turn, palette
-    height_m, shadows = float(room["camera_height_m"]), floor_shadows(objects, half_m, flat_turn)
-    return Room(half_m, height_m, objects, meets, owners, *bodies, *look, shadows)
+    look += np.array(wall_shift, np.float32), flat_shift, palette, floor_shadows(objects, half_m)
+    return Room(half_m, float(room["camera_height_m"]), objects, meets, owners, *bodies, *look)
 
 
-def floor_shadows(objects: list[dict], half_m, flat_turn):
+def floor_shadows(objects: list[dict], half_m):
     """Room.shadows: an ellipse around the footprint of everything that stands on the floor."""
-    reach_m, (cos, sin) = float(max(half_m[0], half_m[2])), flat_turn
+    reach_m = float(max(half_m[0], half_m[2]))
     shadows = np.zeros((int(2 * reach_m * TEXELS_PER_M) + 2,) * 2, np.int32)
     for thing in objects:
         (x, y, z), (width, height, depth) = thing["center_m"], thing["size_m"]
         if -y - height / 2 > 0.1:
             continue
-        place = np.array([cos * x + sin * z, cos * z - sin * x]) + reach_m
-        radius = math.hypot(width, depth) / 2 + 0.2
-        low = np.maximum((place - radius) * TEXELS_PER_M, 0).astype(int)
-        high = np.maximum((place + radius) * TEXELS_PER_M, 0).astype(int)
+        radius_m, place = math.hypot(width, depth) / 2 + 0.2, np.array([x, z]) + reach_m
+        low = np.maximum((place - radius_m) * TEXELS_PER_M, 0).astype(int)
+        high = np.maximum((place + radius_m) * TEXELS_PER_M, 0).astype(int)
         window = shadows[low[1] : high[1], low[0] : high[0]]
         v, u = (np.arange(n) + 0.5 for n in window.shape)
-        du = (low[0] + u) / TEXELS_PER_M - place[0]
-        dv = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
-        R = yaw_matrix(thing["yaw_deg"])[0, [0, 2]] @ [[cos, sin], [-sin, cos]]
-        across, along = R[0] * du - R[1] * dv, R[1] * du + R[0] * dv
+        dx = (low[0] + u) / TEXELS_PER_M - place[0]
+        dz = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
+        cos, _, sin = yaw_matrix(thing["yaw_deg"])[0]
+        across, along = cos * dx - sin * dz, sin * dx + cos * dz
         away = (across / (width / 2 + 0.15)) ** 2 + (along / (depth / 2 + 0.15)) ** 2
         level = np.clip((1.2 - away) * SHADOWS, 0, SHADOWS).astype(np.int32)
         np.maximum(window, 256 * level, out=window)
@@ -509,16 +506,15 @@ def render(room: Room, pose, K):
         face = np.where(on_x, dx > 0, 2 + (dz > 0)), 4 + (dy > 0)
         wall_start, flat_start = start(wall, face[0], 0), start(ty, face[1], 1)
         # Patterns run from left to right on every wall; 64 m more keep their texels positive, which
-        # a cut to integers needs. Those of the flats are turned, and start at a corner.
+        # a cut to integers needs. Those of floor and ceiling start at a corner.
         shift = room.face_shift[face[0]] + 64 * TEXELS_PER_M
         along = np.where(on_x, -np.sign(dx) * (oz + wall * dz), np.sign(dz) * (ox + wall * dx))
         wall_u = (TEXELS_PER_M * along + shift).astype(np.int32)  # [1,W]
         wall_v = (dy * (TEXELS_PER_M * wall) + (TEXELS_PER_M * oy + shift)).astype(np.int32)
         near = TEXELS_PER_M * np.minimum(ty, 1e3)  # [H,1]; the horizon's floor is at infinity
-        (c, s), shift = room.flat_turn.tolist(), TEXELS_PER_M * max(hx, hz) + room.flat_shift
-        flat_u, flat_v = c * dx + s * dz, c * dz - s * dx
-        flat_u = (near * flat_u + (TEXELS_PER_M * (c * ox + s * oz) + shift)).astype(np.int32)
-        flat_v = (near * flat_v + (TEXELS_PER_M * (c * oz - s * ox) + shift)).astype(np.int32)
+        shift = TEXELS_PER_M * max(hx, hz) + room.flat_shift
+        flat_u = (near * dx + (TEXELS_PER_M * ox + shift)).astype(np.int32)
+        flat_v = (near * dz + (TEXELS_PER_M * oz + shift)).astype(np.int32)
     flat = ty < wall  # [H,W] from here on
     depth = np.minimum(ty, wall)
     wall_texel, flat_texel = texel(wall_u, wall_v) + wall_start, texel(flat_u, flat_v) + flat_start
