@@ -32,7 +32,8 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
         RUN/2_views/views.jsonl, all records: the trajectory's own keys (see 01) and
             {..., "teacher": "simulator", "teacher_settings": {}, "seed": 0, "kept": [0, 8],
              "frames": ["2_views/room_00000/t000/000.png", ...], "objects": [[{"id": 3, "label":
-             "red ball", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41}], []],
+             "red chair", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41,
+             "bearing_deg": -3.2}], []],
              "qc": {"turn_error_deg": 0.1, "over_turn_deg": -0.1, "match": 0.98, "sharpness": 0.97,
              "motion": 31.2, "holes": 0.0, "passed": true, "why": ""}}
             (objects: the visible ones per kept frame; null where the teacher does not know them)
