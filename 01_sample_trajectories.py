@@ -27,7 +27,7 @@ Writes  RUN/1_trajectories/trajectories.jsonl, one line per trajectory. keyframe
         photo_fov_deg, frame 0 of a pan looks. fov_source: exact, given, exif or assumed.
             {"scene_id": "room_00000", "traj_id": "t000", "source": "simulated", "anchor": null,
              "room": "1_trajectories/rooms/room_00000.json", "split": "train", "width": 112,
-             "height": 112, "fov_x_deg": 90.0, "fov_source": "exact", "panorama": false,
+             "height": 112, "fov_x_deg": 81.4, "fov_source": "exact", "panorama": false,
              "photo_fov_deg": null, "actions": [["turn_left", 40.0]], "keyframes": [0, 8], "c2w":
              [[[1.0, 0.0, ...], ...], ...], "start": [0.52, -1.3, 40.0], "start_yaw_deg": null}
         RUN/1_trajectories/rooms/*.json (see draw_room), trajectories.png (top view), meta.json

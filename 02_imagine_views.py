@@ -37,7 +37,8 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
             {..., "teacher": "simulator", "teacher_settings": {}, "seed": 0, "kept": [0, 8],
              "covisible": [[0, 8, 0.62]], "holes": [0.0, 0.0],
              "frames": ["2_views/room_00000/t000/000.png", ...], "objects": [[{"id": 3, "label":
-             "red ball", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41}], []],
+             "red chair", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41,
+             "bearing_deg": -3.2}], []],
              "qc": {"turn_error_deg": 0.1, "over_turn_deg": -0.1, "match": 0.98, "sharpness": 0.97,
              "holes": 0.0, "passed": true, "why": ""}}
             (objects: the visible ones per kept frame; null where the teacher does not know them;
@@ -264,7 +265,7 @@ def pattern_bank():
     """uint8 [LEVELS, patterns, TEXELS, TEXELS], the same in every run.
 
     Random tones per cell make a place on a wall unlike its neighbours. Level l is the pattern
-    averaged over 2^l x 2^l texels.
+    averaged over 2^l x 2^l texels. Those that may lie on a floor are there in four directions.
     """
     S, rng = TEXELS, np.random.default_rng(7)
     row, column = np.mgrid[:S, :S]
@@ -290,7 +291,9 @@ def pattern_bank():
         rows = (top + np.arange(rng.integers(8, 40))) % S
         columns = (left + np.arange(rng.integers(8, 40))) % S
         panels[np.ix_(rows, columns)] = tone
-    kinds = [stripes, bricks, checks, panels, noise(1.3)]
+    kinds = [stripes, bricks]
+    for kind in (checks, panels, noise(1.3)):
+        kinds += [np.rot90(kind, turns) for turns in range(4)]
     level = np.stack([0.75 * kind + 0.25 * noise(1.0) for kind in kinds])
     levels = [level]
     for size in (1, 2, 4, 8):
@@ -306,7 +309,7 @@ class Room(NamedTuple):
     half_m: np.ndarray  # [3] half extents, y: half the height
     camera_height_m: float
     objects: list[dict]
-    shapes: np.ndarray  # [n] row of SHAPES
+    meets: np.ndarray  # [n] function that meets the part's shape
     owners: np.ndarray  # [1+n] uint8, 0 and 1 + index of each part's object
     half_sizes: np.ndarray  # [n,3] float32
     centers: np.ndarray  # [n,3] float32
@@ -316,8 +319,8 @@ class Room(NamedTuple):
     light: np.ndarray  # [3] unit vector towards the light, y down
     ambient: float  # share of the light that comes from everywhere
     face_pattern: np.ndarray  # [6] int32, start of each face's pattern in the bank
-    face_shift: np.ndarray  # [6] int32, texels by which the pattern is moved along both axes
-    flat_turn: np.ndarray  # [2] cos and sin of the quarter turns of floor and ceiling patterns
+    face_shift: np.ndarray  # [4] of each wall, texels by which its pattern is moved on both axes
+    flat_shift: int  # the same of floor and ceiling
     palette: np.ndarray  # [(6+SHADOWS)*256] uint32, face and pattern value -> RGBx
     shadows: np.ndarray  # [s,s] int32, places on the floor -> what is added to index the palette
 
@@ -329,8 +332,8 @@ def prepare_room(room: dict) -> Room:
     """
     objects, rng = room["objects"], np.random.default_rng(room["texture_seed"])
     half_m = np.array([room[key] for key in ("width_m", "height_m", "depth_m")], np.float32) / 2
-    if not (half_m > 0).all() or half_m.max() > 50:
-        raise ValueError("a room is at most 100 m wide")
+    if not (half_m > 0).all() or half_m.max() > 50 or len(objects) > 255:
+        raise ValueError("a room is at most 100 m wide and holds at most 255 objects")
     owners, parts, turns, centers = [0], [], [], []
     for number, thing in enumerate(objects, 1):
         thing["id"], thing["label"], thing["size_m"]
@@ -340,7 +343,7 @@ def prepare_room(room: dict) -> Room:
             parts.append(part)
             turns.append(R @ yaw_matrix(part["yaw_deg"]))
             centers.append(R @ part["center_m"] + thing["center_m"])
-    shapes = np.array([[*SHAPES].index(part["shape"]) for part in parts], int)
+    meets = np.array([SHAPES[part["shape"]][0] for part in parts], object)
     half_sizes = np.array([part["size_m"] for part in parts], np.float32).reshape(-1, 3) / 2
     colors = np.array([part["color"] for part in parts], np.float32).reshape(-1, 3)
     turns = np.array(turns, np.float32).reshape(-1, 3, 3)
@@ -351,10 +354,8 @@ def prepare_room(room: dict) -> Room:
     owners = np.array(owners, np.uint8)
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
-    # Stripes and bricks, which lie along an axis, only on walls.
-    pattern = np.r_[rng.permutation(5)[:4], rng.integers(2, 5, 2)] * TEXELS**2
-    shift = rng.integers(0, TEXELS, 6).astype(np.int32)
-    flat_turn = yaw_matrix(90 * rng.integers(4))[0, [0, 2]].round().astype(np.float32)
+    pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[:4], rng.integers(2, 14, 2)] * TEXELS**2
+    *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
     rgb = rng.uniform(90, 225, (6, 3))
     rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.
@@ -364,32 +365,28 @@ def prepare_room(room: dict) -> Room:
     palette = np.zeros((6 + SHADOWS, 256, 4), np.uint8)
     palette[..., :3] = np.concatenate([faces, faces[5] * dark])
     palette = palette.reshape(-1).view(np.uint32)
-    look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32), shift
-    shadows = floor_shadows(objects, half_m, flat_turn)
-    height_m = float(room["camera_height_m"])
-    return Room(
-        half_m, height_m, objects, shapes, owners, *bodies, *look, flat_turn, palette, shadows
-    )
+    look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32)
+    look += np.array(wall_shift, np.float32), flat_shift, palette, floor_shadows(objects, half_m)
+    return Room(half_m, float(room["camera_height_m"]), objects, meets, owners, *bodies, *look)
 
 
-def floor_shadows(objects: list[dict], half_m, flat_turn):
+def floor_shadows(objects: list[dict], half_m):
     """Room.shadows: an ellipse around the footprint of everything that stands on the floor."""
-    reach_m, (cos, sin) = float(max(half_m[0], half_m[2])), flat_turn
+    reach_m = float(max(half_m[0], half_m[2]))
     shadows = np.zeros((int(2 * reach_m * TEXELS_PER_M) + 2,) * 2, np.int32)
     for thing in objects:
         (x, y, z), (width, height, depth) = thing["center_m"], thing["size_m"]
         if -y - height / 2 > 0.1:
             continue
-        place = np.array([cos * x + sin * z, cos * z - sin * x]) + reach_m
-        radius = math.hypot(width, depth) / 2 + 0.2
-        low = np.maximum((place - radius) * TEXELS_PER_M, 0).astype(int)
-        high = np.maximum((place + radius) * TEXELS_PER_M, 0).astype(int)
+        radius_m, place = math.hypot(width, depth) / 2 + 0.2, np.array([x, z]) + reach_m
+        low = np.maximum((place - radius_m) * TEXELS_PER_M, 0).astype(int)
+        high = np.maximum((place + radius_m) * TEXELS_PER_M, 0).astype(int)
         window = shadows[low[1] : high[1], low[0] : high[0]]
         v, u = (np.arange(n) + 0.5 for n in window.shape)
-        du = (low[0] + u) / TEXELS_PER_M - place[0]
-        dv = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
-        R = yaw_matrix(thing["yaw_deg"])[0, [0, 2]] @ [[cos, sin], [-sin, cos]]
-        across, along = R[0] * du - R[1] * dv, R[1] * du + R[0] * dv
+        dx = (low[0] + u) / TEXELS_PER_M - place[0]
+        dz = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
+        cos, _, sin = yaw_matrix(thing["yaw_deg"])[0]
+        across, along = cos * dx - sin * dz, sin * dx + cos * dz
         away = (across / (width / 2 + 0.15)) ** 2 + (along / (depth / 2 + 0.15)) ** 2
         level = np.clip((1.2 - away) * SHADOWS, 0, SHADOWS).astype(np.int32)
         np.maximum(window, 256 * level, out=window)
@@ -504,8 +501,8 @@ def render(room: Room, pose, K):
         level = np.clip(level, 0, LEVELS - 1).astype(np.int32)
         return level * pattern_bank()[0].size + room.face_pattern[face]
 
-    def texel(place):
-        return place.astype(np.int32)
+    def texel(u, v):
+        return (v & (TEXELS - 1)) * TEXELS + (u & (TEXELS - 1))
 
     with np.errstate(divide="ignore", invalid="ignore"):
         tx = (np.copysign(hx, dx) - ox) / dx
@@ -516,44 +513,42 @@ def render(room: Room, pose, K):
         # angle: one level softer.
         face = np.where(on_x, dx > 0, 2 + (dz > 0)), 4 + (dy > 0)
         wall_start, flat_start = start(wall, face[0], 0), start(ty, face[1], 1)
-        wall_shift, flat_shift = (room.face_shift[f] for f in face)
-        # Patterns run from left to right on every wall; 64 m more keep the texels positive, which
-        # a cut to integers needs. Those of the flats are turned, and start at a corner.
-        right = np.where(on_x, -np.sign(dx) * (oz + wall * dz), np.sign(dz) * (ox + wall * dx))
-        wall_u = texel(TEXELS_PER_M * (right + 64)) + wall_shift  # [1,W]
-        wall_v = texel(dy * (TEXELS_PER_M * wall) + TEXELS_PER_M * (oy + 64))  # [H,W]
+        # Patterns run from left to right on every wall; 64 m more keep their texels positive, which
+        # a cut to integers needs. Those of floor and ceiling start at a corner.
+        shift = room.face_shift[face[0]] + 64 * TEXELS_PER_M
+        along = np.where(on_x, -np.sign(dx) * (oz + wall * dz), np.sign(dz) * (ox + wall * dx))
+        wall_u = (TEXELS_PER_M * along + shift).astype(np.int32)  # [1,W]
+        wall_v = (dy * (TEXELS_PER_M * wall) + (TEXELS_PER_M * oy + shift)).astype(np.int32)
         near = TEXELS_PER_M * np.minimum(ty, 1e3)  # [H,1]; the horizon's floor is at infinity
-        (c, s), corner = room.flat_turn.tolist(), float(max(hx, hz))
-        flat_u = texel(near * (c * dx + s * dz) + TEXELS_PER_M * (c * ox + s * oz + corner))
-        flat_v = texel(near * (c * dz - s * dx) + TEXELS_PER_M * (c * oz - s * ox + corner))
+        shift = TEXELS_PER_M * max(hx, hz) + room.flat_shift
+        flat_u = (near * dx + (TEXELS_PER_M * ox + shift)).astype(np.int32)
+        flat_v = (near * dz + (TEXELS_PER_M * oz + shift)).astype(np.int32)
     flat = ty < wall  # [H,W] from here on
     depth = np.minimum(ty, wall)
-    wall_texel = ((wall_v + wall_shift) & (TEXELS - 1)) * TEXELS + (
-        (wall_u & (TEXELS - 1)) + wall_start
-    )
-    flat_texel = (
-        ((flat_v + flat_shift) & (TEXELS - 1)) * TEXELS
-        + ((flat_u + flat_shift) & (TEXELS - 1))
-        + flat_start
-    )
+    wall_texel, flat_texel = texel(wall_u, wall_v) + wall_start, texel(flat_u, flat_v) + flat_start
     value = np.where(flat, flat_texel, wall_texel)
     wall_tone, flat_tone = ((f * 256).astype(np.int32) for f in face)
     picture = pattern_bank().take(value) + np.where(flat, flat_tone, wall_tone)
     floor = slice(int((dy <= 0).sum()), None)  # the rows below the horizon
-    place = flat_v[floor] * len(room.shadows) + flat_u[floor]
-    picture[floor] += flat[floor] * room.shadows.take(place, mode="clip")
+    side = len(room.shadows)
+    place = flat_v[floor] * side + (flat_u[floor] - room.flat_shift * (side + 1))
+    picture[floor] += room.shadows.take(place, mode="clip") * flat[floor]
     picture = room.palette.take(picture)  # uint32
     parts = np.zeros(depth.shape, np.int16)
-    for index, window in windows(room, pose, K):
-        rows, columns = window
-        t = meet(room, index, pose, (dx[:, columns], dy[rows], dz[:, columns]))
-        np.copyto(parts[window], index + 1, where=t < depth[window])
-        np.minimum(depth[window], t, out=depth[window])
-    paint(room, pose, (dx, dy, dz), picture, parts, depth)
+    origins = ((pose[:3, 3] - room.centers)[:, None] @ room.turns)[:, 0].astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for index, window in windows(room, pose, K):
+            x, y, z = dx[:, window[1]], dy[window[0]], dz[:, window[1]]
+            c, s = room.turns[index, 0, ::2].tolist()  # to the part's axes: R^T, a turn about y
+            rays, near = (c * x - s * z, y, s * x + c * z), depth[window]
+            t = room.meets[index](origins[index], rays, room.half_sizes[index])
+            np.copyto(parts[window], index + 1, where=t < near)
+            np.minimum(near, t, out=near)
+    paint(room, (dx, dy, dz), origins, picture, parts, depth)
     rgb = np.empty((*depth.shape, 3), np.uint8)
     for channel in range(3):  # three times as fast as one copy of [..., :3]
         rgb[..., channel] = picture.view(np.uint8)[:, channel::4]
-    return rgb, room.owners[parts], depth
+    return rgb, room.owners.take(parts), depth
 
 
 def windows(room: Room, pose, K):
@@ -573,41 +568,28 @@ def windows(room: Room, pose, K):
             yield index, (slice(top, bottom), slice(left, right))
 
 
-def meet(room: Room, index: int, pose, rays):
-    """Depth [h,w] at which the rays of a window meet a part."""
-    x, y, z = rays
-    R = room.turns[index]
-    cos, _, sin = R[0].tolist()  # the room's axes to the part's: R^T, a turn about y
-    d = cos * x - sin * z, y, sin * x + cos * z
-    o = ((pose[:3, 3] - room.centers[index]) @ R).astype(np.float32)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return [*SHAPES.values()][room.shapes[index]][0](o, d, room.half_sizes[index])
-
-
-def paint(room: Room, pose, rays, picture, parts, depth):
+def paint(room: Room, rays, origins, picture, parts, depth):
     """Write the colors of the parts that show into the picture [H,W]."""
-    row, column = np.nonzero(parts)
-    index, t = parts[row, column] - 1, depth[row, column]  # [m], and so all that follow
-    ray = rays[0][0, column], rays[1][row, 0], rays[2][0, column]
-    x, y, z = (
-        o + t * d - c
-        for o, d, c in zip(pose[:3, 3].astype(np.float32), ray, room.centers[index].T, strict=True)
-    )
-    cos, sin = room.turns[index, 0, 0], room.turns[index, 0, 2]
-    p, half = np.stack([cos * x - sin * z, y, sin * x + cos * z]), room.half_sizes[index].T
-    lambert, shape = np.empty_like(t), room.shapes[index]
-    lights = (room.light @ room.turns)[index].T
-    for number, (_, normal) in enumerate(SHAPES.values()):
-        here = np.flatnonzero(shape == number)
+    place = np.flatnonzero(parts)
+    row, column = np.divmod(place.astype(np.int32), parts.shape[1])
+    index, t = parts.ravel()[place] - 1, depth.ravel()[place]  # [m], and so all that follow
+    x, y, z = (ray.ravel()[at] for ray, at in zip(rays, (column, row, column), strict=True))
+    cos, _, sin = room.turns[:, 0].T.take(index, 1)
+    d, half = (cos * x - sin * z, y, sin * x + cos * z), room.half_sizes.T.take(index, 1)
+    p = origins.T.take(index, 1) + t * np.stack(d)
+    lights, lambert = (room.light @ room.turns).T.take(index, 1), np.empty_like(t)
+    for meet, normal in SHAPES.values():
+        here = np.flatnonzero((room.meets == meet)[index])
         if len(here):
-            n = normal(p[:, here], half[:, here])
-            lambert[here] = (lights[:, here] * n).sum(0)
+            n = normal(p.take(here, 1), half.take(here, 1))
+            lambert[here] = (lights.take(here, 1) * n).sum(0)
     # Faint checks through the body show how it is turned; 1.96 keeps their edges off its faces.
-    check = np.floor(p * (1.96 / half)).sum(0) % 2
+    check = np.floor(p * (1.96 / half)).sum(0).astype(np.int32) & 1
     tone = (room.ambient + (1 - room.ambient) * lambert) * (1 - 0.18 * check)
     color = np.zeros((len(t), 4), np.uint8)
-    color[:, :3] = np.minimum(tone[:, None] * room.colors[index], 255)
-    picture[row, column] = color.view(np.uint32)[:, 0]
+    for channel, value in enumerate(room.colors.T.take(index, 1)):
+        color[:, channel] = np.minimum(tone * value, 255)
+    picture.ravel()[place] = color.view(np.uint32)[:, 0]
 
 
 def visible_objects(room: Room, ids, pose) -> list[dict]:
