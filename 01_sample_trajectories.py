@@ -267,7 +267,6 @@ SCALES = {"toy": (0.65, 1.3), "small": (0.3, 0.45), "furniture": (0.9, 1.15)}
 ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
 CAMERA_HEIGHT_M = (1.2, 1.7)
 MARGIN_M = 0.3  # least distance of a camera to walls and objects
-RECOLORED = 0.15  # share of pairs of two colors: in all others the motion alone decides D4
 
 
 def draw_room(scene_id: str, cfg: Config) -> dict:
@@ -295,10 +294,8 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         size = "small" if under else "toy" if kind in TOYS else "furniture"
         look = [color[0] if color else str(g.choice([*COLORS]))]
         look += [g.uniform(*SCALES[size]), float(g.integers(360))]
-        # The second of a pair is a copy of the first: size and yaw would tell the two apart.
-        if label in looks:
-            own = look if g.random() < RECOLORED else looks[label]
-            look = own[:1] + looks[label][1:]
+        # the second of a pair is a copy of the first: the motion alone decides D4
+        look = looks.get(label, look)
         thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
         thing = find_place(g, thing, under, room, cfg)
         room["objects"] += [thing] if thing else []
@@ -596,8 +593,10 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
     """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
 
     48 starts are tried at once for each of 20 draws of actions, so that long moves are hardly
-    rarer than short ones. A start that sees an object is preferred. The first SHARING records
-    start at one place with different actions, where 20 draws find some that fit there.
+    rarer than short ones. One that sees an object is preferred: before the actions, after them, or
+    a whole turn further on either side. Were it always before, the objects in picture 2 would
+    stand where the camera came from, and tell the way of the turn. The first SHARING records start
+    at one place with different actions, where 20 draws find some that fit there.
     """
     shared = [record["start"] for record in records[:1] if len(records) < SHARING]
     second_best = None
@@ -606,20 +605,28 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         if shared and any(record["actions"] == actions for record in records):
             continue
         c2w, _ = integrate(actions)
-        path = np.unique(c2w[:, [0, 2], 3].astype(float), axis=0).T  # [2, P]: a turn has one place
+        path = c2w[:, [0, 2], 3].astype(float).T  # [2, P]
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
         starts = np.array(shared) if shared else starts
         x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
         dx, dz = rotate(path, yaw_deg)  # [S, P]
         free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
-        # 0: hits something, 1: is free, 2: sees an object besides, 3: two of one label
-        rank = free * (1 + sees_objects(x, z, yaw_deg, room))
+        turned_deg = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+        side = int(g.integers(-1, 3))  # 0: the view before, 1: after
+        at = 0 if side < 1 else -1
+        end_x, end_z = rotate(c2w[at, [0, 2], 3].astype(float), yaw_deg)
+        # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: a single
+        # move might as well have been the opposite one, for all that either picture tells
+        seen = sees_objects(x + end_x, z + end_z, yaw_deg + side * turned_deg, room)
+        beyond = np.array([-path[:, -1], 2 * path[:, -1]]).T if len(actions) == 1 else path
+        dx, dz = rotate(beyond, yaw_deg)
+        rank = free * (1 + 2 * seen + (clearance(x + dx, z + dz, room).min(1) > MARGIN_M))
         best = rank.argmax()
         found = actions, starts[best].tolist()
-        if rank[best] >= 2:
+        if rank[best] >= 3:
             return found
-        if rank[best] == 1:
+        if rank[best] >= 1:
             second_best = second_best or found
     if shared and not second_best:
         return draw_in_room(g, [], room, cfg)

@@ -356,7 +356,7 @@ def prepare_room(room: dict) -> Room:
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
     pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[:4], rng.integers(2, 14, 2)] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
-    rgb = rng.uniform(90, 225, (6, 3))
+    rgb = rng.uniform(100, 215, (6, 1)) + rng.uniform(-35, 35, (6, 3))  # paler than objects
     rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.
     tone = 1 + CONTRAST[:, None, None] * np.linspace(-0.5, 0.35, 256)[:, None]

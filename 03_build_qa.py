@@ -780,11 +780,12 @@ def ask_gone(pair, task, most):
         if known and key not in pair.after.visible:
             gone.append(key)
     draw = pair.generator(task)
+    # balanced by the way too: after a wide turn most objects are gone
+    position, yaw = pose(pair.actions)
+    alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {abs(round(position.imag))}"
     for key in mixed(draw, gone, pair.both, most):
         words = pair.words(key)
         answer = "yes" if key in gone else "no"
-        # balanced by the way and the size too: after a long way most objects are gone
-        alike = f"{pair.difficulty} {math.prod(size(words['box'])) > 40_000}"
         yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, pictures=1)
 
 
