@@ -864,7 +864,7 @@ def shift_class(before, after, actions):
     w2, h2 = size(after)
     growth = math.log2(w2 * h2 / (w1 * h1))
     wider = 2 * math.log2(w2 * h1 / (h2 * w1))
-    return f"{turn != 0} {round(shift / 200)} {round(growth)} {round(wider)}"
+    return f"{turn != 0} {round(shift / 400)} {round(growth / 2)} {round(wider / 2)}"
 
 
 def ask_bearing(pair, task, most):
