@@ -74,7 +74,7 @@ ablations: $(VENV)/ready
 
 # The student that the demo starts from, base/: it reads pictures, finds and compares objects in
 # rooms of its own, and has met no question about motion. Made once (hours) and kept with its log;
-# base-check trains the first 5 % anew and compares the losses.
+# base-check trains the first 5 % anew and compares the losses (rests now, see below).
 BASE = $(PY) 04_train_sft.py --run runs/base --recipe base
 runs/base/3_qa/meta.json: RUN = runs/base
 runs/base/3_qa/meta.json: ROOMS = 8000
@@ -88,6 +88,7 @@ base: runs/base/3_qa/meta.json
 	mkdir -p base
 	cd runs/base/4_base && cp *.json *.jinja model.safetensors metrics.jsonl curves.png ../../../base/
 
+# Rests: base/ knows the rooms of commit 0372315, where `make base-check` repeats its first losses.
 base-check: runs/base/3_qa/meta.json
 	rm -rf runs/base/4_check
 	$(BASE) --out 4_check --until 200

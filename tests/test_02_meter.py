@@ -177,7 +177,7 @@ def checked(stage, run: Path, trajectory: dict, shown, other=None) -> dict | Non
 
 def planted_faults(stage, run: Path) -> dict[tuple[str, str], tuple[int, int]]:
     """{("move", fault): (how many failed the check, how many were tried)}; ("turn", ...) too."""
-    script("01", "--run", run, "--rooms", 60, "--shares", 1, 0, 0, "--turn_deg", 10, 50)
+    script("01", "--run", run, "--rooms", 60, "--shares", 1, 0, 0, "--turn_deg", 10, 40)
     trajectories = lines(run / "1_trajectories/trajectories.jsonl")
     views = [np.array(trajectory["c2w"])[-1] for trajectory in trajectories]
     found = {}
