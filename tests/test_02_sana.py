@@ -272,7 +272,8 @@ def test_a_run_keeps_frames_and_their_record(done, weights):
         assert (made["model"], made["steps"], made["guidance"]) == (str(weights), 2, 5.0)
         assert made["frames"] == (17 if record["actions"][0][0].startswith("turn") else 9)
         # a photograph of the frames' shape; a room without top and bottom
-        across_deg = 54.0 if record["source"] == "real" else 90.0
+        rooms = lines(done / "1_trajectories/trajectories.jsonl")
+        across_deg = {t["scene_id"]: t["fov_x_deg"] for t in rooms}[record["scene_id"]]
         assert abs(record["fov_x_deg"] - across_deg) < 0.01
         camera = (done / record["frames"][0]).with_name("transforms.json")
         camera = json.loads(camera.read_text())

@@ -329,21 +329,22 @@ def test_yes_and_no_are_equal_for_every_task_and_label(built):
 
 def test_what_else_the_words_tell_gives_no_answer_away(built):
     views, sizes, shifts = by_name(built[1]), defaultdict(Counter), defaultdict(Counter)
-    for record in built[2]["sft"]:  # D2: the length of the way and the size of the box
+    signs = {"turn_left": -1, "turn_right": 1}
+    for record in built[2]["sft"]:  # D2: how far the camera turns, and about where it goes
         if record["task_type"] == "D2":
-            ((x1, y1, x2, y2),) = boxes_of(words_of_question(record))
-            large = (x2 - x1) * (y2 - y1) > 40_000
-            sizes[record["difficulty"], large][in_words(record)] += 1
+            actions = views[name_of(record)]["actions"]
+            turn = abs(sum(value * signs.get(name, 0) for name, value in actions))
+            x, z = walk(actions)[-1][[0, 2], 3]
+            sizes[round(turn), round(z), abs(round(x))][in_words(record)] += 1
     for record in built[2]["sft"] + built[2]["static"]:  # the way from box to box
         if record["task_type"] not in ("D4", "S6"):
             continue
         (l1, t1, r1, b1), (l2, t2, r2, b2) = boxes_of(prompt(record))
-        signs = {"turn_left": -1, "turn_right": 1}
         actions = views[name_of(record)]["actions"]
         turn = sum(value * signs.get(name, 0) for name, value in actions)
         shift = (l2 + r2 - l1 - r1) / 2 * (-1 if turn < 0 else 1)  # a turn to the left: mirrored
         wide, tall = np.log2([(r2 - l2) / (r1 - l1), (b2 - t2) / (b1 - t1)])
-        form = (round(shift / 200), round(wide + tall), round(2 * (wide - tall)))
+        form = (round(shift / 400), round((wide + tall) / 2), round(wide - tall))
         shifts[record["task_type"], bool(turn), *form][in_words(record)] += 1
     assert len(sizes) > 3 and len(shifts) > 10
     assert all(count["yes"] == count["no"] for count in [*sizes.values(), *shifts.values()])

@@ -94,8 +94,8 @@ def test_motions_as_poses_and_words():
 
 
 def test_a_walk_from_any_frame_goes_on_where_the_trajectory_did(rooms, quick):
-    """From the key frame after the first action, the second leads to the last frame, to the
-    pixel."""
+    """From the key frame after the first action, the second leads to the last frame, but for the
+    few pixels between two texels, where poses are rounded to 7 digits."""
     view = next(view for view in views_of(rooms) if len(view["actions"]) == 2)
     middle, last = (str(rooms / view["frames"][view["keyframes"][k]]) for k in (1, 2))
     one = (middle, (), *view["actions"][1], 1)
@@ -103,7 +103,8 @@ def test_a_walk_from_any_frame_goes_on_where_the_trajectory_did(rooms, quick):
     cfg = evaluation.Config(coupled="simulator")
     seen, _ = evaluation.imagine(rooms / "onward", [one], starts, rooms, cfg)
     (path,) = seen[one]
-    assert (pixels(path) == pixels(last)).all() and not (pixels(path) == pixels(middle)).all()
+    assert (pixels(path) != pixels(last)).mean() < 0.01
+    assert (pixels(path) != pixels(middle)).mean() > 0.5
     shutil.rmtree(rooms / "onward")
 
 

@@ -71,8 +71,8 @@ def test_photographs_through_all_six(tmp_path, capsys):
     (photos / "text.png").write_text("this is no picture")
     Image.new("RGB", (1, 1)).save(photos / "dot.png")
     flags = {
-        "01": f"--images {photos} --actions turns --photo_trajectories 6",
-        "02": "--teacher warp --workers 1",
+        "01": f"--images {photos} --recipe photos --photo_trajectories 8",
+        "02": "--teacher pan --workers 1",
         "03": "",
         **ROAD,
     }

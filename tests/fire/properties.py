@@ -124,6 +124,8 @@ def truth_of(task: str, data) -> str:
         return qa.say(data.draw(ACTIONS))
     if kind == "yes_no":
         return data.draw(st.sampled_from(["true", "false"] if task == "A4" else ["yes", "no"]))
+    if kind == "relation":
+        return data.draw(st.sampled_from([*qa.SIDES, *qa.WAYS]))
     return f"{data.draw(st.integers(0, 350)) / (10 if kind == 'meters' else 1):g} {kind}"
 
 
