@@ -201,3 +201,35 @@ def test_real_photographs_and_panoramas_have_no_holes(tmp_path):
         assert len({view["scene_id"] for view in views}) == 4
         assert all(view["panorama"] == (name == "panoramas") for view in views)
         assert sum(view["qc"]["passed"] for view in views) >= 0.95 * len(views)
+
+
+def test_all_tasks_of_turns_come_out_where_boxes_are_given(tmp_path):
+    """Three panoramas whose objects stand at known angles: every task that a turn can ask about."""
+    (tmp_path / "photos").mkdir()
+    for seed in range(3):
+        smooth_picture(1024, 512, seed).save(tmp_path / f"photos/p{seed}.png")
+    flags = ["--photo_trajectories", 60, "--heldout", 0.3]
+    script("01", "--run", tmp_path, "--images", tmp_path / "photos", "--recipe", "photos", *flags)
+    script("02", "--run", tmp_path, "--teacher", "pan")
+    file, views = tmp_path / "2_views/views.jsonl", []
+    half = math.tan(math.radians(37.5))
+    for view in lines(file):
+        name, value = view["actions"][0]
+        yaws = [view["start_yaw_deg"]]
+        yaws.append(yaws[0] + (value if name == "turn_right" else -value))
+        view["objects"] = []
+        for yaw_deg in yaws:
+            seen = []
+            for number in range(24):  # a pair of chairs, of lamps, ... every 60 degrees
+                label = ["chair", "chair", "red sofa", "lamp", "lamp", "blue table"][number % 6]
+                aside_deg = (15 * number - yaw_deg + 180) % 360 - 180
+                x = 500 + 500 * math.tan(math.radians(aside_deg)) / half
+                if abs(aside_deg) < 80 and 70 < x < 930:
+                    box = [round(x) - 55, 500, round(x) + 55, 700]
+                    seen.append({"id": number, "label": label, "box": box, "visible_px": 99})
+            view["objects"].append(seen)
+        views.append(json.dumps(view) + "\n")
+    file.write_text("".join(views))
+    script("03", "--run", tmp_path)
+    asked = {record["task_type"] for record in lines(tmp_path / "3_qa/sft.jsonl")}
+    assert asked == {"A2", "A4", "D1", "D2", "D3", "D4", "E1", "E2", "E3"}
