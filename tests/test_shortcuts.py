@@ -14,15 +14,20 @@ from PIL import Image, ImageDraw, ImageFilter
 def planted(run: Path, shortcut: str, scenes: int = 60, each: int = 4):
     """Questions of task A4 whose answer is random, but for what `shortcut` gives away."""
     draw = np.random.default_rng(0)
-    files = {"sft": [], "heldout": []}
+    files, views = {"sft": [], "heldout": []}, []
     for scene in range(scenes):
         for k in range(each):
             truth = bool(draw.integers(2))
             colors, paths = draw.integers(0, 256, (2, 3)), []
+            yaw_deg, right = int(draw.integers(360)), bool(draw.integers(2))
+            turn_deg = 50 if (truth if shortcut == "headings" else right) else -50
             if shortcut == "hues in boxes":
                 colors = [[200, 30, 30], [200, 30, 30] if truth else [30, 30, 200]]
             for number, color in enumerate(colors):
                 noise = draw.integers(0, 60, (40, 40, 3)) + np.array(color) * 0.75
+                if shortcut == "headings":  # the room has a compass: bright in the north
+                    angle = np.radians(9 * np.arange(40) + yaw_deg + number * turn_deg)
+                    noise = noise / 4 + 100 + 80 * np.cos(angle)[None, :, None]
                 picture = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
                 told = {"picture 1": 0, "picture 2": 1}.get(shortcut)
                 if told == number:
@@ -31,10 +36,16 @@ def planted(run: Path, shortcut: str, scenes: int = 60, each: int = 4):
                 if shortcut == "holes" and number == 1:
                     side = 0 if truth else 32
                     ImageDraw.Draw(picture).rectangle([side, 0, side + 7, 39], fill=(127,) * 3)
-                if shortcut == "sharpness" and number == 1 and truth:
-                    picture = picture.filter(ImageFilter.BoxBlur(1))
+                if shortcut == "sharpness" and number == 1:
+                    side = 0 if truth else 20
+                    half = picture.crop((side, 0, side + 20, 40))
+                    picture.paste(half.filter(ImageFilter.BoxBlur(1)), (side, 0))
                 paths.append(f"{scene}_{k}_{number}.png")
                 picture.save(run / paths[-1])
+            c, s = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
+            c2w = [np.eye(4).tolist(), [[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]]]
+            view = {"scene_id": f"room_{scene:05d}", "start": [0, 0, yaw_deg], "kept": [0, 1]}
+            views.append(json.dumps(view | {"frames": paths, "c2w": c2w}))
             value = int(draw.integers(1, 9)) * 10
             if shortcut == "words":
                 value = 20 if truth else 30
@@ -46,6 +57,8 @@ def planted(run: Path, shortcut: str, scenes: int = 60, each: int = 4):
             record |= {"images": paths, "scene_id": f"room_{scene:05d}"}
             files["heldout" if scene % 4 == 0 else "sft"].append(json.dumps(record))
     (run / "3_qa").mkdir()
+    (run / "2_views").mkdir()
+    (run / "2_views/views.jsonl").write_text("\n".join(views) + "\n")
     for name, lines in files.items():
         (run / f"3_qa/{name}.jsonl").write_text("\n".join(lines) + "\n")
 
