@@ -50,7 +50,7 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/big --teacher svc --shard 0/4     # and 1/4, 2/4, 3/4
     python 02_imagine_views.py --run runs/mine --teacher pan                # 01 --recipe photos
 
-Measured on two CPU cores by `make bench`: 2124 frames/s at 112x112 and 253 at 576x576.
+Measured on two CPU cores by `make bench`: 2029 frames/s at 112x112 and 244 at 576x576.
 """
 
 from __future__ import annotations
