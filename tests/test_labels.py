@@ -11,8 +11,10 @@ from conftest import lines, script
 
 ACTION = re.compile(r"(move|turn) (\w+) ([\d.]+) (?:meters|degrees)")
 BOX = re.compile(r"\[(\d+), (\d+), (\d+), (\d+)\]")
+FLIP = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
 HEADINGS = {"forward": 0, "right": 90, "backward": 180, "left": 270}
 LEAST = 2000  # records
+PIXEL = 9  # thousandths, of 112
 
 
 # --- geometry: OpenCV axes, y down; a room's origin is in the middle of its floor ---
@@ -139,6 +141,15 @@ def inside(expected, box) -> bool:
 
 # --- what is right: True, False, or None where hidden parts leave it open ---
 def right(scene: Scene, task: str, text: str, answer: str, images: list, ends: dict):
+    """The verdict, never numpy's: np.False_ `is not False`, so that no wrong label would fail."""
+    verdict = judge(scene, task, text, answer, images, ends)
+    return None if verdict is None else bool(verdict)
+
+
+def judge(scene: Scene, task: str, text: str, answer: str, images: list, ends: dict):
+    frames = scene.view["frames"]
+    if images[0] != frames[0] or (len(images) == 2 and images[1] != frames[-1]):
+        return False  # not the pictures before and after
     boxes = [list(map(int, found)) for found in BOX.findall(text)]
     motion = scene.motion
     if task in ("A1", "A2", "A3", "D3"):
@@ -151,9 +162,9 @@ def right(scene: Scene, task: str, text: str, answer: str, images: list, ends: d
         return off_m > 0.29 or off_deg > 19.9
     if task == "E3":
         told, (_, *shown) = walk(actions_in(text)), images
-        off = apart(told, ends[shown[int(answer.split()[-1]) - 2]])
-        return off[0] < 1e-3 and off[1] < 1e-3
-    if actions_in(text) and apart(walk(actions_in(text)), motion)[0] > 1e-3:
+        there = [max(apart(told, ends[image])) < 1e-3 for image in shown]
+        return there.index(True) == int(answer.split()[-1]) - 2 and sum(there) == 1
+    if actions_in(text) and max(apart(walk(actions_in(text)), motion)) > 1e-3:
         return False  # the motion that is told is not the one that was done
     if task in ("S1", "S2", "S3", "E1", "E2", "D2", "D1", "S5", "D4", "S6"):
         return of_objects(scene, task, text, answer, boxes)
@@ -194,7 +205,10 @@ def of_objects(scene: Scene, task: str, text: str, answer: str, boxes: list):
         side = ["ahead", "right", "behind", "left"][int((after + 45) % 360 // 90)]
         return side == answer
     if task == "D2":
-        shown = scene.box(key, 1) is not None
+        box = scene.box(key, 1)
+        shown = box is not None
+        if shown and min(box[2:] - box[:2]) < PIXEL:
+            return None
         return None if scene.hidden(key, 1) and answer == "yes" else shown == (answer == "no")
     if task in ("D1", "S5"):
         box = [int(side) for side in BOX.fullmatch(answer).groups()]
@@ -234,10 +248,20 @@ def questions(tmp_path_factory):
 
 def test_every_label_is_right(questions):
     found, ends = questions
+    for scene, *_ in found:
+        x, z, yaw = scene.motion
+        c2w = np.eye(4)
+        c2w[:3, :3], c2w[[0, 2], 3] = turned(np.eye(3), yaw).T, (x, z)
+        asked = scene.view["c2w"][scene.view["keyframes"][-1]]
+        assert np.allclose(asked, c2w, atol=1e-4), (scene.view["actions"], asked)
     checked, open_ = {}, {}
     for scene, task, text, answer, images, record in found:
         verdict = right(scene, task, text, answer, images, ends)
         assert verdict is not False, (task, text, answer, record["images"])
+        if task in ("A1", "A2", "A3", "D3") and record["answer_type"] == "choice":
+            others = [option for option in record["options"] if option != answer]
+            also = [one for one in others if right(scene, task, text, one, images, ends)]
+            assert not also, (text, answer, also)
         counts = open_ if verdict is None else checked
         counts[task] = counts.get(task, 0) + 1
     assert sum(checked.values()) >= LEAST, (checked, open_)
@@ -263,8 +287,16 @@ def wrong(task: str, answer: str, record: dict) -> str:
         return str([1000 - x2, y1 // 3, 1000 - x1, y2 // 3])
     if answer.endswith("meters") and "move" not in answer:
         return f"{float(answer.split()[0]) + 0.5:.1f} meters"
-    flip = {"left": "right", "right": "left", "forward": "backward", "backward": "forward"}
-    return re.sub("|".join(flip), lambda found: flip[found[0]], answer, count=1)
+    return re.sub("|".join(FLIP), lambda found: FLIP[found[0]], answer, count=1)
+
+
+def misread(scene: Scene, task: str, text: str, images: list):
+    """What must be caught though the label is right: another turn told, the pictures swapped."""
+    turn = re.sub(r"turn (left|right)", lambda found: "turn " + FLIP[found[1]], text)
+    if turn != text and task in ("D1", "D2", "D4", "E2"):
+        yield turn, images
+    if len(images) == 2:
+        yield text, images[::-1]
 
 
 def test_a_wrong_label_of_every_task_is_caught(questions):
@@ -276,6 +308,9 @@ def test_a_wrong_label_of_every_task_is_caught(questions):
         verdict = right(scene, task, text, wrong(task, answer, record), images, ends)
         tried[task] = tried.get(task, 0) + 1
         caught[task] = caught.get(task, 0) + (verdict is False)
+        for changed, shown in misread(scene, task, text, images):
+            assert right(scene, task, changed, answer, shown, ends) is False, (task, changed)
+    assert tried.keys() == {question[1] for question in found}
     for task, number in tried.items():
         least = 0.5 if task in ("S2", "D2") else 0.9
         assert caught[task] >= least * number, (task, caught[task], number)
