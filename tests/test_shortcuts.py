@@ -74,11 +74,33 @@ def test_probes_find_what_is_planted_and_nothing_else(tmp_path, shortcut):
     if shortcut in FINDS:
         score, half = found[shortcut]
         assert score - half > 0.8, found
-        if shortcut in ("words", "picture 1"):
-            blind = "picture 1" if shortcut == "words" else "words"
-            assert found[blind][0] < 0.7, found
+        if shortcut == "picture 1":
+            assert found["words"][0] < 0.7, found
     over = shortcuts.violations({"A4": found}, cross=False)
     assert any(f"by {shortcut}" in line for line in over) == (shortcut in FINDS), over
+
+
+@pytest.mark.parametrize("form", ["A4", "A2 choice"])
+def test_what_only_picture_and_statement_together_tell_is_found(tmp_path, form):
+    """A bar tells the way of the turn, but neither whether a statement is true nor a letter."""
+    planted(tmp_path, "holes")
+    draw = np.random.default_rng(1)
+    for path in (tmp_path / "3_qa").iterdir():
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            ways = draw.permutation(["left", "right"]).tolist()
+            way = "left" if record["messages"][1]["content"] == "true" else "right"
+            turns = [f"turn {one} 20 degrees" for one in ways]
+            words, answer = f"Was it this: {turns[0]}?", str(ways[0] == way).lower()
+            if form == "A2 choice":
+                record |= {"task_type": "A2", "answer_type": "choice", "options": turns}
+                words, answer = f"Which turn? A. {turns[0]} B. {turns[1]}.", "AB"[ways.index(way)]
+            for message, content in zip(record["messages"], (words, answer), strict=True):
+                message["content"] = content
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = shortcuts.probe_run(tmp_path)[form]
+    assert found["holes"][0] - found["holes"][1] > 0.8, found
+    assert found["words"][0] < 0.7 and found["picture 1"][0] < 0.7, found
 
 
 def test_a_run_without_questions_is_one_line(tmp_path):
