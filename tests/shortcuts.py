@@ -10,8 +10,8 @@ scenes), is a way to answer without looking: it is named, and the status is 1.
 
 What a question offers (lettered options, the statement of A4) is judged piece by piece: a row is
 what the probe sees, the motion or box offered, and their products. From the picture alone no probe
-could name the letter of what it knows, nor tell whether a statement is true. So what the words of A4
-tell by themselves shows in the columns of the pictures too.
+could name the letter of what it knows, nor tell whether a statement is true. So what the words of
+A4 tell by themselves shows in the columns of the pictures too.
 
 Writes RUN/shortcuts.json and RUN/shortcuts.png; prints a table, task x probe.
 """
@@ -315,7 +315,9 @@ def learners(task: str, boxes: bool, sparse: bool) -> list:
     scale = StandardScaler(with_mean=not sparse)
     found = [make_pipeline(scale, LogisticRegression(C=0.03, max_iter=200))]
     found.append(KNeighborsClassifier(8))
-    return found if sparse else [*found, HistGradientBoostingClassifier(max_iter=50)]
+    return (
+        found if sparse else [*found, HistGradientBoostingClassifier(max_iter=50, random_state=0)]
+    )
 
 
 def marks(learner, X, questions: list[Question]) -> np.ndarray:
