@@ -72,6 +72,7 @@ RECIPES = {
     "paper": "",
     "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
     "base": f"{SMALL_ROOMS} --shares 0.7 0.15 0.15 --heldout 0.02 --seed 1",
+    "world": f"{SMALL_ROOMS} --shares 0.6 0.2 0.2 --heldout 0 --seed 2",
     "photos": "--pan --photo_trajectories 28",
 }
 

@@ -118,13 +118,23 @@ class Config:
         default="auto",
         help="of networks: auto, cpu, cuda, cuda:1, ...; bfloat16 on cuda, float32 on a CPU",
     )
-    steps: int = HfArg(default=0, help="denoising steps; 0: the teacher's own (svc 50, sana-wm 60)")
+    steps: int = HfArg(
+        default=0, help="denoising steps; 0: the teacher's own (svc 50, sana-wm 60, base/world 4)"
+    )
     guidance: float = HfArg(default=0.0, help="factor; 0: the teacher's own (svc 4, sana-wm 5)")
     compile: bool = HfArg(default=False, help="svc: torch.compile; pays after a few trajectories")
     offload: bool = HfArg(default=False, help="sana-wm: only the network at work is on the GPU")
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
     depth: str = HfArg(
         default="", help="warp: metric depth checkpoint for photographs without a file (folder, id)"
+    )
+    fill: str = HfArg(
+        default="",
+        help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
+        "pipeline of diffusers (folder, hub id); empty: they stay grey",
+    )
+    heldout_teacher: str = HfArg(
+        default="", help="of scenes held out, such as simulator; empty: that of the others"
     )
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
     svc_vae: str = HfArg(
@@ -885,15 +895,25 @@ class WarpAnchor(NamedTuple):
     depth: np.ndarray | None = None  # [H,W] metres; without it the camera can only turn
     source: str | None = None  # of the depth
     room: tuple | None = None  # the Room, the pose [4,4] and ids [H,W] of its frame 0
+    name: tuple = ()  # of the trajectory, for the noise of --fill
 
 
 class Warp(Teacher):
     """Moves the pixels of one picture. In a room that is the simulator's frame 0, whose objects
     move with their pixels: a box is that of what the view shows."""
 
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.generates = bool(cfg.fill)
+
+    @cached_property
+    def fill(self) -> Fill:
+        return Fill(self.cfg)
+
     @cached_property
     def networks(self) -> tuple:
-        return load_depth_network(self.cfg.depth, self.cfg.device) if self.cfg.depth else ()
+        depth = load_depth_network(self.cfg.depth, self.cfg.device) if self.cfg.depth else ()
+        return (*depth, self.fill) if self.cfg.fill else depth
 
     def refuses(self, trajectory: dict) -> str:
         if trajectory["room"] or self.cfg.depth or only_turns(trajectory):
@@ -903,10 +923,11 @@ class Warp(Teacher):
         return "warp needs metres to move: <photo stem>.depth.npy, or a checkpoint with --depth"
 
     def anchor(self, trajectory: dict) -> WarpAnchor:
+        name = trajectory["scene_id"], trajectory["traj_id"]
         if trajectory["room"]:
             room, start = begin_in_room(trajectory, self.cfg)
             picture, ids, depth = render(room, start, intrinsics_of(trajectory))
-            return WarpAnchor(picture, depth, "exact", (room, start, ids))
+            return WarpAnchor(picture, depth, "exact", (room, start, ids), name)
         photo, file, cfg = Path(trajectory["anchor"]), depth_file(trajectory, self.cfg), self.cfg
         size = trajectory["width"], trajectory["height"]
         depth = source = None
@@ -914,7 +935,7 @@ class Warp(Teacher):
             depth, source = load_depth(file, size), file.name
         elif cfg.depth and not only_turns(trajectory):
             depth, source = estimate_depth(photo, size, cfg.depth, cfg.device), cfg.depth
-        return WarpAnchor(load_photo(photo, size), depth, source)
+        return WarpAnchor(load_photo(photo, size), depth, source, name=name)
 
     def imagine(self, anchor: WarpAnchor, c2w, K, kept: list[int]) -> Views:
         frames, holes, objects, depths = [], [], [], []
@@ -933,14 +954,108 @@ class Warp(Teacher):
                 objects.append(visible_objects(room, shown, start @ pose))
         if anchor.depth is not None:
             depths[0] = anchor.depth
-        return Views(
-            np.stack(frames),
-            K,
-            objects or None,
-            np.stack(holes),
-            np.stack(depths),
-            settings={"depth": anchor.source},
+        frames, holes, settings = np.stack(frames), np.stack(holes), {"depth": anchor.source}
+        if self.cfg.fill:
+            settings |= {"fill": self.cfg.fill, "painted": holes.mean((1, 2)).round(4).tolist()}
+            frames, holes = self.fill(frames, holes, anchor.name), None
+        return Views(frames, K, objects or None, holes, np.stack(depths), settings=settings)
+
+
+# --- warp --fill: what the picture does not show ---
+# B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
+
+FILL_STEPS = 4
+FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
+PROMPT = "the same place, in the same light"
+
+
+def widen(holes):
+    """Holes [B,H,W], and the pixels within FILL_BAND of one."""
+    wide = F.max_pool2d(torch.as_tensor(holes).float()[:, None], 2 * FILL_BAND + 1, 1, FILL_BAND)
+    return wide[:, 0].bool()
+
+
+def to_unit(pictures):
+    """uint8 -> float32 in -1..1."""
+    return pictures.float() / 127.5 - 1
+
+
+def fill_predict(network, noisy, warped, painted, t):
+    """The clean views [B,3,H,W] that a UNet2DModel sees behind noisy ones at noise share t [B].
+
+    warped: the known pixels, painted [B,1,H,W]: 1 where there is none.
+    """
+    *_, height, width = noisy.shape
+    seen = torch.cat([noisy, warped * (1 - painted), painted], 1)
+    seen = F.pad(seen, (0, -width % 8, 0, -height % 8))  # three levels of a cell each
+    clean = network(F.pixel_unshuffle(seen, 2), 1000 * t).sample  # [B,12,h,w]
+    return F.pixel_shuffle(clean, 2)[..., :height, :width]
+
+
+def fill_sample(network, noise, warped, painted, steps):
+    """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1."""
+    x, levels = noise, torch.linspace(1, 0, steps + 1)
+    for t, lower in itertools.pairwise(levels.to(noise)):
+        clean = fill_predict(network, x, warped, painted, t.expand(len(x)))
+        x = clean + (x - clean) * lower / t
+    return x
+
+
+class Fill:
+    """What paints the holes of warped views: --fill. Known pixels stay."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, (self.device, dtype) = cfg, network_place(cfg.device)
+        folder = fetched(cfg.fill, ["*.json", "*.safetensors", "*.txt", "*.model"])
+        if (folder / "model_index.json").is_file():
+            self.paint, self.model = self.pipeline, load_pipeline(folder, dtype).to(self.device)
+        else:
+            from diffusers import UNet2DModel
+
+            self.paint, self.model = self.network, load_part(folder, UNet2DModel, torch.float32)
+            self.model.to(self.device)
+
+    def __call__(self, frames, holes, name):
+        """Views uint8 [n,H,W,3] with holes bool [n,H,W] -> whole ones. name: for the noise."""
+        painted, frames = widen(holes).numpy(), frames.copy()
+        for i in np.flatnonzero(painted.any((1, 2))).tolist():
+            random = random_numbers(self.cfg.seed, *name, "fill", i)
+            made = self.paint(frames[i], painted[i], random)
+            frames[i] = np.where(painted[i][..., None], made, frames[i])
+        return frames
+
+    @torch.inference_mode()
+    def network(self, frame, painted, random):
+        noise = torch.randn((1, 3, *painted.shape), generator=random).to(self.device)
+        warped = to_unit(torch.from_numpy(frame)).permute(2, 0, 1)[None].to(self.device)
+        painted = torch.from_numpy(painted)[None, None].float().to(self.device)
+        made = fill_sample(self.model, noise, warped, painted, self.cfg.steps or FILL_STEPS)
+        return ((made[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+    def pipeline(self, frame, painted, random):
+        (height, width), options = painted.shape, {"num_inference_steps": self.cfg.steps or 30}
+        beyond = ((0, -height % 64), (0, -width % 64))  # its latents are smaller, halved thrice
+        image = Image.fromarray(np.pad(frame, (*beyond, (0, 0)), mode="edge"))
+        mask = Image.fromarray(np.pad(painted, beyond))
+        if self.cfg.guidance:
+            options["guidance_scale"] = self.cfg.guidance
+        options |= {"width": image.width, "height": image.height, "generator": random}
+        made = self.model(prompt=PROMPT, image=image, mask_image=mask, **options).images[0]
+        return np.asarray(made)[:height, :width]
+
+
+def load_pipeline(folder: Path, dtype):
+    """An inpainting pipeline of diffusers; what does not load ends the run with one line."""
+    from diffusers import AutoPipelineForInpainting  # here: it takes seconds to import
+
+    try:
+        pipe = AutoPipelineForInpainting.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
+    except FAULTS as error:
+        stop(f"--fill {folder} does not load as an inpainting pipeline: {first_line(error)}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # --- pan: cameras inside a photograph or a panorama ---
@@ -1719,8 +1834,10 @@ def work(job, teachers: dict, cfg: Config) -> str:
     return ""
 
 
-def die_with_parent():
-    """Else the workers of a killed run would write beside those of its rerun."""
+def start_worker():
+    """One thread each; and it dies with its parent: workers of a killed run would write beside
+    those of its rerun."""
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -1732,12 +1849,14 @@ def load_networks(teachers: dict) -> bool:
 
 
 def imagine_all(jobs: list, teachers: dict, cfg: Config):
-    """Make the views of all jobs; in one process where a network keeps the device busy."""
+    """Make the views of all jobs; in one process where a network keeps a GPU busy."""
     one = partial(work, teachers=teachers, cfg=cfg)
     pool, made = None, map(one, jobs)
-    if cfg.workers > 1 and not load_networks(teachers):
+    on_cpu = not load_networks(teachers) or network_place(cfg.device)[0].type == "cpu"
+    torch.set_num_threads(1 if on_cpu else torch.get_num_threads())  # as in every worker
+    if cfg.workers > 1 and on_cpu:
         pattern_bank()  # once, before the processes part
-        pool = multiprocessing.Pool(cfg.workers, die_with_parent)
+        pool = multiprocessing.Pool(cfg.workers, start_worker)
         made = pool.imap_unordered(one, jobs, chunksize=8)
     for why in tqdm(made, total=len(jobs), desc="views", unit="trajectory"):
         if why:
@@ -1790,8 +1909,9 @@ def plan(teachers: dict, cfg: Config):
             print(f"{path}:{number}: skipped, correct its {fault}", file=sys.stderr)
             continue
         names.add(name)
-        for key, teacher in teachers.items():
-            why = teacher.refuses(trajectory)
+        other = cfg.heldout_teacher and trajectory["split"] == "heldout"
+        for key in [cfg.heldout_teacher] if other else cfg.teacher:
+            why = teachers[key].refuses(trajectory)
             if not why:
                 jobs.append((trajectory, key))
                 break
@@ -1852,7 +1972,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
         "left out": counts["left out"],
     }
     finish(folder, meta, found, started)
-    for name in cfg.teacher:
+    for name in dict.fromkeys(record["teacher"] for record in records):
         checks = [record["qc"] for record in records if record["teacher"] == name]
         over = [qc["over_turn_deg"] for qc in checks if qc["over_turn_deg"] is not None]
         print(f"{name}: {len(over):,} turns, on average {np.mean(over or 0):+.2f} degrees too far")
@@ -1867,15 +1987,16 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
 
 def main(cfg: Config):
     started, run = time.perf_counter(), Path(cfg.run)
-    if not {*cfg.teacher} <= TEACHERS.keys() or cfg.workers < 1:
-        stop(f"--teacher {cfg.teacher}, --workers {cfg.workers}: want {', '.join(TEACHERS)}; 1 up")
+    names = [*cfg.teacher, *filter(None, [cfg.heldout_teacher])]
+    if not {*names} <= TEACHERS.keys() or cfg.workers < 1:
+        stop(f"--teacher {names}, --workers {cfg.workers}: want {', '.join(TEACHERS)}; 1 up")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
     shard, shards = int(numbers[1]), int(numbers[2])
     if not 0.02 < cfg.gain < 50:
         stop(f"--gain {cfg.gain}: want metres moved for a metre asked, about 1")
-    teachers = {name: TEACHERS[name](cfg) for name in cfg.teacher}
+    teachers = {name: TEACHERS[name](cfg) for name in names}
     ways = ("run", "recipe", "shard", "workers", "offload", "compile")  # with the same result
     settings = {key: value for key, value in asdict(cfg).items() if key not in ways}
     folder = run / "2_views"

@@ -1,0 +1,172 @@
+"""Train base/world, the small world model that paints what a warped view of a room lacks.
+
+A view is warped to another camera by its exact depth (teacher `warp` of stage 2); a U-Net paints
+the holes. It is trained by flow matching and predicts the clean view x from a noisy one:
+
+    x_t = (1 - t) x + t noise,   L = mean w ((x - net(x_t, warped, holes, t)) / max(t, 0.1))^2
+
+with t uniform in 0..1, w = 1, and 4 in holes (x-prediction with the loss on the velocity: Li and
+He 2025, arXiv 2511.13720). Stage 2 holds the sampler and how the network sees a view.
+
+Reads   RUN/1_trajectories (make world: 2,500 rooms that no other recipe draws)
+Writes  RUN/pairs.npy, uint8 [n, H, W, 7]: warped view, holes, true view, both ways of every path
+        RUN/world/: step.pt to resume from, metrics.jsonl, then a UNet2DModel folder and meta.json
+
+    python base/train_world.py --run runs/world
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for kernels/
+LEVELS = {"down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]}
+LEVELS |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
+WIDTHS = {"block_out_channels": [32, 64, 128], "layers_per_block": 1}
+HEADS = {"attention_head_dim": 16, "norm_num_groups": 16}
+BATCH, LR, WARMUP, DECAY = 32, 1e-3, 100, 0.998
+HOLE_WEIGHT = 4
+SAVE_EVERY = 100
+
+
+def stage(name: str):
+    """A stage's script as a module."""
+    spec = importlib.util.spec_from_file_location(name.partition("_")[2], ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+views = stage("02_imagine_views")
+
+
+def pairs_of(job) -> np.ndarray:
+    """uint8 [2, H, W, 7] of a trajectory's first and last view: there, and back."""
+    run, trajectory = job
+    room = views.load_room(run / trajectory["room"])
+    K, start = views.intrinsics_of(trajectory), views.start_pose(room, trajectory["start"])
+    end = start @ np.array(trajectory["c2w"][-1])
+    made = []
+    for one, other in ((start, end), (end, start)):
+        picture, _, depth = views.render(room, one, K)
+        pose = np.linalg.inv(one) @ other
+        moved = np.abs(pose[:3, 3]).max() > 1e-6
+        z = views.splat_depth(depth, pose, K) if moved else 1.0
+        warped, _, _, holes = views.look_back(picture, pose, K, z)
+        truth = views.render(room, other, K)[0]
+        made.append(np.concatenate([warped, holes[..., None], truth], -1))
+    return np.stack(made)
+
+
+def load_pairs(run: Path) -> np.ndarray:
+    """All pairs, made once: [n, H, W, 7] on disk."""
+    path = run / "pairs.npy"
+    if not path.is_file():
+        lines = (run / "1_trajectories/trajectories.jsonl").read_text().splitlines()
+        jobs = [(run, json.loads(line)) for line in lines]
+        with multiprocessing.Pool() as pool:
+            made = pool.imap(pairs_of, jobs, 32)
+            pairs = np.concatenate([*tqdm(made, "pairs", len(jobs))])
+        np.save(path.with_suffix(".part.npy"), pairs)
+        os.replace(path.with_suffix(".part.npy"), path)
+    return np.load(path, mmap_mode="r")
+
+
+def batch(pairs: np.ndarray, step: int, seed: int):
+    """A step's pairs and noise -> true, noisy, warped views [B,3,H,W], painted [B,1,H,W], t [B]."""
+    g = np.random.default_rng([seed, step])
+    part = torch.from_numpy(pairs[np.sort(g.choice(len(pairs), BATCH, False))])
+    warped, holes, truth = part.permute(0, 3, 1, 2).split((3, 1, 3), 1)
+    warped, truth = (views.to_unit(picture) for picture in (warped, truth))
+    painted = views.widen(holes[:, 0])[:, None].float()
+    t = torch.from_numpy((np.arange(BATCH) + g.random(BATCH)) / BATCH).float()
+    noise = torch.from_numpy(g.standard_normal(truth.shape, np.float32))
+    t_ = t.view(-1, 1, 1, 1)
+    return truth, (1 - t_) * truth + t_ * noise, warped, painted, t
+
+
+def loss_of(network, truth, noisy, warped, painted, t):
+    """L of the equation above."""
+    with torch.autocast(noisy.device.type, torch.bfloat16):
+        x = views.fill_predict(network, noisy, warped, painted, t).float()
+    weight = (1 + (HOLE_WEIGHT - 1) * painted) / t.clamp(min=0.1).view(-1, 1, 1, 1) ** 2
+    return (weight * (x - truth) ** 2).mean()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/world"))
+    parser.add_argument("--out", default="world")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--until", type=int, default=0, help="leave off after this step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    folder = args.run / args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = load_pairs(args.run)
+
+    torch.manual_seed(args.seed)
+    network = UNet2DModel(in_channels=28, out_channels=12, **LEVELS, **WIDTHS, **HEADS)
+    network = network.to(args.device, memory_format=torch.channels_last)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    optimizer = torch.optim.AdamW(network.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.01)
+    parts = {"network": network, "average": average, "optimizer": optimizer}
+    print(f"{len(pairs):,} pairs, {sum(p.numel() for p in network.parameters()):,} parameters")
+    first = 0
+    if (folder / "step.pt").is_file():
+        saved = torch.load(folder / "step.pt", args.device, weights_only=True)
+        first = saved.pop("step")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+    log = folder / "metrics.jsonl"
+    kept = log.read_text().splitlines()[:first] if log.is_file() else []
+    log.write_text("".join(line + "\n" for line in kept))
+
+    steps = tqdm(range(first, args.until or args.steps), "steps", initial=first, total=args.steps)
+    for step in steps:
+        tick = time.perf_counter()
+        rate = min(1, (step + 1) / WARMUP) * (1 + np.cos(np.pi * step / args.steps)) / 2
+        optimizer.param_groups[0]["lr"] = LR * rate
+        loss = loss_of(network, *(x.to(args.device) for x in batch(pairs, step, args.seed)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(network)
+        line = {"step": step + 1, "loss": loss.item(), "lr": LR * rate}
+        line["seconds"] = round(time.perf_counter() - tick, 3)
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        steps.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % SAVE_EVERY == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save(states | {"step": step + 1}, folder / "step.part")
+            os.replace(folder / "step.part", folder / "step.pt")
+    if args.until:
+        return
+    average.module.to(torch.bfloat16).save_pretrained(folder)
+    sums = {}
+    for name in ("diffusion_pytorch_model.safetensors", "metrics.jsonl"):
+        sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    meta = {"command": shlex.join(sys.argv), "steps": args.steps, "sha256": sums}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+if __name__ == "__main__":
+    main()
