@@ -47,7 +47,7 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
 
     python 02_imagine_views.py --run runs/demo
     python 02_imagine_views.py --run runs/both --teacher simulator warp     # rooms, photographs
-    python 02_imagine_views.py --run runs/big --teacher svc --shard 0/4     # and 1/4, 2/4, 3/4
+    torchrun --nproc-per-node 8 -- 02_imagine_views.py --run runs/big --teacher svc   # 8 GPUs
     python 02_imagine_views.py --run runs/mine --teacher pan                # 01 --recipe photos
 
 Measured on two CPU cores by `make bench`: 2029 frames/s at 112x112 and 244 at 576x576.
@@ -111,9 +111,13 @@ class Config:
     seed: int = HfArg(default=0, help="of the noise of generative teachers; the others draw none")
     shard: str = HfArg(
         default="0/1",
-        help="i/n: make trajectories i, i+n, i+2n, ...; the last shard to end completes the folder",
+        help="i/n: make trajectories i, i+n, i+2n, ... (--gain 0: of pictures i, i+n, ...); the last "
+        "shard to end completes the folder; torchrun divides a shard among its processes",
     )
-    workers: int = HfArg(default=os.cpu_count() or 1, help="processes; results are the same")
+    workers: int = HfArg(
+        default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        help="processes, of each process of torchrun; results are the same",
+    )
     device: str = HfArg(
         default="auto",
         help="of networks: auto, cpu, cuda, cuda:1, ...; bfloat16 on cuda, float32 on a CPU",
@@ -138,16 +142,18 @@ class Config:
     )
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
     svc_vae: str = HfArg(
-        default="stabilityai/stable-diffusion-2-1-base",
+        default="Manojb/stable-diffusion-2-1-base",  # a copy: stabilityai's own is gone
         help="its picture autoencoder: hub id or folder of an AutoencoderKL, at its top or in vae/",
     )
     svc_clip: str = HfArg(
         default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         help="its picture encoder: hub id or folder of a CLIPVisionModelWithProjection",
     )
-    svc_px: list[int] = HfArg(
-        default_factory=lambda: [576, 576],
-        help="width and height of its frames, multiples of 64; pictures are cropped at the centre",
+    svc_px: int = HfArg(
+        default=576, help="short side of its frames; both are multiples of 64, near the picture's"
+    )
+    svc_frames: int = HfArg(
+        default=0, help="frames per call at least, more of the last camera; its authors' 21"
     )
     svc_window: int = HfArg(default=MAX_FRAMES, help="frames per call; fewer need less memory")
     sana: str = HfArg(
@@ -159,7 +165,7 @@ class Config:
         help="height and width of its frames, multiples of 32 from 64 up; trained at 704 1280",
     )
     sana_prompt: str = HfArg(
-        default="A quiet indoor place in even light, seen by a slowly moving camera. "
+        default="A quiet place in even light, seen by a slowly moving camera. "
         "Nothing and nobody in it moves.",
         help="what its text encoder reads, the same for all trajectories",
     )
@@ -168,7 +174,8 @@ class Config:
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
     gain: float = HfArg(
         default=1.0,
-        help="metres that a generative teacher moves for one asked, as its first run in rooms says",
+        help="metres that a generative teacher moves for one asked, as its first run in rooms says; "
+        "0: measured on each picture, which needs depth",
     )
 
 
@@ -201,9 +208,11 @@ class Teacher:
 
     networks: tuple = ()  # a teacher that has some reads them here, when first asked
     generates = False  # such a teacher's moves and turns must be measured to pass
+    exact = False  # one that generates but moves as far as asked: no --gain
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        self.gains = {}  # of the pictures asked about
 
     def refuses(self, trajectory: dict) -> str:
         """Why this teacher cannot take a trajectory, and what would help; empty: it can."""
@@ -675,11 +684,14 @@ FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, S
 def network_place(name: str):
     """Where --device puts a teacher's networks, and in what precision they run."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        local = os.environ.get("LOCAL_RANK", 0)  # of torchrun: a GPU for each process
+        name = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
         stop(f"--device {name}: {first_line(error)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches there
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -901,6 +913,8 @@ class WarpAnchor(NamedTuple):
 class Warp(Teacher):
     """Moves the pixels of one picture. In a room that is the simulator's frame 0, whose objects
     move with their pixels: a box is that of what the view shows."""
+
+    exact = True
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -1279,7 +1293,9 @@ def svc_inputs(latents, vectors, frames, c2w, K):
 
 class Generative(Teacher):
     """What svc and sana-wm share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
-    the photograph in its own size, or the room's frame 0 drawn as large as the frames."""
+    the photograph in its own size, or the room's frame 0 drawn as large as the frames.
+
+    size: height and width of its frames."""
 
     generates = True
 
@@ -1287,14 +1303,28 @@ class Generative(Teacher):
         super().__init__(cfg)
         self.size = size
         if len(size) != 2 or any(px < 64 or px % multiple for px in size):
-            stop(f"--svc_px or --sana_size {size}: want two multiples of {multiple}, 64 or more")
+            stop(f"--svc_px or --sana_size {size}: want multiples of {multiple}, 64 or more")
+
+    def frame_size(self, wh):
+        """Width and height of the frames of a w x h picture."""
+        return self.size[::-1]
+
+    def refuses(self, trajectory: dict) -> str:
+        if trajectory.get("start_yaw_deg") is not None:
+            return "it looks into a part of its photograph: only --teacher pan does so"
+        turns = [abs(value) for name, value in trajectory["actions"] if name.startswith("turn")]
+        K = intrinsics_of(trajectory)
+        shown_deg = fov_x_deg_of(middle_K(K, size_of(K), self.frame_size(size_of(K))))
+        if max(turns, default=0) <= MEASURABLE * shown_deg:
+            return ""
+        return f"a turn wider than {MEASURABLE} of the frames' view cannot be checked: lower 01's"
 
     def anchor(self, trajectory: dict):
         name = trajectory["scene_id"], trajectory["traj_id"]
         if not trajectory["room"]:
             return load_photo(Path(trajectory["anchor"])), name
         size = trajectory["width"], trajectory["height"]
-        enlarge = max(1, max(self.size) / max(size))
+        enlarge = max(1, max(self.frame_size(size)) / max(size))
         K = intrinsics(*(round(enlarge * side) for side in size), trajectory["fov_x_deg"])
         return render(*begin_in_room(trajectory, self.cfg), K)[0], name
 
@@ -1321,13 +1351,17 @@ class Svc(Generative):
     """Stable Virtual Camera. Frame 0 is the picture itself, fitted."""
 
     def __init__(self, cfg: Config):
-        super().__init__(cfg, cfg.svc_px, 64)
-        if not 2 <= cfg.svc_window <= MAX_FRAMES:
-            stop(f"--svc_window {cfg.svc_window}: want 2 to {MAX_FRAMES}")
+        super().__init__(cfg, [cfg.svc_px] * 2, 64)
+        if not 2 <= cfg.svc_window <= MAX_FRAMES or not 0 <= cfg.svc_frames <= cfg.svc_window:
+            stop(f"--svc_window {cfg.svc_window}: want 2 to {MAX_FRAMES}, --svc_frames up to it")
+
+    def frame_size(self, wh):
+        short_px = self.cfg.svc_px / min(wh)
+        return [math.floor(side * short_px / 64 + 0.5) * 64 for side in wh]
 
     @cached_property
     def networks(self) -> tuple:
-        """(U-Net, VAE, CLIP); VAE and CLIP in float32: they run once per picture."""
+        """(U-Net, VAE, CLIP, sha256 of the VAE); VAE, CLIP in float32: once per picture."""
         from diffusers import AutoencoderKL  # here: it takes seconds to import
         from transformers import CLIPVisionModelWithProjection
 
@@ -1339,14 +1373,17 @@ class Svc(Generative):
         folder = fetched(cfg.svc_vae, [f"vae/{name}" for name in names])
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         vae = load_part(folder, AutoencoderKL, torch.float32)
+        sha256 = hashlib.sha256()  # copies of it have many names
+        for file in sorted(folder.glob("*.safetensors")):
+            sha256.update(file.read_bytes())
         folder = fetched(cfg.svc_clip, ["config.json", "model.safetensors"])
         clip = load_part(folder, CLIPVisionModelWithProjection, torch.float32)
-        return unet, vae.to(device), clip.to(device)
+        return unet, vae.to(device), clip.to(device), sha256.hexdigest()
 
     @torch.no_grad()
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
-        (picture, name), cfg, WH = anchor, self.cfg, self.cfg.svc_px
-        unet, vae, clip = self.networks
+        (picture, name), cfg, WH = anchor, self.cfg, self.frame_size(size_of(K))
+        unet, vae, clip, vae_sha256 = self.networks
         device, steps, guidance = vae.device, cfg.steps or 50, cfg.guidance or 4.0
         wh = picture.shape[1::-1]
         own_K = torch.tensor(intrinsics(*wh, fov_x_deg_of(K)))  # in pixels of the picture
@@ -1357,10 +1394,10 @@ class Svc(Generative):
         latents = vae.encode(fitted[None]).latent_dist.mean * 0.18215
         vectors = clip(clip_pixels(fitted)[None]).image_embeds
         pictures = {0: fitted}
-        window = min(len(c2w), cfg.svc_window)
+        window = min(max(len(c2w), cfg.svc_frames), cfg.svc_window)
         for call, frames in enumerate(svc_calls(1, len(c2w), window)):
-            # A frame's noise depends on trajectory, call and frame, not on the call's others.
-            keys = [(cfg.seed, *name, "svc", call, frame) for frame in frames]
+            # A frame's noise depends on trajectory, call and place there, not on the call's others.
+            keys = [(cfg.seed, *name, "svc", call, place) for place in range(window)]
             shape = (steps + 1, *latents.shape[1:])
             noise = [torch.randn(shape, generator=random_numbers(*key)) for key in keys]
             noise, *eps = torch.stack(noise, 1).to(device)
@@ -1378,7 +1415,8 @@ class Svc(Generative):
         shown = [*(pictures[frame] for frame in kept), round_trip]
         frames = torch.stack(shown).permute(0, 2, 3, 1)
         frames = ((frames + 1) / 2 * 255).clamp(0, 255).byte().cpu().numpy()
-        settings = {"model": cfg.svc, "size": WH, "steps": steps, "guidance": guidance}
+        settings = {"model": cfg.svc, "vae": cfg.svc_vae, "vae_sha256": vae_sha256}
+        settings |= {"size": WH, "steps": steps, "guidance": guidance, "frames": window}
         return Views(
             frames[:-1], intrinsics(*WH, fov_x_deg), sharpest=frames[-1], settings=settings
         )
@@ -1410,18 +1448,24 @@ def resample(c2w, max_step_m=0.05, max_step_deg=1.2, group=8):
     return np.stack(poses).astype(np.float32), np.array(at)
 
 
+def middle_K(K, wh, WH):
+    """K [3,3] of the largest middle part of a w x h picture that has the shape of W x H, in pixels
+    of that size. K: that of the whole picture, in pixels of any size."""
+    (w, h), (W, H) = wh, WH
+    shown = W / (w * max(W / w, H / h))  # share of the picture's width
+    half = math.atan(shown * math.tan(math.radians(fov_x_deg_of(K) / 2)))
+    return intrinsics(W, H, 2 * math.degrees(half))
+
+
 def middle(picture, K, width, height):
     """The largest middle part of a picture uint8 [h,w,3] that has the shape asked for, resized to
-    it -> (picture, its K). K is that of the whole picture, in pixels of any size.
+    it -> (picture, its K). K: see `middle_K`.
 
     SanaWMPipeline would do so itself, but round to whole pixels in between. Done here, nothing is
     left to cut: pixels stay square, and the picture is at hand as frame 0.
     """
     image = ImageOps.fit(Image.fromarray(picture), (width, height), Image.LANCZOS)
-    h, w = picture.shape[:2]
-    shown = width / (w * max(width / w, height / h))  # share of the picture's width
-    half = math.atan(shown * math.tan(math.radians(fov_x_deg_of(K) / 2)))
-    return image, intrinsics(width, height, 2 * math.degrees(half))
+    return image, middle_K(K, picture.shape[1::-1], image.size)
 
 
 class SanaWM(Generative):
@@ -1496,9 +1540,12 @@ TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc, "sana-
 # --- quality check ---
 
 COLUMNS = 96  # of a cylinder: a turn is measured to field of view / 96, and refined by a parabola
+MEASURABLE = 0.74  # of a field of view: no wider turn leaves the quarter that a match needs
 MIN_MATCH = 0.5  # correlation that a turned frame must have with the one before it
 MOVE_MATCH = 0.6  # correlation that a moved frame must have with the one before, moved likewise
 LENGTHS = (0.75, 1.33)  # of a move, over the length asked for
+GAINS = (0.2, 2.9)  # what --gain 0 believes; moves are sought from 0 to 3 times as far as asked
+GAIN_RIVAL = 0.05  # how much less a move the other way must match: far away all moves look alike
 MIN_SHARPNESS = 0.25  # over frame 0's; a 5x5 box blur leaves 0.05 to 0.22, exact views 0.28 or more
 
 
@@ -1655,7 +1702,7 @@ def check_turn(views: Views, holes, i: int, j: int, pose):
     """(error_deg, over_deg, match) of the turn `pose` from frame i to j; None: not measurable."""
     asked_deg = yaw_deg_of(pose[:3, :3])
     # holes move with the camera, not with the picture
-    if holes[i].mean() > 0.02 or abs(asked_deg) > 0.74 * fov_x_deg_of(views.K):
+    if holes[i].mean() > 0.02 or abs(asked_deg) > MEASURABLE * fov_x_deg_of(views.K):
         return None
     found_deg, match = measure_turn(views.frames[i], views.frames[j], views.K)
     error_deg = round(found_deg - asked_deg, 2)
@@ -1783,12 +1830,46 @@ def nerfstudio(c2w, K, kept: list[int]) -> dict:
     }
 
 
+def measure_gain(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
+    """`gain_of` a trajectory's picture: what its teacher makes of one metre forward."""
+    c2w, ends = np.tile(np.eye(4), (8, 1, 1)), [0, 7]
+    c2w[:, 2, 3] = np.linspace(0, 1, 8)
+    trajectory = trajectory | {"traj_id": "gain"}  # for its noise
+    why = "no depth (--depth)"
+    if not (trajectory["room"] or cfg.depth or depth_file(trajectory, cfg).is_file()):
+        return {"gain": 1.0, "gain_unmeasured": why}
+    try:
+        anchor = teacher.anchor(trajectory)
+        views = teacher.imagine(anchor, c2w, intrinsics_of(trajectory), ends)
+        (before, after), K, depths = small_depths(trajectory, views, c2w, ends, cfg)
+    except Unusable as error:
+        return {"gain": 1.0, "gain_unmeasured": str(error)}
+    gain, match, rival = measure_move(before, after, depths[0], c2w[-1], K)
+    if match >= MOVE_MATCH and match > rival + GAIN_RIVAL and GAINS[0] <= gain <= GAINS[1]:
+        return {"gain": round(gain, 3), "gain_match": round(match, 3)}
+    why = f"found {gain:.2f}, match {match:.2f}, another way {rival:.2f}"
+    return {"gain": 1.0, "gain_unmeasured": why}
+
+
+def gain_of(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
+    """How far a teacher moves in a trajectory's picture for one metre asked, for the record."""
+    if teacher.exact or not teacher.generates:
+        return {}
+    if cfg.gain:
+        return {"gain": cfg.gain}
+    keys = "scene_id", "anchor", "room", "start", "width", "height", "fov_x_deg"
+    picture = str([trajectory.get(key) for key in keys])
+    if picture not in teacher.gains:
+        teacher.gains[picture] = measure_gain(trajectory, teacher, cfg)
+    return teacher.gains[picture]
+
+
 def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
     """Imagine one trajectory and write its folder, view.json last."""
     c2w = np.array(trajectory["c2w"], np.float64)
     kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
-    asked = c2w.copy()
-    asked[:, :3, 3] /= cfg.gain if teacher.generates else 1.0
+    asked, gain = c2w.copy(), gain_of(trajectory, teacher, cfg)
+    asked[:, :3, 3] /= gain.get("gain", 1.0)
     anchor = teacher.anchor(trajectory)
     views = teacher.imagine(anchor, asked, intrinsics_of(trajectory), kept)
     folder = folder_of(trajectory)
@@ -1807,7 +1888,7 @@ def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
         "height": camera["h"],
         "fov_x_deg": round(fov_x_deg_of(views.K), 4),
         "teacher": name,
-        "teacher_settings": views.settings,
+        "teacher_settings": views.settings | gain,
         "seed": cfg.seed,
         "kept": kept,
         "frames": files,
@@ -1925,6 +2006,14 @@ def plan(teachers: dict, cfg: Config):
     return jobs, {"unusable": unusable, "left out": left_out.total()}
 
 
+def share_of(jobs: list, shard: int, shards: int, cfg: Config) -> list:
+    """Every shards-th job, or all jobs of every shards-th picture where its gain is measured."""
+    keys = [i if cfg.gain else job[0]["scene_id"] for i, job in enumerate(jobs)]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    pairs = zip(jobs, keys, strict=True)
+    return [job for job, key in pairs if numbers[key] % shards == shard]
+
+
 def contact_sheet(records: list[dict], run: Path, rows: int, px: int = 200) -> Image.Image:
     """Trajectories of all kinds of action, one per row, a failed one first: what was asked, then
     up to five of the kept frames with their boxes."""
@@ -1993,9 +2082,10 @@ def main(cfg: Config):
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
-    shard, shards = int(numbers[1]), int(numbers[2])
-    if not 0.02 < cfg.gain < 50:
-        stop(f"--gain {cfg.gain}: want metres moved for a metre asked, about 1")
+    rank, world = (int(os.environ.get(key, i)) for i, key in enumerate(("RANK", "WORLD_SIZE")))
+    shard, shards = int(numbers[1]) * world + rank, int(numbers[2]) * world
+    if cfg.gain and not 0.02 < cfg.gain < 50:
+        stop(f"--gain {cfg.gain}: want metres moved for a metre asked, about 1; 0: to be measured")
     teachers = {name: TEACHERS[name](cfg) for name in names}
     ways = ("run", "recipe", "shard", "workers", "offload", "compile")  # with the same result
     settings = {key: value for key, value in asdict(cfg).items() if key not in ways}
@@ -2006,7 +2096,7 @@ def main(cfg: Config):
     with alone(folder):
         meta = begin(folder, settings, run / "1_trajectories", f"_{shard}_of_{shards}")
 
-    share = jobs[shard::shards]
+    share = share_of(jobs, shard, shards, cfg)
     todo = [job for job in share if not (run / folder_of(job[0]) / "view.json").is_file()]
     if len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} trajectories are there already")
@@ -2021,7 +2111,9 @@ def main(cfg: Config):
             place = run / folder_of(trajectory)
             missing += not ((place / "view.json").is_file() or (place / "skipped.json").is_file())
         if missing:
-            print(f"shard {cfg.shard} is done; {missing} trajectories of other shards are missing")
+            print(
+                f"shard {shard}/{shards} is done; {missing} trajectories of other shards are missing"
+            )
         elif read_meta(folder)["finished"]:
             print(f"{folder} was completed by another shard")
         else:
