@@ -111,8 +111,8 @@ class Config:
     seed: int = HfArg(default=0, help="of the noise of generative teachers; the others draw none")
     shard: str = HfArg(
         default="0/1",
-        help="i/n: make trajectories i, i+n, i+2n, ... (--gain 0: of pictures i, i+n, ...); the last "
-        "shard to end completes the folder; torchrun divides a shard among its processes",
+        help="i/n: make trajectories i, i+n, i+2n, ... (of pictures with --gain 0); the last shard "
+        "to end completes the folder; torchrun divides it further",
     )
     workers: int = HfArg(
         default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -174,8 +174,7 @@ class Config:
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
     gain: float = HfArg(
         default=1.0,
-        help="metres that a generative teacher moves for one asked, as its first run in rooms says; "
-        "0: measured on each picture, which needs depth",
+        help="metres that a generative teacher moves for one asked; 0: measured on each picture",
     )
 
 
@@ -1293,9 +1292,8 @@ def svc_inputs(latents, vectors, frames, c2w, K):
 
 class Generative(Teacher):
     """What svc and sana-wm share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
-    the photograph in its own size, or the room's frame 0 drawn as large as the frames.
-
-    size: height and width of its frames."""
+    the photograph in its own size, or the room's frame 0 drawn as large as the frames,
+    whose height and width are `size`."""
 
     generates = True
 
@@ -1317,7 +1315,7 @@ class Generative(Teacher):
         shown_deg = fov_x_deg_of(middle_K(K, size_of(K), self.frame_size(size_of(K))))
         if max(turns, default=0) <= MEASURABLE * shown_deg:
             return ""
-        return f"a turn wider than {MEASURABLE} of the frames' view cannot be checked: lower 01's"
+        return f"a turn beyond {MEASURABLE} of its view cannot be checked (01: smaller turns)"
 
     def anchor(self, trajectory: dict):
         name = trajectory["scene_id"], trajectory["traj_id"]
@@ -1373,12 +1371,10 @@ class Svc(Generative):
         folder = fetched(cfg.svc_vae, [f"vae/{name}" for name in names])
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         vae = load_part(folder, AutoencoderKL, torch.float32)
-        sha256 = hashlib.sha256()  # copies of it have many names
-        for file in sorted(folder.glob("*.safetensors")):
-            sha256.update(file.read_bytes())
+        digest = hashlib.sha256((folder / names[1]).read_bytes()).hexdigest()
         folder = fetched(cfg.svc_clip, ["config.json", "model.safetensors"])
         clip = load_part(folder, CLIPVisionModelWithProjection, torch.float32)
-        return unet, vae.to(device), clip.to(device), sha256.hexdigest()
+        return unet, vae.to(device), clip.to(device), digest
 
     @torch.no_grad()
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
@@ -1545,7 +1541,6 @@ MIN_MATCH = 0.5  # correlation that a turned frame must have with the one before
 MOVE_MATCH = 0.6  # correlation that a moved frame must have with the one before, moved likewise
 LENGTHS = (0.75, 1.33)  # of a move, over the length asked for
 GAINS = (0.2, 2.9)  # what --gain 0 believes; moves are sought from 0 to 3 times as far as asked
-GAIN_RIVAL = 0.05  # how much less a move the other way must match: far away all moves look alike
 MIN_SHARPNESS = 0.25  # over frame 0's; a 5x5 box blur leaves 0.05 to 0.22, exact views 0.28 or more
 
 
@@ -1834,21 +1829,20 @@ def measure_gain(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
     """`gain_of` a trajectory's picture: what its teacher makes of one metre forward."""
     c2w, ends = np.tile(np.eye(4), (8, 1, 1)), [0, 7]
     c2w[:, 2, 3] = np.linspace(0, 1, 8)
-    trajectory = trajectory | {"traj_id": "gain"}  # for its noise
-    why = "no depth (--depth)"
-    if not (trajectory["room"] or cfg.depth or depth_file(trajectory, cfg).is_file()):
-        return {"gain": 1.0, "gain_unmeasured": why}
+    trajectory = trajectory | {"traj_id": "gain"}  # its noise is this picture's
     try:
+        if not (trajectory["room"] or cfg.depth or depth_file(trajectory, cfg).is_file()):
+            raise Unusable("no depth (--depth)")
         anchor = teacher.anchor(trajectory)
         views = teacher.imagine(anchor, c2w, intrinsics_of(trajectory), ends)
         (before, after), K, depths = small_depths(trajectory, views, c2w, ends, cfg)
+        gain, match, rival = measure_move(before, after, depths[0], c2w[-1], K)
+        # Far away all moves look alike.
+        if match < max(MOVE_MATCH, rival + 0.05) or not GAINS[0] <= gain <= GAINS[1]:
+            raise Unusable(f"length {gain:.2f}, match {match:.2f}, another way {rival:.2f}")
     except Unusable as error:
         return {"gain": 1.0, "gain_unmeasured": str(error)}
-    gain, match, rival = measure_move(before, after, depths[0], c2w[-1], K)
-    if match >= MOVE_MATCH and match > rival + GAIN_RIVAL and GAINS[0] <= gain <= GAINS[1]:
-        return {"gain": round(gain, 3), "gain_match": round(match, 3)}
-    why = f"found {gain:.2f}, match {match:.2f}, another way {rival:.2f}"
-    return {"gain": 1.0, "gain_unmeasured": why}
+    return {"gain": round(gain, 3), "gain_match": round(match, 3)}
 
 
 def gain_of(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
@@ -2009,9 +2003,8 @@ def plan(teachers: dict, cfg: Config):
 def share_of(jobs: list, shard: int, shards: int, cfg: Config) -> list:
     """Every shards-th job, or all jobs of every shards-th picture where its gain is measured."""
     keys = [i if cfg.gain else job[0]["scene_id"] for i, job in enumerate(jobs)]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    pairs = zip(jobs, keys, strict=True)
-    return [job for job, key in pairs if numbers[key] % shards == shard]
+    mine = {*list(dict.fromkeys(keys))[shard::shards]}
+    return [job for job, key in zip(jobs, keys, strict=True) if key in mine]
 
 
 def contact_sheet(records: list[dict], run: Path, rows: int, px: int = 200) -> Image.Image:
@@ -2082,7 +2075,7 @@ def main(cfg: Config):
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not numbers or int(numbers[1]) >= int(numbers[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
-    rank, world = (int(os.environ.get(key, i)) for i, key in enumerate(("RANK", "WORLD_SIZE")))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     shard, shards = int(numbers[1]) * world + rank, int(numbers[2]) * world
     if cfg.gain and not 0.02 < cfg.gain < 50:
         stop(f"--gain {cfg.gain}: want metres moved for a metre asked, about 1; 0: to be measured")
@@ -2112,7 +2105,7 @@ def main(cfg: Config):
             missing += not ((place / "view.json").is_file() or (place / "skipped.json").is_file())
         if missing:
             print(
-                f"shard {shard}/{shards} is done; {missing} trajectories of other shards are missing"
+                f"shard {shard}/{shards} done; {missing} trajectories of other shards are missing"
             )
         elif read_meta(folder)["finished"]:
             print(f"{folder} was completed by another shard")
