@@ -349,7 +349,84 @@ def test_a_first_run_tells_the_gain_that_makes_a_teacher_exact(
             assert np.abs(a - b).mean() < 0.5
 
 
-@pytest.mark.parametrize("gain", [0, -1, math.nan, 100])
+@pytest.fixture
+def halved(stage, monkeypatch):
+    """The teacher "half", which moves half as far as asked; [trajectory, ...]: its calls."""
+    calls = []
+
+    class Half(moving(stage, 0.5)):
+        generates = True
+
+        def anchor(self, trajectory):
+            calls.append(trajectory)
+            return super().anchor(trajectory)
+
+    monkeypatch.setitem(stage.TEACHERS, "half", Half)
+    return calls
+
+
+def test_a_measured_gain_makes_a_teacher_move_as_asked(stage, rooms, done, tmp_path, halved):
+    run, settings = copy_of(rooms, tmp_path / "one"), {"teacher": ["half"], "gain": 0.0}
+    stage.main(stage.Config(run=str(run), workers=1, **settings))
+    records = lines(run / "2_views/views.jsonl")
+    measured = [record for record in records if "gain_match" in record["teacher_settings"]]
+    assert len(measured) > 0.9 * len(records) == 0.9 * 84
+    for record in records:
+        made, length = record["teacher_settings"], record["qc"]["length"]
+        if record in measured:
+            assert 0.9 < 0.5 / made["gain"] < 1.1
+            assert length is None or record["qc"]["move_match"] < 0.6 or 0.85 < length < 1.15
+        else:  # too near a wall to move a metre, or to see that it did
+            assert made["gain"] == 1.0 and made["gain_unmeasured"]
+    lengths = [record["qc"]["length"] for record in measured if record["qc"]["length"]]
+    assert len(lengths) > 20 and 0.97 < np.median(lengths) < 1.03
+    # once a picture: trajectories that start at one place share it
+    pictures = {(record["scene_id"], str(record["start"])) for record in records}
+    assert [one["traj_id"] for one in halved].count("gain") == len(pictures) < 84
+    # in two shards, of which one is cut off and run again, the same
+    other = copy_of(rooms, tmp_path / "two")
+    for shard in ("1/2", "0/2"):
+        stage.main(stage.Config(run=str(other), workers=1, shard=shard, **settings))
+        if shard == "1/2":
+            own = sorted({path.parts[-3] for path in other.glob("2_views/*/*/view.json")})
+            assert len(own) == 6  # whole pictures, so that none is measured twice
+            next(other.glob("2_views/*/*/view.json")).unlink()
+            stage.main(stage.Config(run=str(other), workers=1, shard=shard, **settings))
+    one, two = ((folder / "2_views/views.jsonl").read_bytes() for folder in (run, other))
+    assert one == two
+    for record in records:
+        for path in record["frames"]:
+            assert (run / path).read_bytes() == (other / path).read_bytes()
+
+
+def test_a_gain_that_cannot_be_measured_is_one_and_said(stage, tmp_path, halved):
+    """A photograph without depth, which is not even imagined; frames that never move."""
+    cfg = stage.Config(run=str(tmp_path), gain=0.0)
+    photo = {"scene_id": "a", "room": None, "anchor": str(tmp_path / "a.png"), "start": None}
+    photo |= {"width": 84, "height": 84, "fov_x_deg": 54.0}
+    half = stage.TEACHERS["half"](cfg)
+    found = stage.gain_of(photo, half, cfg)
+    assert found == {"gain": 1.0, "gain_unmeasured": "no depth (--depth)"} and not halved
+    np.save(tmp_path / "a.depth.npy", np.full((84, 84), 2.0))
+
+    class Still(stage.Teacher):
+        generates = True
+
+        def anchor(self, trajectory):
+            return views(stage, 0, np.eye(4)[None])
+
+        def imagine(self, anchor, c2w, K, kept):
+            return stage.Views(anchor.repeat(2, 0), K)
+
+    found = stage.gain_of(photo, Still(cfg), cfg)
+    assert found["gain"] == 1.0 and found["gain_unmeasured"].startswith("length 0.00")
+    # exact teachers have none, warp with --fill among them
+    for exact in (stage.Simulator(cfg), stage.Warp(stage.Config(gain=0.0, fill="painter"))):
+        assert stage.gain_of(photo, exact, cfg) == {}
+    assert stage.gain_of(photo, half, stage.Config(gain=0.7)) == {"gain": 0.7}
+
+
+@pytest.mark.parametrize("gain", [0.01, -1, math.nan, 100])
 def test_a_gain_that_cannot_be_is_one_line(stage, rooms, tmp_path, capsys, gain):
     with pytest.raises(SystemExit) as ended:
         stage.main(stage.Config(run=str(rooms), gain=gain))

@@ -258,6 +258,29 @@ def test_the_frames_are_those_of_diffusers_own_pipeline(stage, teacher, photo, w
     assert np.abs(frames[1:].astype(float) - 255 * own[at][1:]).max() <= 0.51  # rounding
 
 
+def test_it_is_told_poses_and_never_where_or_which_keys(stage, teacher, photo):
+    """Most photographs are outdoors; action keys would stand against the poses."""
+    told, (real,) = {}, teacher.networks
+
+    class Spy:
+        vae = real.vae
+
+        def __call__(self, **given):
+            told.update(given)
+            return real(**given)
+
+    spied = stage.SanaWM(teacher.cfg)
+    spied.networks = (Spy(),)
+    path = path_of(("turn_right", 10), ("forward", 0.3))
+    spied.imagine((photo, ("a", "t000")), path, stage.intrinsics(192, 128, 54.0), [0])
+    names = "image prompt height width num_inference_steps guidance_scale c2w intrinsics num_frames"
+    assert told.keys() == {*names.split(), "generator", "output_type"}  # no `action`
+    poses, at = stage.resample(path)
+    assert (told["c2w"] == poses).all() and np.abs(told["c2w"][at] - path).max() < 1e-6
+    words = told["prompt"].lower()
+    assert words and not [word for word in ("door", "room", "street", "sky") if word in words]
+
+
 # --- runs
 def test_a_run_keeps_frames_and_their_record(done, weights):
     records = views(done)

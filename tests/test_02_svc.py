@@ -4,6 +4,7 @@ tests/golden holds what is small; the network's 9 MB of weights and the complete
 from ../shared/golden where that exists.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from kernels.seva import Seva, SevaConfig, timestep_embedding
 
 HERE, SHARED = ROOT / "tests/golden", ROOT.parent / "shared/golden"
 SCRIPT = ROOT / "02_imagine_views.py"
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def golden(name: str) -> Path:
@@ -353,7 +355,7 @@ def weights(tmp_path_factory) -> Path:
 
 def names_of(weights: Path) -> list:
     names = ["--svc", weights / "svc", "--svc_vae", weights / "sd", "--svc_clip", weights / "clip"]
-    return [*names, "--svc_px", 64, 128, "--steps", 2]
+    return [*names, "--svc_px", 64, "--steps", 2]
 
 
 @pytest.fixture(scope="module")
@@ -361,10 +363,10 @@ def photographs(tmp_path_factory) -> Path:
     """A run of two made-up photographs with three trajectories each, from stage 1."""
     run = tmp_path_factory.mktemp("photographs")
     draw = np.random.default_rng(0)
-    for i in range(2):
+    for i, width in enumerate((150, 170)):  # near twice as wide as high
         coarse = Image.fromarray(draw.integers(0, 256, (9, 12, 3), dtype=np.uint8))
         (run / "photos").mkdir(exist_ok=True)
-        coarse.resize((160, 120), Image.BICUBIC).save(run / f"photos/{i}.png")
+        coarse.resize((width, 80), Image.BICUBIC).save(run / f"photos/{i}.png")
     script("01", "--run", run, "--images", run / "photos", "--photo_trajectories", 3)
     return run
 
@@ -391,19 +393,24 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "2_views/views.jsonl").read_text().splitlines()]
 
 
-def test_views_of_a_photograph(stage, done):
+def test_views_of_a_photograph(stage, done, weights):
     views = records(done)
     assert len(views) == 6
+    sha256 = hashlib.sha256((weights / f"sd/vae/{VAE_FILE}").read_bytes()).hexdigest()
     for view in views:
         frames = [np.asarray(Image.open(done / frame)) for frame in view["frames"]]
-        assert [frame.shape for frame in frames] == [(128, 64, 3)] * len(view["kept"])
-        assert (view["width"], view["height"]) == (64, 128)
-        fitted = stage.fit_picture(np.asarray(Image.open(view["anchor"])), (64, 128))
-        want = (fitted.permute(1, 2, 0).numpy() + 1) / 2 * 255
+        assert [frame.shape for frame in frames] == [(64, 128, 3)] * len(view["kept"])
+        assert (view["width"], view["height"]) == (128, 64)
+        photo = np.asarray(Image.open(view["anchor"]))
+        want = (stage.fit_picture(photo, (128, 64)).permute(1, 2, 0).numpy() + 1) / 2 * 255
         assert np.abs(frames[0] - want).max() <= 1  # frame 0 is the photograph
-        # 4:3 at 54 degrees across, cropped to 1:2: what is left of the height's 41.8 degrees across
-        across = 2 * np.degrees(np.arctan(np.tan(np.radians(27)) * 120 / 160 / 2))
+        # 64 high they are 120 and 136 wide: one loses rows, the other 4 columns at each side
+        shown = min(1, 128 / (photo.shape[1] * 64 / 80))
+        across = 2 * np.degrees(np.arctan(np.tan(np.radians(27)) * shown))
         assert abs(view["fov_x_deg"] - across) < 0.1
+        made = view["teacher_settings"]
+        assert made["size"] == [128, 64] and made["vae_sha256"] == sha256
+        assert made["gain"] == 1.0
     last = [np.asarray(Image.open(done / view["frames"][-1])).astype(int) for view in views]
     assert all(np.abs(a - b).mean() > 0.1 for i, a in enumerate(last) for b in last[:i])
 
@@ -445,7 +452,7 @@ def trajectory_of(photographs: Path, frames: int) -> tuple[dict, np.ndarray, np.
 def teacher_of(stage, weights: Path, **settings):
     names = {"svc": "svc", "svc_vae": "sd", "svc_clip": "clip"}
     names = {key: str(weights / name) for key, name in names.items()}
-    settings = {"svc_px": [64, 64], "device": "cpu", "steps": 2} | names | settings
+    settings = {"svc_px": 64, "device": "cpu", "steps": 2} | names | settings
     return stage.Svc(stage.Config(teacher=["svc"], **settings))
 
 
@@ -453,9 +460,86 @@ def test_kept_frames_are_those_of_the_whole_trajectory(stage, photographs, weigh
     record, c2w, K = trajectory_of(photographs, 8)
     teacher = teacher_of(stage, weights)
     every = teacher.imagine(teacher.anchor(record), c2w, K, [*range(8)])
-    assert every.frames.shape == (8, 64, 64, 3) and every.holes is None and every.objects is None
+    assert every.frames.shape == (8, 64, 128, 3) and every.holes is None and every.objects is None
     some = teacher.imagine(teacher.anchor(record), c2w, K, [0, 5, 7])
     assert (some.frames == every.frames[[0, 5, 7]]).all()
+
+
+def test_a_call_has_as_many_frames_as_the_authors(stage, photographs, weights, monkeypatch):
+    """--svc_frames 21: the last camera again, each time with a noise of its own."""
+    told, real = [], stage.svc_sample
+
+    def spy(network, noise, cond, *others):
+        told.append((noise, cond["dense_vector"][: len(noise)], network.keywords["num_frames"]))
+        return real(network, noise, cond, *others)
+
+    monkeypatch.setattr(stage, "svc_sample", spy)
+    record, c2w, K = trajectory_of(photographs, 8)
+    made = []
+    for frames in (0, 21):
+        teacher = teacher_of(stage, weights, svc_frames=frames)
+        made.append(teacher.imagine(teacher.anchor(record), c2w, K, [0, 7]))
+    (short, _, of_short), (noise, cameras, frames) = told
+    assert len(short) == of_short == 8 and len(noise) == frames == 21
+    assert (noise[:8] == short).all() and len(
+        {tuple(one.ravel()[:4].tolist()) for one in noise}
+    ) == 21
+    assert (cameras[7:] == cameras[7]).all() and (cameras[6] != cameras[7]).any()
+    assert (made[0].frames[1] != made[1].frames[1]).any() and len(made[1].frames) == 2
+    assert made[1].settings["frames"] == 21
+
+
+ASPECTS = {(4032, 3024): (768, 576), (3024, 4032): (576, 768), (4000, 2667): (832, 576)}
+ASPECTS |= {(600, 600): (576, 576), (1080, 1920): (576, 1024), (300, 100): (1728, 576)}
+
+
+def test_pictures_keep_their_aspect(stage, weights):
+    """The authors' --L_short 576: rounding to 64 crops at most 32 pixels of the long side."""
+    teacher = teacher_of(stage, weights, svc_px=576)
+    for wh, frames in ASPECTS.items():
+        assert tuple(teacher.frame_size(wh)) == frames
+
+
+@pytest.mark.parametrize("width, height", ASPECTS)
+def test_turns_too_wide_for_its_frames_are_refused(stage, weights, width, height):
+    """By the field of view of the frames that it really returns, not of the photograph."""
+    fov_deg = 54 if width >= height else 2 * np.degrees(np.arctan(width / height * np.tan(0.4712)))
+    small = max(width, height) / 150
+    width, height = round(width / small), round(height / small)
+    teacher, K = teacher_of(stage, weights), stage.intrinsics(width, height, fov_deg)
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    made = teacher.imagine((picture, ("a", "t")), np.tile(np.eye(4), (2, 1, 1)), K, [0, 1])
+    most_deg = 0.74 * stage.fov_x_deg_of(made.K)
+    for share in (0.98, 1.02):
+        for name in ("turn_left", "turn_right"):
+            one = {"width": width, "height": height, "fov_x_deg": fov_deg, "room": None}
+            one["actions"] = [["forward", 90.0], [name, share * most_deg], ["backward", 0.3]]
+            assert bool(teacher.refuses(one)) == (share > 1)
+            assert "pan" in teacher.refuses(one | {"start_yaw_deg": 3.0})
+
+
+def test_refused_turns_are_counted_and_said(photographs, weights, tmp_path):
+    """Made for a view of 54 degrees, asked of frames that show 30."""
+    run = copy_of(photographs, tmp_path)
+    path = run / "1_trajectories/trajectories.jsonl"
+    wide = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in wide:
+        record["fov_x_deg"] = 30.0
+        record["actions"] = [["turn_left", 30.0], *record["actions"]][: 1 + (record != wide[0])]
+    wide[1]["actions"] = [["forward", 0.4]]
+    path.write_text("".join(json.dumps(record) + "\n" for record in wide))
+    told = script("02", "--run", run, "--teacher", "svc", *names_of(weights)).stdout
+    assert "left out 5 of 6 trajectories: a turn beyond 0.74 of its view" in told
+    assert json.loads((run / "2_views/meta.json").read_text())["counts"]["left out"] == 5
+
+
+def test_two_processes_of_torchrun_write_the_same_bytes(photographs, weights, done, tmp_path):
+    run = copy_of(photographs, tmp_path)
+    command = ("02", "--run", run, "--teacher", "svc", *names_of(weights))
+    script(*command, processes=2)
+    assert contents(run) == contents(done)
+    again = script(*command, processes=2)
+    assert again.stdout.count("is finished: nothing to do") == 2 and contents(run) == contents(done)
 
 
 def test_a_metre_is_as_long_in_every_call(stage, photographs, weights, monkeypatch):
@@ -533,7 +617,11 @@ def test_nothing_is_begun_with_bad_weights(photographs, tmp_path):
     assert not (run / "2_views").exists()  # another --svc is not another setting of a begun folder
 
 
-@pytest.mark.parametrize("wrong", [{"svc_px": [64]}, {"svc_px": [64, 65]}, {"svc_window": 1}])
+WRONG = [{"svc_px": 0}, {"svc_px": 65}, {"svc_window": 1}, {"svc_frames": 65}]
+WRONG += [{"svc_window": 8, "svc_frames": 9}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_sizes_that_cannot_work_are_one_line(stage, weights, capsys, wrong):
     with pytest.raises(SystemExit) as left:
         teacher_of(stage, weights, **wrong)

@@ -691,6 +691,20 @@ def test_two_shards_at_once_equal_one_run(done, rooms, tmp_path):
     assert contents(run) == contents(done)
 
 
+def test_two_processes_of_torchrun_equal_one_run(done, rooms, tmp_path):
+    """Also where one has nothing to do and comes when the folder is finished."""
+    run = copy_of(rooms, tmp_path)
+    told = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2).stdout
+    assert contents(run) == contents(done)
+    assert sum(f"shard {i}/2 done" in told for i in (0, 1)) == 1  # the other completed the folder
+    again = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2)
+    assert again.stdout.count("nothing to do") == 2
+    one = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{os.cpu_count() // 2 or 1}'"
+    code = f"{one}; from tests.conftest import load; print(load('02').Config().workers)"
+    workers = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(workers.stdout) == os.cpu_count() // (os.cpu_count() // 2 or 1)
+
+
 def test_one_shard_alone_leaves_the_folder_unfinished(stage, done, rooms, tmp_path, capsys):
     run = copy_of(rooms, tmp_path)
     stage.main(stage.Config(run=str(run), keep="all", workers=1, shard="1/2"))
