@@ -1909,9 +1909,15 @@ def work(job, teachers: dict, cfg: Config) -> str:
     return ""
 
 
-def start_worker():
+def in_worker(job) -> str:
+    return in_worker.one(job)
+
+
+def start_worker(one):
     """One thread each; and it dies with its parent: workers of a killed run would write beside
-    those of its rerun."""
+    those of its rerun. `one` comes with the fork: sent along with jobs, its networks would be
+    copied for each, to addresses where sums may be of another order."""
+    in_worker.one = one
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1931,8 +1937,8 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
     torch.set_num_threads(1 if on_cpu else torch.get_num_threads())  # as in every worker
     if cfg.workers > 1 and on_cpu:
         pattern_bank()  # once, before the processes part
-        pool = multiprocessing.Pool(cfg.workers, start_worker)
-        made = pool.imap_unordered(one, jobs, chunksize=8)
+        pool = multiprocessing.Pool(cfg.workers, start_worker, [one])
+        made = pool.imap_unordered(in_worker, jobs, chunksize=8)
     for why in tqdm(made, total=len(jobs), desc="views", unit="trajectory"):
         if why:
             tqdm.write(why, file=sys.stderr)

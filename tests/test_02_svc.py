@@ -598,7 +598,7 @@ def test_a_full_gpu_is_one_line(stage, weights, photographs, tmp_path, capsys, m
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    cfg = teacher_of(stage, weights, run=str(copy_of(photographs, tmp_path))).cfg
+    cfg = teacher_of(stage, weights, run=str(copy_of(photographs, tmp_path)), workers=1).cfg
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
         patch.setattr(stage, "svc_sample", full)
         stage.main(cfg)
