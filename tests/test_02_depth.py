@@ -96,7 +96,7 @@ def test_a_depth_file_wins_and_a_photograph_is_estimated_once(
     monkeypatch.setattr(network, "forward", counted)
     stage.estimate_depth.cache_clear()
     depth = {"depth": str(metric), "depth_dir": str(tmp_path / "depths"), "device": "cpu"}
-    stage.main(stage.Config(run=str(run), teacher=["warp"], **depth))
+    stage.main(stage.Config(run=str(run), teacher=["warp"], workers=1, **depth))
     kinds = {}
     for view in lines(run / "2_views/views.jsonl"):
         kinds[view["scene_id"]] = view["teacher_settings"]["depth"]
