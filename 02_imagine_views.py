@@ -1834,12 +1834,21 @@ def work(job, teachers: dict, cfg: Config) -> str:
     return ""
 
 
-def start_worker():
-    """One thread each; and it dies with its parent: workers of a killed run would write beside
-    those of its rerun."""
+WORKER = {}  # of a process of the pool
+
+
+def start_worker(one):
+    """`one` makes the views of a job; it is inherited, for networks sent with every job would be
+    slow, and lie elsewhere in memory, where sums round otherwise. One thread each. A worker dies
+    with its parent: those of a killed run would write beside those of its rerun."""
+    WORKER["one"] = one
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def in_worker(job) -> str:
+    return WORKER["one"](job)
 
 
 def load_networks(teachers: dict) -> bool:
@@ -1856,8 +1865,8 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
     torch.set_num_threads(1 if on_cpu else torch.get_num_threads())  # as in every worker
     if cfg.workers > 1 and on_cpu:
         pattern_bank()  # once, before the processes part
-        pool = multiprocessing.Pool(cfg.workers, start_worker)
-        made = pool.imap_unordered(one, jobs, chunksize=8)
+        pool = multiprocessing.Pool(cfg.workers, start_worker, [one])
+        made = pool.imap_unordered(in_worker, jobs, chunksize=8)
     for why in tqdm(made, total=len(jobs), desc="views", unit="trajectory"):
         if why:
             tqdm.write(why, file=sys.stderr)

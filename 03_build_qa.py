@@ -904,7 +904,12 @@ def relations(place, position, yaw):
 
 
 def ask_picture(pair, task, most):
-    """E3: which of four pictures follows the motion? All end trajectories of one start."""
+    """E3: which of four pictures follows the motion? All end trajectories of one start.
+
+    Not after one move forward or backward: the nearest or the furthest of the four would be it.
+    """
+    if len(pair.actions) == 1 and pair.actions[0][0] in ("forward", "backward"):
+        return
     begin = ["Image 1 is the start.", "The camera now sees image 1."]
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
     survey = pair.survey

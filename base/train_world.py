@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -141,7 +142,7 @@ def main():
     steps = tqdm(range(first, args.until or args.steps), "steps", initial=first, total=args.steps)
     for step in steps:
         tick = time.perf_counter()
-        rate = min(1, (step + 1) / WARMUP) * (1 + np.cos(np.pi * step / args.steps)) / 2
+        rate = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = LR * rate
         loss = loss_of(network, *(x.to(args.device) for x in batch(pairs, step, args.seed)))
         optimizer.zero_grad()
