@@ -723,7 +723,7 @@ def load_part(folder: Path, kind: type, dtype=None):
     What does not load whole ends the run with one line that names its file.
     """
     library = sys.modules[kind.__module__.split(".")[0]]
-    library.utils.logging.set_verbosity_error()  # what is wrong is said here, in one line
+    library.utils.logging.set_verbosity(50)  # none: what is wrong is said here, in one line
     library.utils.logging.disable_progress_bar()
     place, options = folder, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if library.__name__ == "transformers":
@@ -733,8 +733,8 @@ def load_part(folder: Path, kind: type, dtype=None):
             return kind.from_pretrained(folder, trust_remote_code=False)
         for place in sorted(folder.glob("*.safetensors")):
             safe_open(place, "pt")  # compares the file's length with what its head says
-        named = kind.load_config(folder)["_class_name"] if library.__name__ == "diffusers" else ""
-        if named not in ("", kind.__name__):
+        named = json.loads((folder / "config.json").read_text()).get("_class_name", kind.__name__)
+        if named != kind.__name__:
             raise ValueError(f"its config.json is that of a {named}")
         network, report = kind.from_pretrained(folder, **options)
         lacking = [*report["missing_keys"], *report["mismatched_keys"]]  # would be random numbers
@@ -1516,8 +1516,7 @@ class SanaWM(Generative):
         return Views(frames, K, sharpest=sharpest, settings=asked)
 
 
-# Height and width of what Cosmos 3 makes of a picture, by tier, lying ones; standing ones likewise.
-CANVASES = {
+CANVASES = {  # of Cosmos 3: height and width of the frames, by tier; each also the other way round
     256: [(256, 256), (256, 320), (192, 320)],
     480: [(640, 640), (544, 736), (480, 832)],
     720: [(960, 960), (832, 1104), (720, 1280)],
@@ -1531,54 +1530,47 @@ def camera_actions(poses):
     Order, direction and axes (OpenCV) are those of `pose_abs_to_rel` in NVIDIA's cosmos-framework
     ("backward_framewise", "rot6d"), which scales nothing for cameras.
     """
-    poses = poses.astype(np.float64)
-    step = np.linalg.inv(poses[:-1]) @ poses[1:]
+    step = np.linalg.inv(poses[:-1].astype(float)) @ poses[1:]
     return np.concatenate([step[:, :3, 3], step[:, :3, 0], step[:, :3, 1]], 1).astype(np.float32)
 
 
 class Cosmos3(Generative):
-    """NVIDIA's Cosmos 3 as forward dynamics of a camera. Frame 0 is the middle of the picture.
+    """NVIDIA's Cosmos 3 as a camera's forward dynamics. Frame 0 is the middle of the picture.
 
-    The pipeline would squeeze a picture to multiples of 16, shrink it into the canvas whose shape
-    is nearest, mirror the rest and cut odd edges off. On a canvas's own size it does none of this.
-    No safety checker runs: its weights are behind a gate. The record says so.
+    The pipeline would squeeze a picture to multiples of 16, shrink it into the canvas of the
+    nearest shape, mirror what is missing and cut off what is odd; one of a canvas's size it keeps.
+    It runs without its safety checker, whose weights are gated, and the record says so.
     """
 
-    MOST_FRAMES = 297  # 300 are supported, and its VAE packs all after the first by fours
+    MOST_FRAMES = 297  # 300 are supported, and its VAE packs all after the first in fours
     PROMPT = "A quiet place in even light. Only the camera moves, slowly and steadily."
-    FPS, SHIFT = 30, 10.0  # of the published camera example; of the published runs with actions
 
     def __init__(self, cfg: Config):
         super().__init__(cfg, CANVASES[cfg.cosmos_tier][-1], 16)
 
     @cached_property
     def networks(self) -> tuple:
-        """(the pipeline,), its VAE in float32."""
+        """(the pipeline,); its VAE in float32."""
         import diffusers  # here: it takes seconds to import
         from transformers import AutoTokenizer
 
-        cfg, dtype = self.cfg, network_place(self.cfg.device)[1]
+        dtype = network_place(self.cfg.device)[1]
         kinds = {
             "scheduler": (diffusers.UniPCMultistepScheduler,),
             "text_tokenizer": (AutoTokenizer,),
             "vae": (diffusers.AutoencoderKLWan, torch.float32),
             "transformer": (diffusers.Cosmos3OmniTransformer, dtype),
         }
-        ends = "json", "safetensors", "jinja", "txt"
-        wanted = [f"{part}/*.{end}" for part in kinds for end in ends]  # beside them lies a VLM
-        folder = fetched(cfg.cosmos, ["model_index.json", *wanted])
+        wanted = [f"{part}/*" for part in kinds]  # beside them lies a language model
+        folder = fetched(self.cfg.cosmos, ["model_index.json", *wanted])
         try:
             index = json.loads((folder / "model_index.json").read_text())
             if index["_class_name"] != "Cosmos3OmniPipeline":
-                raise ValueError(f"it is a {index['_class_name']}")
+                raise ValueError(f"its model_index.json is that of a {index['_class_name']}")
             parts = {name: load_part(folder / name, *kind) for name, kind in kinds.items()}
-            flow = {"flow_shift": self.SHIFT, "use_karras_sigmas": False}
-            parts["scheduler"] = kinds["scheduler"][0].from_config(
-                parts["scheduler"].config, **flow
-            )
-            native = index.get("use_native_flow_schedule", False)
-            options = {"enable_safety_checker": False, "use_native_flow_schedule": native}
-            pipe = diffusers.Cosmos3OmniPipeline(**parts, **options)
+            native = {"use_native_flow_schedule": index.get("use_native_flow_schedule", False)}
+            pipe = diffusers.Cosmos3OmniPipeline(**parts, enable_safety_checker=False, **native)
+            pipe.scheduler.register_to_config(flow_shift=10.0, use_karras_sigmas=False)  # published
             words = pipe.tokenize_prompt(self.PROMPT, action_mode="forward_dynamics")[0]
             net, vae = pipe.transformer.config, pipe.vae.config
             if None in words or max(words) >= net.vocab_size:
@@ -1586,42 +1578,31 @@ class Cosmos3(Generative):
             if not net.action_gen or vae.z_dim * net.latent_patch_size**2 != net.patch_latent_dim:
                 raise ValueError("its transformer takes no actions, or not the latents of its VAE")
         except FAULTS as error:
-            stop(f"--cosmos {folder} does not load as a Cosmos3OmniPipeline: {first_line(error)}")
+            stop(f"--cosmos {folder} does not load as a pipeline: {first_line(error)}")
         return (self.placed(pipe, "cosmos3"),)
 
     @torch.no_grad()
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
         from diffusers import CosmosActionCondition
 
-        (picture, name), cfg = anchor, self.cfg
-        # Its published path turns by a third of a degree a frame, and runs have 60 to 150 frames.
+        (picture, name), cfg, pipe = anchor, self.cfg, self.networks[0]
+        # The published example turns by a third of a degree a frame; runs have 60 to 150 frames.
         poses, at = resample(c2w, max_step_m=0.05 / cfg.gain, max_step_deg=0.5, group=4)
         if len(poses) > self.MOST_FRAMES:
             raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
-        h, w = picture.shape[:2]
+        shape = picture.shape[0] / picture.shape[1]
         canvases = [size[::way] for size in CANVASES[cfg.cosmos_tier] for way in (1, -1)]
-        height, width = min(canvases, key=lambda size: abs(size[0] / size[1] - h / w))
+        height, width = min(canvases, key=lambda size: abs(size[0] / size[1] - shape))
         image, K = middle(picture, K, width, height)
+        how = {"mode": "forward_dynamics", "domain_name": "camera_pose", "image": image}
+        how |= {"resolution_tier": cfg.cosmos_tier, "chunk_size": len(poses) - 1}
+        action = CosmosActionCondition(raw_actions=torch.tensor(camera_actions(poses)), **how)
         steps, guidance = cfg.steps or 30, cfg.guidance or 1.0
-        action = CosmosActionCondition(
-            mode="forward_dynamics",
-            domain_name="camera_pose",
-            chunk_size=len(poses) - 1,
-            resolution_tier=cfg.cosmos_tier,
-            raw_actions=torch.tensor(camera_actions(poses)),
-            image=image,
-        )
-        video = self.networks[0](
-            prompt=self.PROMPT,
-            action=action,
-            fps=self.FPS,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            use_system_prompt=False,
-            generator=random_numbers(cfg.seed, *name, "cosmos3"),
-            output_type="pt",
-        ).video  # [F,3,H,W] in 0..1
-        frames, sharpest = self.shown(video, at[kept], image, self.networks[0].vae)
+        how = {"num_inference_steps": steps, "guidance_scale": guidance, "fps": 30}
+        how |= {"prompt": self.PROMPT, "use_system_prompt": False, "output_type": "pt"}
+        random = random_numbers(cfg.seed, *name, "cosmos3")
+        video = pipe(action=action, generator=random, **how).video  # [F,3,H,W] in 0..1
+        frames, sharpest = self.shown(video, at[kept], image, pipe.vae)
         settings = {"model": cfg.cosmos, "tier": cfg.cosmos_tier, "safety_checker": False}
         settings |= {"steps": steps, "guidance": guidance, "frames": len(poses)}
         return Views(frames, K, sharpest=sharpest, settings=settings)

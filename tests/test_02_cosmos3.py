@@ -38,8 +38,9 @@ def shaken(network: torch.nn.Module, scale: float) -> torch.nn.Module:
     """New networks have weights of zero, on the way of the poses too: then none would show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in network.parameters():
-            weight += scale * torch.randn(weight.shape, generator=generator)
+        for name, weight in network.named_parameters():
+            much = 100 * scale if "action_proj_in" in name else scale  # a step is small
+            weight += much * torch.randn(weight.shape, generator=generator)
     return network
 
 
@@ -84,9 +85,9 @@ def weights(tmp_path_factory) -> Path:
         vocab_size=len(names),
     )
     diffusers.Cosmos3OmniPipeline(
-        transformer=shaken(transformer, 0.3),
+        transformer=shaken(transformer, 1.0),
         text_tokenizer=tokenizer,
-        vae=shaken(vae, 0.02),
+        vae=shaken(vae, 0.1),
         scheduler=diffusers.UniPCMultistepScheduler(
             use_flow_sigmas=True,
             prediction_type="flow_prediction",
@@ -158,10 +159,11 @@ def test_the_steps_lead_along_the_path_and_the_way_back_undoes_them(stage):
 
 @pytest.mark.parametrize("gain", [1.0, 0.13])
 def test_a_path_has_as_many_frames_whatever_a_metre_is_called(stage, weights, gain):
-    """A turn of 30 degrees takes the 60 steps of the published example, a metre 20."""
+    """30 degrees take about the 60 steps of the published example, a metre 20; 01 makes 8 of each,
+    which are cut further."""
     teacher, asked = stage.Cosmos3(settings(stage, weights, gain=gain)), []
     teacher.networks = (lambda **call: asked.append(call["action"]) or 1 / 0,)
-    for path, steps in ((("turn_right", 30), 60), (("forward", 1.0), 20)):
+    for path, steps in ((("turn_right", 30), 64), (("forward", 1.0), 24)):
         c2w = load("01").integrate([path])[0].astype(float)
         c2w[:, :3, 3] /= gain
         picture = np.zeros((96, 160, 3), np.uint8)
@@ -234,7 +236,7 @@ def photo(paths) -> np.ndarray:
 
 
 def views_of(stage, teacher, photo, actions, name=("a", "t000"), kept=(0, 1, 2)):
-    path = load("01").integrate(actions, min_frames=2)[0].astype(float)
+    path = load("01").integrate(actions, min_frames=3)[0].astype(float)
     return teacher.imagine((photo, name), path, stage.intrinsics(160, 96, 54.0), list(kept))
 
 
@@ -259,7 +261,7 @@ def test_poses_and_noise_change_the_frames_and_kept_ones_do_not(stage, teacher, 
 def test_the_frames_are_those_of_diffusers_own_pipeline(stage, teacher, photo, weights):
     """Loaded and called as its documentation says, with the photograph in its own pixels."""
     views = views_of(stage, teacher, photo, RIGHT)
-    c2w = load("01").integrate(RIGHT, min_frames=2)[0].astype(float)
+    c2w = load("01").integrate(RIGHT, min_frames=3)[0].astype(float)
     poses, at = stage.resample(c2w, 0.05, 0.5, 4)
     pipe = diffusers.Cosmos3OmniPipeline.from_pretrained(weights, enable_safety_checker=False)
     assert pipe.config.use_native_flow_schedule
@@ -306,7 +308,7 @@ def test_a_run_keeps_frames_and_their_record(paths, weights, tmp_path):
             "safety_checker": False,
             "steps": 2,
             "guidance": 1.0,
-            "frames": 21 if turns else 9,
+            "frames": 25 if turns else 9,
         }
         assert (record["height"], record["width"]) == SIZE and record["teacher"] == "cosmos3"
         assert record["objects"] is None and record["qc"]["sharpness"] is not None
