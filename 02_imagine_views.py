@@ -733,9 +733,9 @@ def load_part(folder: Path, kind: type, dtype=None):
             return kind.from_pretrained(folder, trust_remote_code=False)
         for place in sorted(folder.glob("*.safetensors")):
             safe_open(place, "pt")  # compares the file's length with what its head says
-        named = json.loads((folder / "config.json").read_text()).get("_class_name", kind.__name__)
-        if named != kind.__name__:
-            raise ValueError(f"its config.json is that of a {named}")
+        config = json.loads((folder / "config.json").read_text())
+        if "_class_name" in config and config["_class_name"] != kind.__name__:
+            raise ValueError(f"its config.json is that of a {config['_class_name']}")
         network, report = kind.from_pretrained(folder, **options)
         lacking = [*report["missing_keys"], *report["mismatched_keys"]]  # would be random numbers
         if lacking:
