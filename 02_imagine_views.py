@@ -11,6 +11,7 @@ a file, or a metric depth checkpoint (--depth). What the photograph does not sho
 `svc` is Stable Virtual Camera, the paper's world model: a diffusion network that sees all frames at
 once, each with the rays of its camera, one of them being the photograph (see `svc_sample`).
 `sana-wm` is a video diffusion model that follows camera poses, run by diffusers.
+`cosmos3` is NVIDIA's Cosmos 3, likewise; it is told each frame's step from the one before.
 `pan` turns a narrower camera inside a photograph or a 360-degree panorama: exact, nothing missing.
 
 Departures from the paper: svc gets one network call per trajectory, with the photograph in it, not
@@ -123,11 +124,16 @@ class Config:
         help="of networks: auto, cpu, cuda, cuda:1, ...; bfloat16 on cuda, float32 on a CPU",
     )
     steps: int = HfArg(
-        default=0, help="denoising steps; 0: the teacher's own (svc 50, sana-wm 60, base/world 4)"
+        default=0,
+        help="denoising steps; 0: the teacher's own (svc 50, sana-wm 60, cosmos3 30, base/world 4)",
     )
-    guidance: float = HfArg(default=0.0, help="factor; 0: the teacher's own (svc 4, sana-wm 5)")
+    guidance: float = HfArg(
+        default=0.0, help="factor; 0: the teacher's own (svc 4, sana-wm 5, cosmos3 1)"
+    )
     compile: bool = HfArg(default=False, help="svc: torch.compile; pays after a few trajectories")
-    offload: bool = HfArg(default=False, help="sana-wm: only the network at work is on the GPU")
+    offload: bool = HfArg(
+        default=False, help="sana-wm, cosmos3: only the network at work is on the GPU"
+    )
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
     depth: str = HfArg(
         default="", help="warp: metric depth checkpoint for photographs without a file (folder, id)"
@@ -168,6 +174,12 @@ class Config:
         default="A quiet place in even light, seen by a slowly moving camera. "
         "Nothing and nobody in it moves.",
         help="what its text encoder reads, the same for all trajectories",
+    )
+    cosmos: str = HfArg(
+        default="nvidia/Cosmos3-Edge", help="hub id or folder of a Cosmos3OmniPipeline"
+    )
+    cosmos_tier: Literal[256, 480, 720] = HfArg(
+        default=480, help="a row of CANVASES, from which the one most like the picture is taken"
     )
     sheet_rows: int = HfArg(default=12, help="trajectories on contact_sheet.png")
     max_turn_error_deg: float = HfArg(default=4.0, help="below half of the smallest turn asked for")
@@ -722,7 +734,7 @@ def load_part(folder: Path, kind: type, dtype=None):
     What does not load whole ends the run with one line that names its file.
     """
     library = sys.modules[kind.__module__.split(".")[0]]
-    library.utils.logging.set_verbosity_error()  # what is wrong is said here, in one line
+    library.utils.logging.set_verbosity(50)  # none: what is wrong is said here, in one line
     library.utils.logging.disable_progress_bar()
     place, options = folder, {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if library.__name__ == "transformers":
@@ -732,6 +744,9 @@ def load_part(folder: Path, kind: type, dtype=None):
             return kind.from_pretrained(folder, trust_remote_code=False)
         for place in sorted(folder.glob("*.safetensors")):
             safe_open(place, "pt")  # compares the file's length with what its head says
+        config = json.loads((folder / "config.json").read_text())
+        if "_class_name" in config and config["_class_name"] != kind.__name__:
+            raise ValueError(f"its config.json is that of a {config['_class_name']}")
         network, report = kind.from_pretrained(folder, **options)
         lacking = [*report["missing_keys"], *report["mismatched_keys"]]  # would be random numbers
         if lacking:
@@ -1287,11 +1302,11 @@ def svc_inputs(latents, vectors, frames, c2w, K):
     return svc_condition(latents[known], mask, plucker, vectors[known].mean(0)), mask
 
 
-# --- svc and sana-wm: the teachers ---
+# --- svc, sana-wm and cosmos3: the teachers ---
 
 
 class Generative(Teacher):
-    """What svc and sana-wm share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
+    """What the next three share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
     the photograph in its own size, or the room's frame 0 drawn as large as the frames,
     whose height and width are `size`."""
 
@@ -1325,6 +1340,28 @@ class Generative(Teacher):
         enlarge = max(1, max(self.frame_size(size)) / max(size))
         K = intrinsics(*(round(enlarge * side) for side in size), trajectory["fov_x_deg"])
         return render(*begin_in_room(trajectory, self.cfg), K)[0], name
+
+    def placed(self, pipe, name: str):
+        """A pipeline of diffusers where --device and --offload want it."""
+        pipe.set_progress_bar_config(desc=name, leave=False)
+        device = network_place(self.cfg.device)[0]
+        if self.cfg.offload and device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=device)
+            return pipe
+        return pipe.to(device)
+
+    def shown(self, video, at, image, vae):
+        """(frames `at` of a video [F,3,H,W] in 0..1, frame 0 being the image itself; what the
+        video autoencoder makes of that one), uint8 [n,H,W,3] and [H,W,3]."""
+        frames = (255 * video[at]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        frames[at == 0] = np.asarray(image)
+        first = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        first = first.to(
+            network_place(self.cfg.device)[0], vae.dtype
+        )  # with --offload not the VAE's
+        round_trip = vae.decode(vae.encode(first).latent_dist.mean).sample[0, :, 0]
+        round_trip = ((round_trip.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255)
+        return frames, round_trip.byte().cpu().numpy()
 
 
 def svc_network(name: str) -> Seva:
@@ -1478,7 +1515,7 @@ class SanaWM(Generative):
         import diffusers  # here: it takes seconds to import
         from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-        cfg, (device, dtype) = self.cfg, network_place(self.cfg.device)
+        cfg, dtype = self.cfg, network_place(self.cfg.device)[1]
         kinds = {
             "scheduler": (diffusers.FlowMatchEulerDiscreteScheduler,),
             "tokenizer": (AutoTokenizer,),
@@ -1489,15 +1526,10 @@ class SanaWM(Generative):
         folder = fetched(cfg.sana, ["*.json", "*.safetensors", "*.model"])
         parts = {name: load_part(folder / name, *kind) for name, kind in kinds.items()}
         pipe = diffusers.SanaWMPipeline(**parts)
-        pipe.set_progress_bar_config(desc="sana-wm", leave=False)
         # Tiles of 512 pixels and 96 frames: those of the model's training, and less memory.
         pipe.vae.enable_tiling(tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64)
         pipe.vae.use_framewise_encoding = pipe.vae.use_framewise_decoding = True
-        if cfg.offload and device.type == "cuda":
-            pipe.enable_model_cpu_offload(device=device)
-        else:
-            pipe.to(device)
-        return (pipe,)
+        return (self.placed(pipe, "sana-wm"),)
 
     @torch.no_grad()
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
@@ -1519,19 +1551,106 @@ class SanaWM(Generative):
             output_type="pt",
             **asked,
         ).frames  # [F,3,H,W] in 0..1
-        at = at[kept]
-        frames = (255 * video[at]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        frames[at == 0] = np.asarray(image)
-        vae = self.networks[0].vae
-        first = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
-        latents = vae.encode(first.to(vae.device, vae.dtype)).latent_dist.mean
-        round_trip = (vae.decode(latents).sample[0, :, 0].permute(1, 2, 0) + 1) * 127.5
         asked |= {"model": cfg.sana, "steps": steps, "guidance": guidance, "frames": len(poses)}
-        sharpest = round_trip.clamp(0, 255).byte().cpu().numpy()
+        frames, sharpest = self.shown(video, at[kept], image, self.networks[0].vae)
         return Views(frames, K, sharpest=sharpest, settings=asked)
 
 
-TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc, "sana-wm": SanaWM}
+CANVASES = {  # of Cosmos 3: height and width of the frames, by tier; each also the other way round
+    256: [(256, 256), (256, 320), (192, 320)],
+    480: [(640, 640), (544, 736), (480, 832)],
+    720: [(960, 960), (832, 1104), (720, 1280)],
+}
+
+
+def camera_actions(poses):
+    """Poses [F,4,4], camera to world -> float32 [F-1,9], the step T_i^-1 T_i+1 to each later frame:
+    its move in metres, then the first and the second column of its turn.
+
+    Order, direction and axes (OpenCV) are those of `pose_abs_to_rel` in NVIDIA's cosmos-framework
+    ("backward_framewise", "rot6d"), which scales nothing for cameras.
+    """
+    step = np.linalg.inv(poses[:-1].astype(float)) @ poses[1:]
+    return np.concatenate([step[:, :3, 3], step[:, :3, 0], step[:, :3, 1]], 1).astype(np.float32)
+
+
+class Cosmos3(Generative):
+    """NVIDIA's Cosmos 3 as a camera's forward dynamics. Frame 0 is the middle of the picture.
+
+    The pipeline would squeeze a picture to multiples of 16, shrink it into the canvas of the
+    nearest shape, mirror what is missing and cut off what is odd; one of a canvas's size it keeps.
+    It runs without its safety checker, whose weights are gated, and the record says so.
+    """
+
+    MOST_FRAMES = 297  # 300 are supported, and its VAE packs all after the first in fours
+    PROMPT = "A quiet place in even light. Only the camera moves, slowly and steadily."
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg, CANVASES[cfg.cosmos_tier][-1], 16)
+
+    def frame_size(self, wh):
+        canvases = [size[::way] for size in CANVASES[self.cfg.cosmos_tier] for way in (1, -1)]
+        return min(canvases, key=lambda size: abs(size[0] / size[1] - wh[1] / wh[0]))[::-1]
+
+    @cached_property
+    def networks(self) -> tuple:
+        """(the pipeline,); its VAE in float32."""
+        import diffusers  # here: it takes seconds to import
+        from transformers import AutoTokenizer
+
+        dtype = network_place(self.cfg.device)[1]
+        kinds = {
+            "scheduler": (diffusers.UniPCMultistepScheduler,),
+            "text_tokenizer": (AutoTokenizer,),
+            "vae": (diffusers.AutoencoderKLWan, torch.float32),
+            "transformer": (diffusers.Cosmos3OmniTransformer, dtype),
+        }
+        wanted = [f"{part}/*" for part in kinds]  # beside them lies a language model
+        folder = fetched(self.cfg.cosmos, ["model_index.json", *wanted])
+        try:
+            index = json.loads((folder / "model_index.json").read_text())
+            if index["_class_name"] != "Cosmos3OmniPipeline":
+                raise ValueError(f"its model_index.json is that of a {index['_class_name']}")
+            parts = {name: load_part(folder / name, *kind) for name, kind in kinds.items()}
+            native = {"use_native_flow_schedule": index.get("use_native_flow_schedule", False)}
+            pipe = diffusers.Cosmos3OmniPipeline(**parts, enable_safety_checker=False, **native)
+            pipe.scheduler.register_to_config(flow_shift=10.0, use_karras_sigmas=False)  # published
+            words = pipe.tokenize_prompt(self.PROMPT, action_mode="forward_dynamics")[0]
+            net, vae = pipe.transformer.config, pipe.vae.config
+            if None in words or max(words) >= net.vocab_size:
+                raise ValueError("its tokenizer has words that its transformer does not know")
+            if not net.action_gen or vae.z_dim * net.latent_patch_size**2 != net.patch_latent_dim:
+                raise ValueError("its transformer takes no actions, or not the latents of its VAE")
+        except FAULTS as error:
+            stop(f"--cosmos {folder} does not load as a pipeline: {first_line(error)}")
+        return (self.placed(pipe, "cosmos3"),)
+
+    @torch.no_grad()
+    def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
+        from diffusers import CosmosActionCondition
+
+        (picture, name), cfg, pipe = anchor, self.cfg, self.networks[0]
+        # The published example turns by a third of a degree a frame; runs have 60 to 150 frames.
+        poses, at = resample(c2w, max_step_m=0.05 / (cfg.gain or 1), max_step_deg=0.5, group=4)
+        if len(poses) > self.MOST_FRAMES:
+            raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
+        image, K = middle(picture, K, *self.frame_size(size_of(K)))
+        how = {"mode": "forward_dynamics", "domain_name": "camera_pose", "image": image}
+        how |= {"resolution_tier": cfg.cosmos_tier, "chunk_size": len(poses) - 1}
+        action = CosmosActionCondition(raw_actions=torch.tensor(camera_actions(poses)), **how)
+        steps, guidance = cfg.steps or 30, cfg.guidance or 1.0
+        how = {"num_inference_steps": steps, "guidance_scale": guidance, "fps": 30}
+        how |= {"prompt": self.PROMPT, "use_system_prompt": False, "output_type": "pt"}
+        random = random_numbers(cfg.seed, *name, "cosmos3")
+        video = pipe(action=action, generator=random, **how).video  # [F,3,H,W] in 0..1
+        frames, sharpest = self.shown(video, at[kept], image, pipe.vae)
+        settings = {"model": cfg.cosmos, "tier": cfg.cosmos_tier, "safety_checker": False}
+        settings |= {"steps": steps, "guidance": guidance, "frames": len(poses)}
+        return Views(frames, K, sharpest=sharpest, settings=settings)
+
+
+TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc}
+TEACHERS |= {"sana-wm": SanaWM, "cosmos3": Cosmos3}
 
 # --- quality check ---
 
@@ -1909,18 +2028,21 @@ def work(job, teachers: dict, cfg: Config) -> str:
     return ""
 
 
-def in_worker(job) -> str:
-    return in_worker.one(job)
+WORKER = {}  # of a process of the pool
 
 
 def start_worker(one):
-    """One thread each; and it dies with its parent: workers of a killed run would write beside
-    those of its rerun. `one` comes with the fork: sent along with jobs, its networks would be
-    copied for each, to addresses where sums may be of another order."""
-    in_worker.one = one
+    """`one` makes the views of a job; it is inherited, for networks sent with every job would be
+    slow, and lie elsewhere in memory, where sums round otherwise. One thread each. A worker dies
+    with its parent: those of a killed run would write beside those of its rerun."""
+    WORKER["one"] = one
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def in_worker(job) -> str:
+    return WORKER["one"](job)
 
 
 def load_networks(teachers: dict) -> bool:

@@ -91,8 +91,7 @@ RECIPES = {
     "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
     " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
-    "base": "--formats open --box_step 10"
-    " --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
+    "base": "--box_step 10 --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
 }
 
 
@@ -108,7 +107,7 @@ class Config:
     formats: list[str] = HfArg(
         default_factory=lambda: [*FORMATS],
         help="open: an answer in words or numbers; choice: one "
-        "of lettered options; of each question both (S1-S6: open only, E3: choice only)",
+        "of lettered options; of each question both (E3: choice only)",
     )
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
@@ -619,6 +618,8 @@ class Shown:
             return q._replace(options=IMAGES, right=IMAGES.index(q.truth))
         if kind == "box":
             options = four_boxes(draw, self, q.truth, q.words)
+        elif kind == "meters":
+            options = four_lengths(draw, q.truth)
         elif isinstance(q.truth, list):
             options = four_motions(self.survey, draw, q.task, q.truth)
         else:
@@ -685,6 +686,14 @@ def four_boxes(draw, pair, true, words):
         boxes = boxes[:2] + [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes[:2]]
     overlap = max(iou(one, two) for one, two in itertools.combinations(boxes[:4], 2))
     return boxes[:4] if len(boxes) > 3 and overlap < LEAST_APART else None
+
+
+def four_lengths(draw, truth):
+    """Four lengths, each 1.4 times the one before, of any of which the right one may be."""
+    true_m, place = float(truth.split()[0]), draw.randrange(4)
+    others = [f"{true_m * 1.4 ** (k - place):.1f}" for k in range(4) if k != place]
+    options = [truth, *(f"{float(length):g} meters" for length in others)]
+    return options if len({*options}) == 4 else None
 
 
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
@@ -904,7 +913,12 @@ def relations(place, position, yaw):
 
 
 def ask_picture(pair, task, most):
-    """E3: which of four pictures follows the motion? All end trajectories of one start."""
+    """E3: which of four pictures follows the motion? All end trajectories of one start.
+
+    Not after one move forward or backward: the nearest or the furthest of the four would be it.
+    """
+    if len(pair.actions) == 1 and pair.actions[0][0] in ("forward", "backward"):
+        return
     begin = ["Image 1 is the start.", "The camera now sees image 1."]
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
     survey = pair.survey
@@ -1102,7 +1116,7 @@ def ask_all(views, survey):
                 for q in asked:
                     if "open" in cfg.formats and row.answer != LETTER:
                         yield q
-                    if "choice" in cfg.formats and row.direction != "static":
+                    if "choice" in cfg.formats:
                         yield from filter(None, [shown.choice(q)])
 
 

@@ -1214,7 +1214,7 @@ def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Con
         if first not in starts:
             starts[first] = origin(Path(first), root)
         searches.append(Search(question, [()] if starts[first] else []))
-    networks = not re.match(r"(simulator|warp)(?!.*--depth)", cfg.coupled)
+    networks = not re.match(r"(simulator|warp)(?!.*--(depth|fill))", cfg.coupled)
     scoring = replace(cfg, temperature=0, max_new_tokens=8 + 2 * BEAMS * len(SEARCH) * SUBSTEPS)
     for step in range(1, STEPS + 1):  # each is one call of 02 for all questions
         run = folder / "imagined" / str(step)

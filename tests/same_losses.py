@@ -1,4 +1,8 @@
-"""python tests/same_losses.py LOGGED AGAIN: the losses of a run's first steps are those logged."""
+"""python tests/same_losses.py LOGGED AGAIN: the losses of a run's first steps are those logged.
+
+On the processor that made the log they are equal; another one rounds otherwise, and training makes
+the difference grow: 2 % are allowed.
+"""
 
 import json
 import sys
@@ -11,7 +15,9 @@ def losses(folder: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    logged, again = losses(sys.argv[1]), losses(sys.argv[2])
-    if not again or again != logged[: len(again)]:
+    again = losses(sys.argv[2])
+    logged = losses(sys.argv[1])[: len(again)]
+    off = [abs(b / a - 1) for a, b in zip(logged, again, strict=True)]
+    print(f"{len(off)} losses, {off.count(0)} equal, at most {max(off, default=1):.2%} apart")
+    if max(off, default=1) > 0.02:
         sys.exit(f"{sys.argv[2]}: the losses are not those of {sys.argv[1]}")
-    print(f"{len(again)} losses, all as in {sys.argv[1]}/metrics.jsonl")
