@@ -307,6 +307,7 @@ def test_a_run_keeps_frames_and_their_record(paths, weights, tmp_path):
             "tier": 256,
             "safety_checker": False,
             "steps": 2,
+            "gain": 1.0,
             "guidance": 1.0,
             "frames": 25 if turns else 9,
         }
