@@ -2041,8 +2041,12 @@ def start_worker(one):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def in_worker(job) -> str:
-    return WORKER["one"](job)
+def in_worker(job) -> str | None:
+    """None where the run has to end, for a reason that has been said: a pool knows no exit."""
+    try:
+        return WORKER["one"](job)
+    except SystemExit:
+        return None
 
 
 def load_networks(teachers: dict) -> bool:
@@ -2062,6 +2066,8 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
         pool = multiprocessing.Pool(cfg.workers, start_worker, [one])
         made = pool.imap_unordered(in_worker, jobs, chunksize=8)
     for why in tqdm(made, total=len(jobs), desc="views", unit="trajectory"):
+        if why is None:
+            raise SystemExit(2)
         if why:
             tqdm.write(why, file=sys.stderr)
     if pool:
