@@ -926,7 +926,8 @@ class WarpAnchor(NamedTuple):
 
 class Warp(Teacher):
     """Moves the pixels of one picture. In a room that is the simulator's frame 0, whose objects
-    move with their pixels: a box is that of what the view shows."""
+    move with their pixels: a box is that of what the view shows, with --fill of the whole object
+    where some of it shows."""
 
     exact = True
 
@@ -979,6 +980,9 @@ class Warp(Teacher):
                 width, height = size_of(K)
                 shown = ids[v.astype(int).clip(0, height - 1), u.astype(int).clip(0, width - 1)]
                 shown = np.where(hidden, 0, shown)
+                if self.cfg.fill:  # what is painted goes on with the objects that show
+                    true = render(room, start @ pose, K)[1]
+                    shown = np.where(np.isin(true, shown), true, 0)
                 objects.append(visible_objects(room, shown, start @ pose))
         if anchor.depth is not None:
             depths[0] = anchor.depth

@@ -1104,6 +1104,7 @@ def imagine(run: Path, tries: list[tuple], starts: dict, root: Path, cfg: Config
     command += ["--run", str(run), "--teacher", teacher, "--keep", "keyframes"]
     command += ["--seed", str(cfg.seed), *flags]
     meta = {"stage": Path(__file__).stem, "finished": True, "counts": {"trajectories": len(lines)}}
+    ours = {key: os.environ[key] for key in os.environ if not key.endswith(("RANK", "WORLD_SIZE"))}
     with alone(run) as lock:  # 02 inherits it: if only this process is killed, its rerun waits
         if not read_meta(run / "2_views").get("finished"):
             for room in {line["room"] for line in lines} - {None}:
@@ -1112,7 +1113,7 @@ def imagine(run: Path, tries: list[tuple], starts: dict, root: Path, cfg: Config
             save(run / "1_trajectories/trajectories.jsonl", text)
             save(run / "1_trajectories/meta.json", json.dumps(meta))
             with (run / "02.log").open("a") as log:
-                if subprocess.run(command, stdout=log, pass_fds=[lock]).returncode:
+                if subprocess.run(command, stdout=log, pass_fds=[lock], env=ours).returncode:
                     stop(f"02 ended with a fault (see {run / '02.log'}): correct --coupled")
     records = read_lines(run / "2_views/views.jsonl", "traj_id", "frames")
     frames = {record["traj_id"]: record["frames"] for _, record in records}
