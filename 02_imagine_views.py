@@ -1327,8 +1327,6 @@ class Generative(Teacher):
         return self.size[::-1]
 
     def refuses(self, trajectory: dict) -> str:
-        if trajectory.get("start_yaw_deg") is not None:
-            return "it looks into a part of its photograph: only --teacher pan does so"
         turns = [abs(value) for name, value in trajectory["actions"] if name.startswith("turn")]
         K = intrinsics_of(trajectory)
         shown_deg = fov_x_deg_of(middle_K(K, size_of(K), self.frame_size(size_of(K))))
@@ -2082,6 +2080,7 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
 # --- all trajectories ---
 
 KEYS = "scene_id traj_id source anchor room split width height fov_x_deg actions keyframes c2w"
+PART = "it looks into a part of its photograph: only --teacher pan does so"
 NAME = rb"[^./\\\0][^/\\\0]*"  # of a new folder
 
 
@@ -2123,8 +2122,9 @@ def plan(teachers: dict, cfg: Config):
             continue
         names.add(name)
         other = cfg.heldout_teacher and trajectory["split"] == "heldout"
+        part = trajectory.get("start_yaw_deg") is not None
         for key in [cfg.heldout_teacher] if other else cfg.teacher:
-            why = teachers[key].refuses(trajectory)
+            why = PART if part and key != "pan" else teachers[key].refuses(trajectory)
             if not why:
                 jobs.append((trajectory, key))
                 break

@@ -1,10 +1,12 @@
 """Stage 2 measures its teachers: exact views pass, planted faults are named.
 
-python tests/test_02_meter.py prints the table of planted faults that stands in RESULTS.md.
+python tests/test_02_meter.py [base/world] prints the table of planted faults that stands in
+RESULTS.md, of exact views or of warped ones filled by base/world.
 """
 
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -157,13 +159,12 @@ TURN_FAULTS = {"as asked": 0, "10 degrees too far": 10, "10 degrees too little":
 TRIED = 40  # of each fault
 
 
-def checked(stage, run: Path, trajectory: dict, shown, other=None) -> dict | None:
+def checked(teacher, trajectory: dict, shown, other=None) -> dict | None:
     """qc of a generative teacher that shows the view from `shown` [4,4], or the picture `other`;
     None where that camera would leave the room."""
-    cfg, c2w = stage.Config(run=str(run)), np.array(trajectory["c2w"])
+    stage, cfg, c2w = load("02"), teacher.cfg, np.array(trajectory["c2w"])
     kept, wrong = [0, len(c2w) - 1], c2w.copy()
     wrong[-1] = shown
-    teacher = stage.Simulator(cfg)
     try:
         K = stage.intrinsics_of(trajectory)
         made = teacher.imagine(teacher.anchor(trajectory), wrong, K, kept)
@@ -175,22 +176,26 @@ def checked(stage, run: Path, trajectory: dict, shown, other=None) -> dict | Non
     return stage.quality(made, kept, c2w, trajectory["keyframes"], cfg, small)
 
 
-def planted_faults(stage, run: Path) -> dict[tuple[str, str], tuple[int, int]]:
+def planted_faults(stage, run: Path, fill="") -> dict[tuple[str, str], tuple[int, int]]:
     """{("move", fault): (how many failed the check, how many were tried)}; ("turn", ...) too."""
-    script("01", "--run", run, "--rooms", 60, "--shares", 1, 0, 0, "--turn_deg", 10, 40)
+    cfg = stage.Config(run=str(run), fill=fill, device="cpu")
+    teacher = stage.Warp(cfg) if fill else stage.Simulator(cfg)
+    px = 84 if fill else 112
+    turns = ("--shares", 1, 0, 0, "--turn_deg", 10, 40)
+    script("01", "--run", run, "--rooms", 60, "--room_px", px, *turns)
     trajectories = lines(run / "1_trajectories/trajectories.jsonl")
     views = [np.array(trajectory["c2w"])[-1] for trajectory in trajectories]
     found = {}
 
     def count(kind, fault, *planted):
         caught, tried = found.get((kind, fault), (0, 0))
-        qc = checked(stage, run, *planted) if tried < TRIED else None
+        qc = checked(teacher, *planted) if tried < TRIED else None
         if qc:
             found[kind, fault] = caught + (not qc["passed"]), tried + 1
 
     for i, (trajectory, end) in enumerate(zip(trajectories, views, strict=True)):
         elsewhere = trajectories[(i + 10) % len(trajectories)]
-        room, start = stage.begin_in_room(elsewhere, stage.Config(run=str(run)))
+        room, start = stage.begin_in_room(elsewhere, cfg)
         other = stage.render(room, start, stage.intrinsics_of(trajectory))[0]
         if trajectory["actions"][0][0].startswith("turn"):
             asked_deg = stage.yaw_deg_of(end[:3, :3])
@@ -208,8 +213,11 @@ def planted_faults(stage, run: Path) -> dict[tuple[str, str], tuple[int, int]]:
     return found
 
 
-def test_planted_faults_are_caught_and_right_views_pass(stage, tmp_path):
-    found = planted_faults(stage, tmp_path)
+@pytest.mark.parametrize("fill", ["", "base/world"])
+def test_planted_faults_are_caught_and_right_views_pass(stage, tmp_path, fill):
+    if fill and not (ROOT / fill).is_dir():
+        pytest.skip("base/world is not here: make world")
+    found = planted_faults(stage, tmp_path, fill and str(ROOT / fill))
     assert len(found) == len(MOVE_FAULTS) + len(TURN_FAULTS) + 2
     for (kind, fault), (caught, tried) in found.items():
         assert tried == TRIED, (kind, fault, tried)
@@ -435,5 +443,7 @@ def test_a_gain_that_cannot_be_is_one_line(stage, rooms, tmp_path, capsys, gain)
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        for (kind, fault), (caught, tried) in planted_faults(load("02"), Path(folder)).items():
+        for (kind, fault), (caught, tried) in planted_faults(
+            load("02"), Path(folder), *sys.argv[1:]
+        ).items():
             print(f"| {kind} {fault} | {caught} of {tried} |")

@@ -189,6 +189,10 @@ def test_pan_refuses_what_it_cannot_turn(tmp_path):
     done = script("02", "--run", tmp_path, "--teacher", "pan", check=False)
     assert done.returncode == 2 and "--pan" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    # and the other way round: no other teacher takes a part of a photograph for the whole
+    script("01", "--run", tmp_path / "parts", "--images", tmp_path / "photo.png", "--pan")
+    done = script("02", "--run", tmp_path / "parts", "--teacher", "warp", check=False)
+    assert done.returncode == 2 and "only --teacher pan" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not (SHARED / "panoramas").is_dir(), reason="needs the folders of pictures")
