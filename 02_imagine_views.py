@@ -1012,23 +1012,40 @@ def to_unit(pictures):
     return pictures.float() / 127.5 - 1
 
 
-def fill_predict(network, noisy, warped, painted, t):
+def spread(warped, painted):
+    """Views [B,3,H,W] with the mean of the nearest known pixels where painted [B,1,H,W] is 1: from
+    the mean of all, ever finer means replace coarser ones as far as pixels are known (pull-push:
+    Gortler et al. 1996). So walls go on beyond what a small network sees at once.
+    """
+    levels = [torch.cat([warped * (1 - painted), 1 - painted], 1)]
+    while max(levels[-1].shape[-2:]) > 1:
+        sums = 4 * F.avg_pool2d(levels[-1], 2, ceil_mode=True)
+        levels.append(sums / sums[:, 3:].clamp(min=1))
+    found = torch.zeros_like(levels[-1][:, :3])
+    for level in reversed(levels):
+        total, known = level[:, :3], level[:, 3:]
+        found = F.interpolate(found, level.shape[-2:], mode="bilinear")
+        found = total + (1 - known) * found
+    return found
+
+
+def fill_predict(network, noisy, known, painted, t):
     """The clean views [B,3,H,W] that a UNet2DModel sees behind noisy ones at noise share t [B].
 
-    warped: the known pixels, painted [B,1,H,W]: 1 where there is none.
+    known: warped views, their holes `spread` over; painted [B,1,H,W]: 1 in holes.
     """
     *_, height, width = noisy.shape
-    seen = torch.cat([noisy, warped * (1 - painted), painted], 1)
-    seen = F.pad(seen, (0, -width % 8, 0, -height % 8))  # three levels of a cell each
+    seen = torch.cat([noisy, known, painted], 1)
+    seen = F.pad(seen, (0, -width % 16, 0, -height % 16), mode="replicate")  # four levels of cells
     clean = network(F.pixel_unshuffle(seen, 2), 1000 * t).sample  # [B,12,h,w]
     return F.pixel_shuffle(clean, 2)[..., :height, :width]
 
 
 def fill_sample(network, noise, warped, painted, steps):
     """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1."""
-    x, levels = noise, torch.linspace(1, 0, steps + 1)
+    x, levels, known = noise, torch.linspace(1, 0, steps + 1), spread(warped, painted)
     for t, lower in itertools.pairwise(levels.to(noise)):
-        clean = fill_predict(network, x, warped, painted, t.expand(len(x)))
+        clean = fill_predict(network, x, known, painted, t.expand(len(x)))
         x = clean + (x - clean) * lower / t
     return x
 

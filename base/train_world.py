@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for kernels/
-LEVELS = {"down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]}
-LEVELS |= {"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}
-WIDTHS = {"block_out_channels": [32, 64, 128], "layers_per_block": 1}
+LEVELS = {"down_block_types": ["DownBlock2D"] * 2 + ["AttnDownBlock2D"] * 2}
+LEVELS |= {"up_block_types": ["AttnUpBlock2D"] * 2 + ["UpBlock2D"] * 2}
+WIDTHS = {"block_out_channels": [32, 64, 96, 128], "layers_per_block": 1}
 HEADS = {"attention_head_dim": 16, "norm_num_groups": 16}
 BATCH, LR, WARMUP, DECAY = 32, 1e-3, 100, 0.995
 HOLE_WEIGHT = 4
@@ -106,7 +106,7 @@ def batch(pairs: np.ndarray, step: int, seed: int):
 def loss_of(network, truth, noisy, warped, painted, t):
     """L of the equation above."""
     with torch.autocast(noisy.device.type, torch.bfloat16):
-        x = views.fill_predict(network, noisy, warped, painted, t).float()
+        x = views.fill_predict(network, noisy, views.spread(warped, painted), painted, t).float()
     weight = 1 + (HOLE_WEIGHT - 1) * painted
     return (weight * (x - truth) ** 2).mean()
 
@@ -135,7 +135,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/world"))
     parser.add_argument("--out", default="world")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--until", type=int, default=0, help="leave off after this step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -34,8 +34,8 @@ def world(tmp_path_factory):
     """A network of base/world's kind, of random weights."""
     folder = tmp_path_factory.mktemp("fill") / "world"
     torch.manual_seed(0)
-    shape = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1}
-    shape |= {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
+    shape = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    shape |= {"down_block_types": ["DownBlock2D"] * 4, "up_block_types": ["UpBlock2D"] * 4}
     shape |= {"attention_head_dim": 8}
     diffusers.UNet2DModel(in_channels=28, out_channels=12, **shape).save_pretrained(folder)
     return folder
@@ -129,15 +129,31 @@ def test_network_sees_known_pixels_and_where_it_has_to_paint(stage):
         seen["cells"], seen["t"] = cells, t
         return cells[:, :12]
 
-    noisy, warped = torch.rand(2, 3, 20, 30), torch.rand(2, 3, 20, 30)
+    noisy, known = torch.rand(2, 3, 20, 30), torch.rand(2, 3, 20, 30)
     painted = (torch.rand(2, 1, 20, 30) > 0.5).float()
-    back = stage.fill_predict(Net(look), noisy, warped, painted, torch.tensor([0.25, 1.0]))
+    back = stage.fill_predict(Net(look), noisy, known, painted, torch.tensor([0.25, 1.0]))
     assert torch.equal(back, noisy)  # cells and padding are undone
-    assert seen["t"].tolist() == [0.25, 1.0] and seen["cells"].shape == (2, 28, 12, 16)
-    known, mask = seen["cells"][:, 12:24], seen["cells"][:, 24:]
-    known = torch.nn.functional.pixel_shuffle(known, 2)[..., :20, :30]
+    assert seen["t"].tolist() == [0.25, 1.0] and seen["cells"].shape == (2, 28, 16, 16)
+    shown, mask = seen["cells"][:, 12:24], seen["cells"][:, 24:]
+    shown = torch.nn.functional.pixel_shuffle(shown, 2)[..., :20, :30]
     mask = torch.nn.functional.pixel_shuffle(mask, 2)[..., :20, :30]
-    assert torch.equal(mask, painted) and torch.equal(known, warped * (1 - painted))
+    assert torch.equal(mask, painted) and torch.equal(shown, known)
+
+
+def test_known_pixels_spread_into_holes(stage):
+    """What is known stays; a hole takes the nearest side's tone, and one level fills a view."""
+    view = torch.zeros(1, 3, 37, 52)
+    view[..., :20], view[..., 20:] = -0.5, 0.5
+    painted = torch.zeros(1, 1, 37, 52)
+    painted[..., 8:16], painted[..., 36:] = 1, 1
+    found = stage.spread(view + 9 * painted, painted)  # whatever stands in the holes
+    known = painted.expand_as(view) == 0
+    assert torch.equal(found[known], view[known])
+    assert (found[..., 8:16] < 0).all() and (found[..., 36:] > 0.4).all()
+    painted[:] = 1
+    painted[..., 5, 7] = 0
+    found = stage.spread(view, painted)
+    assert torch.allclose(found, torch.full_like(found, -0.5), atol=1e-5)
 
 
 def test_known_pixels_stay_and_noise_is_the_trajectory_s_own(stage, world):
@@ -260,7 +276,7 @@ def test_training_resumes_exactly_and_its_loss_is_the_equation_s(rooms, tmp_path
 
     monkeypatch.setattr(train_world, "BATCH", 4)
     monkeypatch.setattr(train_world, "SAVE_EVERY", 2)
-    monkeypatch.setattr(train_world, "WIDTHS", {"block_out_channels": [16] * 3})
+    monkeypatch.setattr(train_world, "WIDTHS", {"block_out_channels": [16] * 4})
     monkeypatch.setattr(train_world, "HEADS", {"attention_head_dim": 8, "norm_num_groups": 4})
     run = copy_of(rooms, tmp_path / "run")
 
