@@ -1,10 +1,11 @@
-"""What the grey alone tells: held-out questions whose pictures show nothing but warp's holes.
+"""What the holes alone tell: held-out questions whose pictures show nothing but what warp cannot.
 
-.venv/bin/python tests/grey_only.py runs/ablations/warp runs/ablations/grey
+.venv/bin/python tests/grey_only.py runs/warp runs/grey [runs/fill]
 
-paints every pixel brown that is not grey (what warp cannot show) and writes 300 held-out
-questions each of A1 and A2 for 06 --data_root. A student that still answers them has learnt to
-read the holes, not the room.
+paints every pixel brown that the first picture shows, leaves the grey holes of `02 --teacher warp`
+(or, of the third run, which has the same trajectories by `--fill`, what was painted there), and
+writes 300 held-out questions each of A1 and A2 for 06 --data_root. A student that still answers
+them has learnt to read the holes or how they were filled, not the room.
 """
 
 import json
@@ -17,29 +18,27 @@ from PIL import Image
 FILL, BROWN, PER_TASK = 127, (150, 110, 80), 300  # FILL: the grey of 02
 
 
-def only_grey(rgb: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3]: the pixels of FILL as they are, all others BROWN."""
-    return np.where((rgb == FILL).all(-1, keepdims=True), rgb, np.uint8(BROWN))
+def only_grey(rgb: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3]: `shown` where rgb is the grey of a hole, BROWN elsewhere."""
+    return np.where((rgb == FILL).all(-1, keepdims=True), shown, np.uint8(BROWN))
 
 
-def main(run: Path, out: Path):
+def main(run: Path, out: Path, filled: Path):
     records = [json.loads(line) for line in (run / "3_qa/heldout.jsonl").read_text().splitlines()]
     kept = []
     for task in ("A1", "A2"):
         kept += [record for record in records if record["task_type"] == task][:PER_TASK]
     for image in {image for record in kept for image in record["images"]}:
         (out / image).parent.mkdir(parents=True, exist_ok=True)
-        rgb = np.array(Image.open(run / image).convert("RGB"))
-        Image.fromarray(only_grey(rgb)).save(out / image)
+        rgb, shown = (np.array(Image.open(one / image).convert("RGB")) for one in (run, filled))
+        Image.fromarray(only_grey(rgb, shown)).save(out / image)
     (out / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 if __name__ == "__main__":
     paths = [Path(name).resolve() for name in sys.argv[1:]]
-    if len({*paths}) != 2 or not (paths[0] / "3_qa/heldout.jsonl").is_file():
-        why = (
-            "grey_only.py RUN OUT: RUN is a finished run of `02 --teacher warp`, OUT another folder"
-        )
-        print(why, file=sys.stderr)
+    if not 2 <= len({*paths}) == len(paths) <= 3 or not (paths[0] / "3_qa/heldout.jsonl").is_file():
+        why = "RUN is a finished run of `02 --teacher warp`, OUT another folder"
+        print(f"grey_only.py RUN OUT [FILLED]: {why}", file=sys.stderr)
         sys.exit(2)
-    main(*paths)
+    main(*paths[:2], paths[-1] if len(paths) == 3 else paths[0])
