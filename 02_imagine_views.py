@@ -7,7 +7,8 @@ A teacher gets one picture (or a room) and camera poses, and returns the views f
     p0 ~ K (R K^-1 p z + t),   [R | t] = c2w of the new view, frame 0 being the identity
 
 A turn has t = 0, so z cancels and the view is exact. A move needs the photograph's depth in metres:
-a file, or a metric depth checkpoint (--depth). What the photograph does not show is a grey hole.
+a file, or a metric depth checkpoint (--depth). What the photograph does not show is a grey hole,
+or is painted by a diffusion model (--fill): geometry for what was seen, imagination for the rest.
 `svc` is Stable Virtual Camera, the paper's world model: a diffusion network that sees all frames at
 once, each with the rays of its camera, one of them being the photograph (see `svc_sample`).
 `sana-wm` is a video diffusion model that follows camera poses, run by diffusers.
@@ -50,6 +51,7 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     python 02_imagine_views.py --run runs/both --teacher simulator warp     # rooms, photographs
     torchrun --nproc-per-node 8 -- 02_imagine_views.py --run runs/big --teacher svc   # 8 GPUs
     python 02_imagine_views.py --run runs/mine --teacher pan                # 01 --recipe photos
+    python 02_imagine_views.py --run runs/demo --teacher warp --fill base/world
 
 Measured on two CPU cores by `make bench`: 2029 frames/s at 112x112 and 244 at 576x576.
 """
