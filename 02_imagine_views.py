@@ -172,19 +172,12 @@ class Config:
         default_factory=lambda: [704, 1280],
         help="height and width of its frames, multiples of 32 from 64 up; trained at 704 1280",
     )
-    sana_prompt: str = HfArg(
-        default="A quiet place in even light, seen by a slowly moving camera. "
-        "Nothing and nobody in it moves.",
-        help="what its text encoder reads, the same for all trajectories",
-    )
     cosmos: str = HfArg(
         default="nvidia/Cosmos3-Edge", help="hub id or folder of a Cosmos3OmniPipeline"
     )
     cosmos_tier: Literal[256, 480, 720] = HfArg(
         default=480, help="a row of CANVASES, from which the one most like the picture is taken"
     )
-    sheet_rows: int = HfArg(default=12, help="trajectories on contact_sheet.png")
-    max_turn_error_deg: float = HfArg(default=4.0, help="below half of the smallest turn asked for")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
     gain: float = HfArg(
         default=1.0,
@@ -1362,27 +1355,48 @@ class Generative(Teacher):
         K = intrinsics(*(round(enlarge * side) for side in size), trajectory["fov_x_deg"])
         return render(*begin_in_room(trajectory, self.cfg), K)[0], name
 
-    def placed(self, pipe, name: str):
-        """A pipeline of diffusers where --device and --offload want it."""
-        pipe.set_progress_bar_config(desc=name, leave=False)
+
+class VideoModel(Generative):
+    """A camera-controlled video pipeline of diffusers. Frame 0 is the middle of the picture itself.
+
+    It has `film(pipe, image, poses, K, how)` -> video [F,3,H,W] in 0..1 of poses [F,4,4], which
+    `resample` makes with the keywords `path`; `how` is what all such pipelines are told.
+    """
+
+    KEY, MOST_FRAMES, STEPS, GUIDANCE, PATH, PROMPT = "", 0, 0, 0.0, {}, ""
+
+    def placed(self, pipe) -> tuple:
+        """The pipeline where --device and --offload want it, alone in a tuple."""
+        pipe.set_progress_bar_config(desc=self.KEY, leave=False)
         device = network_place(self.cfg.device)[0]
         if self.cfg.offload and device.type == "cuda":
             pipe.enable_model_cpu_offload(device=device)
-            return pipe
-        return pipe.to(device)
+            return (pipe,)
+        return (pipe.to(device),)
 
-    def shown(self, video, at, image, vae):
-        """(frames `at` of a video [F,3,H,W] in 0..1, frame 0 being the image itself; what the
-        video autoencoder makes of that one), uint8 [n,H,W,3] and [H,W,3]."""
+    @torch.no_grad()
+    def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
+        (picture, name), cfg, pipe = anchor, self.cfg, self.networks[0]
+        poses, at = resample(c2w, **self.PATH)
+        if len(poses) > self.MOST_FRAMES:
+            raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
+        image, K = middle(picture, K, *self.frame_size(size_of(K)))
+        steps, guidance = cfg.steps or self.STEPS, cfg.guidance or self.GUIDANCE
+        how = {"num_inference_steps": steps, "guidance_scale": guidance, "prompt": self.PROMPT}
+        how |= {"generator": random_numbers(cfg.seed, *name, self.KEY), "output_type": "pt"}
+        video = self.film(pipe, image, poses, K, how)
+        at, first = at[kept], np.asarray(image)
         frames = (255 * video[at]).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        frames[at == 0] = np.asarray(image)
-        first = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
-        first = first.to(
-            network_place(self.cfg.device)[0], vae.dtype
-        )  # with --offload not the VAE's
-        round_trip = vae.decode(vae.encode(first).latent_dist.mean).sample[0, :, 0]
-        round_trip = ((round_trip.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255)
-        return frames, round_trip.byte().cpu().numpy()
+        frames[at == 0] = first
+        settings = self.made_by | {"steps": steps, "guidance": guidance, "frames": len(poses)}
+        return Views(frames, K, sharpest=self.round_trip(first, pipe.vae), settings=settings)
+
+    def round_trip(self, picture, vae):
+        """What the video autoencoder makes of a picture uint8 [H,W,3]."""
+        first = torch.tensor(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        first = first.to(network_place(self.cfg.device)[0], vae.dtype)  # --offload: not the VAE's
+        back = vae.decode(vae.encode(first).latent_dist.mean).sample[0, :, 0]
+        return ((back.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte().cpu().numpy()
 
 
 def svc_network(name: str) -> Seva:
@@ -1522,13 +1536,17 @@ def middle(picture, K, width, height):
     return image, middle_K(K, picture.shape[1::-1], image.size)
 
 
-class SanaWM(Generative):
-    """A video model that follows camera poses. Frame 0 is the middle of the picture itself."""
+class SanaWM(VideoModel):
+    """A video model that is told camera poses."""
 
+    KEY, STEPS, GUIDANCE = "sana-wm", 60, 5.0
     MOST_FRAMES = 961  # a minute at 16 frames a second: the longest that the model was made for
+    PROMPT = "A quiet place in even light, seen by a slowly moving camera. "
+    PROMPT += "Nothing and nobody in it moves."
 
     def __init__(self, cfg: Config):
         super().__init__(cfg, cfg.sana_size, 32)
+        self.made_by = {"model": cfg.sana, "prompt": self.PROMPT}
 
     @cached_property
     def networks(self) -> tuple:
@@ -1550,31 +1568,11 @@ class SanaWM(Generative):
         # Tiles of 512 pixels and 96 frames: those of the model's training, and less memory.
         pipe.vae.enable_tiling(tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64)
         pipe.vae.use_framewise_encoding = pipe.vae.use_framewise_decoding = True
-        return (self.placed(pipe, "sana-wm"),)
+        return self.placed(pipe)
 
-    @torch.no_grad()
-    def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
-        (picture, name), cfg, (height, width) = anchor, self.cfg, self.cfg.sana_size
-        poses, at = resample(c2w)
-        if len(poses) > self.MOST_FRAMES:
-            raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
-        image, K = middle(picture, K, width, height)
-        asked = {"prompt": cfg.sana_prompt, "height": height, "width": width}
-        steps, guidance = cfg.steps or 60, cfg.guidance or 5.0
-        video = self.networks[0](
-            image=image,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            c2w=poses,
-            intrinsics=K,
-            num_frames=len(poses),
-            generator=random_numbers(cfg.seed, *name, "sana-wm"),
-            output_type="pt",
-            **asked,
-        ).frames  # [F,3,H,W] in 0..1
-        asked |= {"model": cfg.sana, "steps": steps, "guidance": guidance, "frames": len(poses)}
-        frames, sharpest = self.shown(video, at[kept], image, self.networks[0].vae)
-        return Views(frames, K, sharpest=sharpest, settings=asked)
+    def film(self, pipe, image, poses, K, how):
+        how |= {"height": image.height, "width": image.width, "num_frames": len(poses)}
+        return pipe(image=image, c2w=poses, intrinsics=K, **how).frames
 
 
 CANVASES = {  # of Cosmos 3: height and width of the frames, by tier; each also the other way round
@@ -1595,19 +1593,23 @@ def camera_actions(poses):
     return np.concatenate([step[:, :3, 3], step[:, :3, 0], step[:, :3, 1]], 1).astype(np.float32)
 
 
-class Cosmos3(Generative):
-    """NVIDIA's Cosmos 3 as a camera's forward dynamics. Frame 0 is the middle of the picture.
+class Cosmos3(VideoModel):
+    """NVIDIA's Cosmos 3 as a camera's forward dynamics.
 
     The pipeline would squeeze a picture to multiples of 16, shrink it into the canvas of the
     nearest shape, mirror what is missing and cut off what is odd; one of a canvas's size it keeps.
     It runs without its safety checker, whose weights are gated, and the record says so.
     """
 
+    KEY, STEPS, GUIDANCE = "cosmos3", 30, 1.0
     MOST_FRAMES = 297  # 300 are supported, and its VAE packs all after the first in fours
     PROMPT = "A quiet place in even light. Only the camera moves, slowly and steadily."
 
     def __init__(self, cfg: Config):
         super().__init__(cfg, CANVASES[cfg.cosmos_tier][-1], 16)
+        self.made_by = {"model": cfg.cosmos, "tier": cfg.cosmos_tier, "safety_checker": False}
+        # The published example turns by a third of a degree a frame; runs have 60 to 150 frames.
+        self.PATH = {"max_step_m": 0.05 / (cfg.gain or 1), "max_step_deg": 0.5, "group": 4}
 
     def frame_size(self, wh):
         canvases = [size[::way] for size in CANVASES[self.cfg.cosmos_tier] for way in (1, -1)]
@@ -1644,30 +1646,20 @@ class Cosmos3(Generative):
                 raise ValueError("its transformer takes no actions, or not the latents of its VAE")
         except FAULTS as error:
             stop(f"--cosmos {folder} does not load as a pipeline: {first_line(error)}")
-        return (self.placed(pipe, "cosmos3"),)
+        return self.placed(pipe)
 
-    @torch.no_grad()
-    def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
+    def film(self, pipe, image, poses, K, how):
         from diffusers import CosmosActionCondition
 
-        (picture, name), cfg, pipe = anchor, self.cfg, self.networks[0]
-        # The published example turns by a third of a degree a frame; runs have 60 to 150 frames.
-        poses, at = resample(c2w, max_step_m=0.05 / (cfg.gain or 1), max_step_deg=0.5, group=4)
-        if len(poses) > self.MOST_FRAMES:
-            raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
-        image, K = middle(picture, K, *self.frame_size(size_of(K)))
-        how = {"mode": "forward_dynamics", "domain_name": "camera_pose", "image": image}
-        how |= {"resolution_tier": cfg.cosmos_tier, "chunk_size": len(poses) - 1}
-        action = CosmosActionCondition(raw_actions=torch.tensor(camera_actions(poses)), **how)
-        steps, guidance = cfg.steps or 30, cfg.guidance or 1.0
-        how = {"num_inference_steps": steps, "guidance_scale": guidance, "fps": 30}
-        how |= {"prompt": self.PROMPT, "use_system_prompt": False, "output_type": "pt"}
-        random = random_numbers(cfg.seed, *name, "cosmos3")
-        video = pipe(action=action, generator=random, **how).video  # [F,3,H,W] in 0..1
-        frames, sharpest = self.shown(video, at[kept], image, pipe.vae)
-        settings = {"model": cfg.cosmos, "tier": cfg.cosmos_tier, "safety_checker": False}
-        settings |= {"steps": steps, "guidance": guidance, "frames": len(poses)}
-        return Views(frames, K, sharpest=sharpest, settings=settings)
+        action = CosmosActionCondition(
+            mode="forward_dynamics",
+            domain_name="camera_pose",
+            image=image,
+            resolution_tier=self.cfg.cosmos_tier,
+            chunk_size=len(poses) - 1,
+            raw_actions=torch.tensor(camera_actions(poses)),
+        )
+        return pipe(action=action, fps=30, use_system_prompt=False, **how).video
 
 
 TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc}
@@ -1677,6 +1669,7 @@ TEACHERS |= {"sana-wm": SanaWM, "cosmos3": Cosmos3}
 
 COLUMNS = 96  # of a cylinder: a turn is measured to field of view / 96, and refined by a parabola
 MEASURABLE = 0.74  # of a field of view: no wider turn leaves the quarter that a match needs
+MAX_TURN_ERROR_DEG = 4.0  # below half of the smallest turn asked for
 MIN_MATCH = 0.5  # correlation that a turned frame must have with the one before it
 MOVE_MATCH = 0.6  # correlation that a moved frame must have with the one before, moved likewise
 LENGTHS = (0.75, 1.33)  # of a move, over the length asked for
@@ -1894,7 +1887,7 @@ def faults(qc: dict, cfg: Config) -> list[str]:
     off_deg, match, found = qc["turn_error_deg"], qc["match"], []
     if match is not None and match < MIN_MATCH:
         found.append(f"the turned frame is like the one before it at no yaw ({match:.2f})")
-    elif match is not None and abs(off_deg) > cfg.max_turn_error_deg:
+    elif match is not None and abs(off_deg) > MAX_TURN_ERROR_DEG:
         far = "turned too far" if qc["over_turn_deg"] > 0 else "not turned far enough"
         found.append(f"turn off by {off_deg:+.1f} degrees, {far}")
     if qc["length"] is not None and qc["move_match"] < MOVE_MATCH:
@@ -2164,7 +2157,7 @@ def share_of(jobs: list, shard: int, shards: int, cfg: Config) -> list:
     return [job for job, key in zip(jobs, keys, strict=True) if key in mine]
 
 
-def contact_sheet(records: list[dict], run: Path, rows: int, px: int = 200) -> Image.Image:
+def contact_sheet(records: list[dict], run: Path, rows: int = 12, px: int = 200) -> Image.Image:
     """Trajectories of all kinds of action, one per row, a failed one first: what was asked, then
     up to five of the kept frames with their boxes."""
     for record in records:
@@ -2199,7 +2192,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
     records = [json.loads(line) for line in lines]
     for record in records:
         del record["c2w"]  # most of the memory, and not needed any more
-    save(folder / "contact_sheet.png", png(contact_sheet(records, Path(cfg.run), cfg.sheet_rows)))
+    save(folder / "contact_sheet.png", png(contact_sheet(records, Path(cfg.run))))
     save(folder / "qc.png", png(qc_picture(records)))
     save(folder / "views.jsonl", b"".join(lines))
     found = {

@@ -122,7 +122,7 @@ def test_plain_walls_are_neither_blurred_nor_unlike(
 
 
 # --- planted faults
-def test_a_turn_that_goes_not_far_enough_or_too_far(stage):
+def test_a_turn_that_goes_not_far_enough_or_too_far(stage, monkeypatch):
     for seed in SEEDS:
         for asked_deg, shown_deg in ((40, 35), (-40, -35), (40, 45), (-40, -45), (20, 12)):
             asked, shown = path_to(asked_deg), views(stage, seed, path_to(shown_deg))
@@ -131,7 +131,9 @@ def test_a_turn_that_goes_not_far_enough_or_too_far(stage):
             assert qc["over_turn_deg"] == pytest.approx(over_deg, abs=0.95)
             told = "turned too far" if over_deg > 0 else "not turned far enough"
             assert told in qc["why"]
-            assert qc_of(stage, shown, asked, max_turn_error_deg=10)["passed"]
+            monkeypatch.setattr(stage, "MAX_TURN_ERROR_DEG", 10)
+            assert qc_of(stage, shown, asked)["passed"]
+            monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,8 @@ def test_poses_focal_length_noise_and_prompt_each_change_the_frames(stage, teach
     for other in others:
         last = frames_of(stage, teacher, photo, **{"path": left} | other)[-1]
         assert difference(last, frames[-1]) > 0.1
-    plain = stage.SanaWM(settings(stage, weights, guidance=1.0, sana_prompt="place quiet"))
+    plain = stage.SanaWM(settings(stage, weights, guidance=1.0))
+    plain.PROMPT = "place quiet"
     assert difference(frames_of(stage, plain, photo, left)[-1], frames[-1]) > 0.1
 
 
@@ -245,7 +246,7 @@ def test_the_frames_are_those_of_diffusers_own_pipeline(stage, teacher, photo, w
     pipe.vae.enable_tiling(tile_sample_min_num_frames=96, tile_sample_stride_num_frames=64)
     own = pipe(
         image=Image.fromarray(photo),
-        prompt=teacher.cfg.sana_prompt,
+        prompt=teacher.PROMPT,
         c2w=poses,
         intrinsics=K,
         num_frames=len(poses),

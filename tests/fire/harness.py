@@ -270,7 +270,7 @@ def full_at(folder: Path, moment: int, before: int, after: int):
 
 STAGES = {  # tiny, and with every kind of file that a stage writes
     "01": "--rooms 3 --room_px 56 --room_trajectories 3 --same_label_share 1 --heldout 0.3",
-    "02": "--keep ends --workers 1 --sheet_rows 3",
+    "02": "--keep ends --workers 1",
     "03": "--box_step 10",
     "04": TRAIN + "--steps 3 --batch 6 --save_every 1 --val_share 0.4",
     "05": TRAIN + "--steps 3 --prompts 2 --group 2 --max_new_tokens 4 --save_every 1",

@@ -110,7 +110,7 @@ def trajectories(stage: str, whole: Path, place: Path, count: int) -> Row:
         folder = before("02", whole, place / name)
         (folder / file).unlink()  # it is a link to the good one
         (folder / file).write_bytes(data)
-        done = run("02", folder, "--keep ends --workers 1 --sheet_rows 1")
+        done = run("02", folder, "--keep ends --workers 1")
         kept = {name_of(view) for view in records(folder / "2_views/views.jsonl")}
         return Result(done, kept, len(kept))
 
