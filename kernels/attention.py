@@ -225,10 +225,18 @@ def head_columns(D, BD):
 
 
 @jit
+def head_start(X, b, h, start, by_b, by_h, by_token):
+    """Address of a sequence's first row in a head. Tokens fit into 32 bits, addresses may not."""
+    at = X + b.to(tl.int64) * by_b
+    at += h.to(tl.int64) * by_h
+    return at + start.to(tl.int64) * by_token
+
+
+@jit
 def load_rows(X, stride, i, count, D, BD):
     """Rows i of a head: [len(i), BD]; 0 outside the head and behind the last row."""
     c, exists = head_columns(D, BD)
-    at = X + i[:, None] * stride + c[None, :]
+    at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
     mask = (i < count)[:, None] & exists[None, :]
     return tl.load(at, mask=mask, other=0.0)
 
@@ -237,7 +245,7 @@ def load_rows(X, stride, i, count, D, BD):
 def store_rows(X, stride, i, count, x, D, BD):
     """The same places of X become x, in X's own type."""
     c, exists = head_columns(D, BD)
-    at = X + i[:, None] * stride + c[None, :]
+    at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
     mask = (i < count)[:, None] & exists[None, :]
     tl.store(at, x.to(X.dtype.element_ty), mask=mask)
 
@@ -462,16 +470,15 @@ def forward_kernel(
         return
     query = b * S + start  # tokens: of the sequence's first query, of its first key
     first = b * Sk + start
-    b = b.to(tl.int64)  # tokens fit into 32 bits, addresses may not
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
-    Q += b * qb + h * qh + start * qs
+    Q = head_start(Q, b, h, start, qb, qh, qs)
     q, tokens, mine = query_tile(
         Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
     )
     hk = h // group
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
 
     # The online softmax: m, the sum and o are those of the keys walked over so far.
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -497,7 +504,7 @@ def forward_kernel(
     o = o / tl.where(blind, 1.0, total)[:, None]
     if P is not None:
         o = mix(o, P, tokens // per_view, False)
-    line = (b * H + h) * S + start
+    line = (b.to(tl.int64) * H + h) * S + start
     store_rows(OUT + line * D, D, i, count, o, D, BD)
     lse = m + tl.log2(tl.where(blind, 1.0, total))
     lse = tl.where(blind, 0.0, lse)
@@ -553,18 +560,17 @@ def dq_kernel(
         return
     query = b * S + start
     first = b * Sk + start
-    b = b.to(tl.int64)
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
-    line = (b * H + h) * S + start
-    Q += b * qb + h * qh + start * qs
+    line = (b.to(tl.int64) * H + h) * S + start
+    Q = head_start(Q, b, h, start, qb, qh, qs)
     q, tokens, mine = query_tile(
         Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
     )
     do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
     hk = h // group
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
 
     # q.k and do.v are of encoded tiles; the gradient of q before its encoding comes at the end.
     dq = tl.zeros([BM, BD], tl.float32)
@@ -634,11 +640,10 @@ def dkdv_kernel(
         return
     query = b * S + start
     first = b * Sk + start
-    b = b.to(tl.int64)
     j = block * BN + tl.arange(0, BN)
     shift = keys - count
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
     k, v, k_tokens, theirs = key_tile(
         K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
     )
@@ -659,11 +664,11 @@ def dkdv_kernel(
         h = hk * group + t // visits
         i = (i0 + t % visits) * BM + tl.arange(0, BM)
         first_key = first + shift
-        Q_h = Q + b * qb + h * qh + start * qs
+        Q_h = head_start(Q, b, h, start, qb, qh, qs)
         q, tokens, mine = query_tile(
             Q_h, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
         )
-        line = (b * H + h) * S + start
+        line = (b.to(tl.int64) * H + h) * S + start
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
         s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
         p = tl.exp2(s - lse[:, None])
@@ -673,7 +678,7 @@ def dkdv_kernel(
         dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee")
     dk = encode_gradient(dk * scale, COS, SIN, INVERSE, k_tokens, per_view, False, D)
     dv = encode_gradient(dv, None, None, INVERSE, k_tokens, per_view, False, D)
-    line = (b * Hk + hk) * Sk + start
+    line = (b.to(tl.int64) * Hk + hk) * Sk + start
     store_rows(DK + line * D, D, j, keys, dk, D, BD)
     store_rows(DV + line * D, D, j, keys, dv, D, BD)
 

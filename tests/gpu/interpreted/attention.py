@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 import triton
-from conftest import GPU, check, tolerance, where_kernels_run
+from conftest import GPU, check, far_apart, tolerance, where_kernels_run
 
 from kernels import attention as attention_here
 from kernels.attention import attention_reference, mrope
@@ -195,6 +195,23 @@ def test_strided_inputs_are_read_in_place():
     got = attention(q, k, v, causal=True, scale=None)
     want = attention_reference(q, k, v, causal=True, scale=32**-0.5)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="moving such a tensor to the GPU makes it dense")
+@pytest.mark.parametrize(
+    "axis, windows", [(1, None), (2, None), (2, [1, 1, 1])], ids=["heads", "tokens", "windows"]
+)
+def test_offsets_beyond_32_bits(axis, windows, tmp_path):
+    """64 pairs of megapixel pictures: 2.6e9 numbers of q, k and v of the vision tower."""
+    near = torch.randn(4, 1, 3, 3, 32).half()
+    cu = windows and torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    found = []
+    for q, k, v, do in (near, [far_apart(x, axis, tmp_path) for x in near]):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = attention(*leaves, causal=True, scale=None, cu_seqlens=cu)
+        found.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+    for a, b in zip(*found, strict=True):
+        assert a.equal(b)
 
 
 def test_the_forward_pass_is_deterministic():
