@@ -739,20 +739,42 @@ def prefix_ranges(prefix: torch.Tensor, cu_seqlens: torch.Tensor | None):
     return first.int(), ends.int().contiguous(), last.int()
 
 
+class Segments:
+    """Segment ids of a forward pass, int32 [B, Sk], with what `prefix_ranges` says of them.
+
+    The first kernel that asks has it computed; one object serves all layers, and the same layers
+    when they are computed again for the backward pass.
+    """
+
+    ndim = 0  # transformers' generate passes its masks through twice, and asks which are 2-D
+
+    def __init__(self, ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None):
+        self.ids, self.cu_seqlens = ids.int().contiguous(), cu_seqlens
+
+    def to(self, device):
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Segments(self.ids.to(device), cu_seqlens)
+
+    @functools.cached_property
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return prefix_ranges(self.ids, self.cu_seqlens)
+
+
 class FusedAttention(torch.autograd.Function):
     """The kernels on contiguous options; a grid has a program per block, head and sequence."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras):
+    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cos, sin, cameras):
         B, H, S, D = q.shape
         Hk, Sk = k.shape[1:3]
         ctx.N, ctx.queries, ctx.keys = B, S, Sk  # the most of a sequence
         if cu_seqlens is not None:
             ctx.N = len(cu_seqlens) - 1
             ctx.queries = ctx.keys = max_seqlen
-        first, ends, last = None, None, None
-        if prefix is not None:
-            first, ends, last = prefix_ranges(prefix, cu_seqlens)
+        prefix, first, ends, last = None, None, None, None
+        if segments is not None:
+            prefix = segments.ids
+            first, ends, last = segments.ranges
         inverse, per_view = None, 0
         if cameras is not None:
             inverse = torch.linalg.inv_ex(cameras).inverse.contiguous()  # inv waits for the GPU
@@ -821,14 +843,20 @@ def attention(
     32 to 128, H a multiple of Hk. scale: None is D^-0.5.
     cu_seqlens: int32 [N + 1] from 0 to S, with B = 1. max_seqlen: the length of its longest
     sequence, if known: saves waiting for the device to tell it.
-    prefix: int [B, Sk], see above; needs causal. rope: (cos, sin) [B, S, D / 2 or D], e.g. of
+    prefix: int [B, Sk], see above; needs causal. As `Segments` for the layers of a model, so that
+    what may be skipped is found once for all. rope: (cos, sin) [B, S, D / 2 or D], e.g. of
     `mrope`. cameras: P [B, V, 4, 4], the S tokens being V equal runs.
 
     Returns [B, H, S, D]. CPU tensors take the reference (TRITON_INTERPRET=1: the kernels), CUDA
     tensors the kernels. Raises ValueError for what it does not take, RuntimeError for a CUDA tensor
     without triton.
     """
-    options = {"cu_seqlens": cu_seqlens, "prefix": prefix, "rope": rope, "cameras": cameras}
+    if prefix is not None and not isinstance(prefix, Segments):
+        prefix = Segments(prefix, cu_seqlens)
+    if prefix is not None and (prefix.cu_seqlens is None) != (cu_seqlens is None):
+        raise ValueError("Segments and cu_seqlens do not fit: make Segments(ids, cu_seqlens)")
+    ids = None if prefix is None else prefix.ids
+    options = {"cu_seqlens": cu_seqlens, "prefix": ids, "rope": rope, "cameras": cameras}
     refuse_misfits(q, k, v, causal, **options)
     D = q.shape[3]
     scale = D**-0.5 if scale is None else scale
@@ -853,7 +881,6 @@ def attention(
         cu_seqlens = cu_seqlens.int().contiguous()
         if max_seqlen is None:
             max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    prefix = None if prefix is None else prefix.int().contiguous()
     cameras = None if cameras is None else cameras.float().contiguous()
     return FusedAttention.apply(
         q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras
