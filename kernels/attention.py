@@ -1,4 +1,4 @@
-"""Softmax attention that uses what it knows: windows, shared prefixes, rotations and cameras.
+"""Softmax attention that uses what it knows: windows, shared prefixes and cameras.
 
     o_i = sum_j p_ij v_j,    p_ij = exp(scale q_i.k_j - lse_i) where j is visible to i, otherwise 0,
     lse_i = log sum_j exp(scale q_i.k_j)
@@ -17,19 +17,17 @@ Who sees whom (the options combine):
                     4     1               x x x x x
                     6     2               x x x     x x
 What is encoded (in registers, so that no encoded copy of q, k or v is ever written):
-    rope        q and k are rotated by their token's angles, on the two halves of a head:
-                (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     cameras     PRoPE (Li et al. 2025). With P = lift(K) w2c of the token's view, every 4-vector x
                 of a head becomes  q -> P^T q,  k -> P^-1 k,  v -> P^-1 v,  o -> P o:  the score
-                q^T P_i P_j^-1 k depends on relative cameras only. With rope too, rope comes first.
+                q^T P_i P_j^-1 k depends on relative cameras only.
 
 Layout. q and o are [B, H, S, D], k and v [B, Hk, Sk, D] with H a multiple of Hk (query head h reads
 key head h // (H / Hk)); any strides but the last. A program owns BM queries of one head and walks
 over blocks of BN keys, keeping the running maximum m, the sum and the unnormalised output: when m
 grows to m', what was summed so far shrinks by exp(m - m') (online softmax, Milakov & Gimelshein
 2018). The S x S scores live in registers only. Blocks that no query of the program sees are never
-visited, so the work grows with the visible pairs. A head's columns are laid out as two halves of a
-power of two each (80 = 40 + 40 -> 64 + 64, masked), so that rope pairs columns by shape.
+visited, so the work grows with the visible pairs. A head's columns are padded to a power of two
+(80 -> 128, masked).
 
 Bytes moved: q, k, v read once and o written once (k and v come from L2 for all but the first
 program of a head) + 4 B S H for lse.
@@ -38,8 +36,7 @@ Backward (FlashAttention-2, Dao 2023). With do the gradient of o and delta_i = d
     dv_j = sum_i p_ij do_i      dp_ij = do_i.v_j      ds_ij = p_ij (dp_ij - delta_i)
     dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
 p is recomputed from lse. One kernel owns a block of keys (dk, dv), another a block of queries (dq):
-no atomics, the same bits in every run. An encoding y = A x passes its gradient on as A^T dy:
-rotations by the opposite angle, cameras by the transposed matrix.
+no atomics, the same bits in every run. An encoding y = A x passes its gradient on as A^T dy.
 """
 
 from __future__ import annotations  # without triton, the name tl.constexpr need not exist
@@ -65,17 +62,6 @@ except ImportError:  # macOS, Windows: the reference still runs on the CPU
 # The reference
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of [B, H, S, D] by cos, sin [B, S, D / 2 or D] (the first half is read)."""
-    half = x.shape[-1] // 2
-    cos = cos[:, None, :, :half].to(x.dtype)
-    sin = sin[:, None, :, :half].to(x.dtype)
-    x1, x2 = x.split(half, -1)
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    return torch.cat([y1, y2], -1)
-
-
 def transform(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Every 4-vector of [B, H, S, D] times its token's matrix; [B, V, 4, 4], V equal runs."""
     B, H, S, D = x.shape
@@ -85,33 +71,8 @@ def transform(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return y.reshape(B, H, S, D)
 
 
-def mrope(positions: torch.Tensor, section: list[int], theta: float, interleaved: bool = False):
-    """cos, sin [B, S, D / 2] from Qwen-VL's position streams (time, row, column) [3, B, S].
-
-    `section` says how many of the D / 2 frequencies theta^(-2 i / D) follow each stream: in three
-    runs (Qwen2.5-VL), or taking turns until the rows and columns have their share (Qwen3-VL,
-    interleaved).
-    """
-    half = sum(section)
-    i = torch.arange(half)
-    if interleaved:
-        stream = torch.zeros_like(i)
-        for axis in (1, 2):
-            stream[(i % 3 == axis) & (i < 3 * section[axis])] = axis
-    else:
-        stream = torch.arange(3).repeat_interleave(torch.tensor(section))
-    frequency = theta ** (-i.float() / half)
-    own = positions.float().movedim(0, -1)[..., stream.to(positions.device)]
-    angle = own * frequency.to(positions.device)
-    return angle.cos(), angle.sin()
-
-
-def attention_reference(
-    q, k, v, *, causal, scale, cu_seqlens=None, prefix=None, rope=None, cameras=None
-):
+def attention_reference(q, k, v, *, causal, scale, cu_seqlens=None, prefix=None, cameras=None):
     """The same in plain torch, any dtype; see `attention`."""
-    if rope is not None:
-        q, k = rotate(q, *rope), rotate(k, *rope)
     if cameras is not None:
         inverse = torch.linalg.inv(cameras)
         q = transform(q, cameras.mT)
@@ -212,16 +173,8 @@ def visible_attention(q, k, v, causal, scale, own, segments):
 
 # The kernels. In a kernel, i are BM queries and j are BN keys of one sequence, counted from its
 # first, of which it has `count` queries and `keys` keys; a token is counted over the whole batch.
-# An option that is off is a None: COS (rope), P (cameras), CU (windows), SEGMENT (prefix). Only a
+# An option that is off is a None: P (cameras), CU (windows), SEGMENT (prefix). Only a
 # kernel has to declare its constants; a function that it calls takes them as they are.
-
-
-@jit
-def head_columns(D, BD):
-    """Column of the head at each of BD places, half by half, and whether the head has it."""
-    within = tl.arange(0, BD) % (BD // 2)
-    column = tl.arange(0, BD) // (BD // 2) * (D // 2) + within
-    return column, within < D // 2
 
 
 @jit
@@ -235,39 +188,19 @@ def head_start(X, b, h, start, by_b, by_h, by_token):
 @jit
 def load_rows(X, stride, i, count, D, BD):
     """Rows i of a head: [len(i), BD]; 0 outside the head and behind the last row."""
-    c, exists = head_columns(D, BD)
+    c = tl.arange(0, BD)
     at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
-    mask = (i < count)[:, None] & exists[None, :]
+    mask = (i < count)[:, None] & (c < D)[None, :]
     return tl.load(at, mask=mask, other=0.0)
 
 
 @jit
 def store_rows(X, stride, i, count, x, D, BD):
     """The same places of X become x, in X's own type."""
-    c, exists = head_columns(D, BD)
+    c = tl.arange(0, BD)
     at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
-    mask = (i < count)[:, None] & exists[None, :]
+    mask = (i < count)[:, None] & (c < D)[None, :]
     tl.store(at, x.to(X.dtype.element_ty), mask=mask)
-
-
-@jit
-def turn(x, COS, SIN, tokens, BACK, D):
-    """Rotate [R, BD] by its tokens' angles; BACK: by the opposite angles."""
-    R: tl.constexpr = x.shape[0]
-    HALF: tl.constexpr = x.shape[1] // 2
-    half = tl.arange(0, HALF)
-    exists = (half < D // 2)[None, :]
-    at = tokens[:, None] * (D // 2) + half[None, :]
-    cos = tl.load(COS + at, mask=exists, other=0.0)
-    sin = tl.load(SIN + at, mask=exists, other=0.0)
-    if BACK:
-        sin = -sin
-    pairs = tl.permute(tl.reshape(x, [R, 2, HALF]), (0, 2, 1))
-    x1, x2 = tl.split(pairs)  # [R, BD / 2] each
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    y = tl.permute(tl.join(y1, y2), (0, 2, 1))
-    return tl.reshape(y, [R, 2 * HALF])
 
 
 @jit
@@ -299,24 +232,13 @@ def mix(x, M, views, TRANSPOSED):
 
 
 @jit
-def encode_tile(x, COS, SIN, M, tokens, per_view, TRANSPOSED, D):
-    """Rope, then cameras, on a loaded tile; in its own dtype again, as the matrix units want it."""
-    y = x.to(tl.float32)
-    if COS is not None:
-        y = turn(y, COS, SIN, tokens, False, D)
-    if M is not None:
-        y = mix(y, M, tokens // per_view, TRANSPOSED)
-    return y.to(x.dtype)
-
-
-@jit
-def encode_gradient(y, COS, SIN, M, tokens, per_view, TRANSPOSED, D):
-    """The transpose of `encode_tile`: cameras, then rope the other way; TRANSPOSED as there."""
-    if M is not None:
-        y = mix(y, M, tokens // per_view, not TRANSPOSED)
-    if COS is not None:
-        y = turn(y, COS, SIN, tokens, True, D)
-    return y
+def encode_tile(x, M, tokens, per_view, TRANSPOSED):
+    """A loaded tile by its tokens' cameras; in its own dtype again, as the matrix units want it."""
+    if M is None:
+        return x
+    else:
+        y = mix(x.to(tl.float32), M, tokens // per_view, TRANSPOSED)
+        return y.to(x.dtype)
 
 
 @jit
@@ -365,14 +287,14 @@ def key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
 
 
 @jit
-def query_tile(Q, SEGMENT, COS, SIN, P, stride, i, count, first, first_key, per_view, D, BD):
+def query_tile(Q, SEGMENT, P, stride, i, count, first, first_key, per_view, D, BD):
     """Encoded queries, their tokens, their segments.
 
     `first` is the token of the sequence's first query, `first_key` that of the key where it stands.
     """
     tokens = first + tl.minimum(i, count - 1)
     q = load_rows(Q, stride, i, count, D, BD)
-    q = encode_tile(q, COS, SIN, P, tokens, per_view, True, D)
+    q = encode_tile(q, P, tokens, per_view, True)
     mine = i
     if SEGMENT is not None:
         mine = tl.load(SEGMENT + first_key + i, mask=i < count, other=-1)
@@ -383,20 +305,20 @@ def query_tile(Q, SEGMENT, COS, SIN, P, stride, i, count, first, first_key, per_
 def gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD):
     """do of a block of queries with their lse and delta. o = P o', so do' = P^T do."""
     do = load_rows(DO + line * D, D, i, count, D, BD)
-    do = encode_tile(do, None, None, P, tokens, per_view, True, D)
+    do = encode_tile(do, P, tokens, per_view, True)
     lse = tl.load(LSE + line + i, mask=i < count, other=0.0)
     delta = tl.load(DELTA + line + i, mask=i < count, other=0.0)
     return do, lse, delta
 
 
 @jit
-def key_tile(K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
+def key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
     """Encoded keys and values, their tokens, their segments; `first`: token of the first key."""
     tokens = first + tl.minimum(j, keys - 1)
     k = load_rows(K, ks, j, keys, D, BD)
-    k = encode_tile(k, COS, SIN, INVERSE, tokens, per_view, False, D)
+    k = encode_tile(k, INVERSE, tokens, per_view, False)
     v = load_rows(V, vs, j, keys, D, BD)
-    v = encode_tile(v, None, None, INVERSE, tokens, per_view, False, D)
+    v = encode_tile(v, INVERSE, tokens, per_view, False)
     theirs = j
     if SEGMENT is not None:
         theirs = tl.load(SEGMENT + first + j, mask=j < keys, other=-1)
@@ -431,9 +353,7 @@ def forward_kernel(
     SEGMENT,
     FIRST,
     PREFIX_ENDS,
-    # What is encoded: rope's tables, the matrix of a view and its inverse.
-    COS,
-    SIN,
+    # What is encoded: the matrix of a view and its inverse.
     P,
     INVERSE,
     # Numbers: per_view tokens of a view, blocks per sequence, group query heads per key head.
@@ -473,9 +393,7 @@ def forward_kernel(
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
     Q = head_start(Q, b, h, start, qb, qh, qs)
-    q, tokens, mine = query_tile(
-        Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
-    )
+    q, tokens, mine = query_tile(Q, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD)
     hk = h // group
     K = head_start(K, b, hk, start, kb, kh, ks)
     V = head_start(V, b, hk, start, vb, vh, vs)
@@ -488,9 +406,7 @@ def forward_kernel(
     for t in range(0, a1 - a0 + b1 - b0):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
-        k, v, _, theirs = key_tile(
-            K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
-        )
+        k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
         s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
         larger = tl.maximum(m, tl.max(s, 1))
         # Where nothing was seen, exp2(-inf - 0) is 0 and exp2(-inf + inf) would be nan.
@@ -524,8 +440,6 @@ def dq_kernel(
     SEGMENT,
     FIRST,
     PREFIX_ENDS,
-    COS,
-    SIN,
     P,
     INVERSE,
     scale,
@@ -564,9 +478,7 @@ def dq_kernel(
     first_key = first + keys - count
     line = (b.to(tl.int64) * H + h) * S + start
     Q = head_start(Q, b, h, start, qb, qh, qs)
-    q, tokens, mine = query_tile(
-        Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
-    )
+    q, tokens, mine = query_tile(Q, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD)
     do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
     hk = h // group
     K = head_start(K, b, hk, start, kb, kh, ks)
@@ -578,15 +490,15 @@ def dq_kernel(
     for t in range(0, a1 - a0 + b1 - b0):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
-        k, v, _, theirs = key_tile(
-            K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
-        )
+        k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
         s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = encode_gradient(dq * scale, COS, SIN, P, tokens, per_view, True, D)
+    dq *= scale
+    if P is not None:
+        dq = mix(dq, P, tokens // per_view, False)
     store_rows(DQ + line * D, D, i, count, dq, D, BD)
 
 
@@ -603,8 +515,6 @@ def dkdv_kernel(
     CU,
     SEGMENT,
     LAST,
-    COS,
-    SIN,
     P,
     INVERSE,
     scale,
@@ -645,7 +555,7 @@ def dkdv_kernel(
     K = head_start(K, b, hk, start, kb, kh, ks)
     V = head_start(V, b, hk, start, vb, vh, vs)
     k, v, k_tokens, theirs = key_tile(
-        K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
+        K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD
     )
 
     # Queries that may see this block of keys: i0 BM .. end.
@@ -666,7 +576,7 @@ def dkdv_kernel(
         first_key = first + shift
         Q_h = head_start(Q, b, h, start, qb, qh, qs)
         q, tokens, mine = query_tile(
-            Q_h, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
+            Q_h, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD
         )
         line = (b.to(tl.int64) * H + h) * S + start
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
@@ -676,8 +586,11 @@ def dkdv_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee")
-    dk = encode_gradient(dk * scale, COS, SIN, INVERSE, k_tokens, per_view, False, D)
-    dv = encode_gradient(dv, None, None, INVERSE, k_tokens, per_view, False, D)
+    dk *= scale
+    if INVERSE is not None:
+        views = k_tokens // per_view
+        dk = mix(dk, INVERSE, views, True)
+        dv = mix(dv, INVERSE, views, True)
     line = (b.to(tl.int64) * Hk + hk) * Sk + start
     store_rows(DK + line * D, D, j, keys, dk, D, BD)
     store_rows(DV + line * D, D, j, keys, dv, D, BD)
@@ -692,7 +605,7 @@ def tiles(D: int, bits: int, encoded: bool, prefix: bool, backward: bool) -> dic
     Large blocks read keys less often, registers bound them: an encoded tile is float32 for a while.
     Questions that share a prefix are short, so blocks of 64 waste less on them.
     """
-    BD = 2 * triton.next_power_of_2(D // 2)
+    BD = triton.next_power_of_2(D)
     warps = 8 if BD > 64 else 4
     if bits == 32:
         BM, BN, warps, stages = (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
@@ -764,7 +677,7 @@ class FusedAttention(torch.autograd.Function):
     """The kernels on contiguous options; a grid has a program per block, head and sequence."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cos, sin, cameras):
+    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cameras):
         B, H, S, D = q.shape
         Hk, Sk = k.shape[1:3]
         ctx.N, ctx.queries, ctx.keys = B, S, Sk  # the most of a sequence
@@ -780,9 +693,8 @@ class FusedAttention(torch.autograd.Function):
             inverse = torch.linalg.inv_ex(cameras).inverse.contiguous()  # inv waits for the GPU
             per_view = S // cameras.shape[1]
         visible = (cu_seqlens, prefix, first, ends)
-        encoding = (cos, sin, cameras, inverse)
-        encoded = cos is not None or cameras is not None
-        ctx.kind = (D, q.element_size() * 8, encoded, prefix is not None)
+        encoding = (cameras, inverse)
+        ctx.kind = (D, q.element_size() * 8, cameras is not None, prefix is not None)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         # A kernel's arguments before and after the number of its blocks.
         ctx.numbers = (scale, S, Sk, per_view)
@@ -821,7 +733,7 @@ class FusedAttention(torch.autograd.Function):
             dkdv_kernel[grid](
                 q, k, v, do, dk, dv, lse, delta, *visible, *encoding, *numbers, **tile
             )
-        return dq, dk, dv, *[None] * 8
+        return dq, dk, dv, *[None] * 6
 
 
 def attention(
@@ -834,7 +746,6 @@ def attention(
     cu_seqlens=None,
     max_seqlen=None,
     prefix=None,
-    rope=None,
     cameras=None,
 ):
     """Softmax attention, differentiable in q, k and v.
@@ -844,8 +755,8 @@ def attention(
     cu_seqlens: int32 [N + 1] from 0 to S, with B = 1. max_seqlen: the length of its longest
     sequence, if known: saves waiting for the device to tell it.
     prefix: int [B, Sk], see above; needs causal. As `Segments` for the layers of a model, so that
-    what may be skipped is found once for all. rope: (cos, sin) [B, S, D / 2 or D], e.g. of
-    `mrope`. cameras: P [B, V, 4, 4], the S tokens being V equal runs.
+    what may be skipped is found once for all.
+    cameras: P [B, V, 4, 4], the S tokens being V equal runs.
 
     Returns [B, H, S, D]. CPU tensors take the reference (TRITON_INTERPRET=1: the kernels), CUDA
     tensors the kernels. Raises ValueError for what it does not take, RuntimeError for a CUDA tensor
@@ -856,7 +767,7 @@ def attention(
     if prefix is not None and (prefix.cu_seqlens is None) != (cu_seqlens is None):
         raise ValueError("Segments and cu_seqlens do not fit: make Segments(ids, cu_seqlens)")
     ids = None if prefix is None else prefix.ids
-    options = {"cu_seqlens": cu_seqlens, "prefix": ids, "rope": rope, "cameras": cameras}
+    options = {"cu_seqlens": cu_seqlens, "prefix": ids, "cameras": cameras}
     refuse_misfits(q, k, v, causal, **options)
     D = q.shape[3]
     scale = D**-0.5 if scale is None else scale
@@ -871,23 +782,18 @@ def attention(
             "the kernels take bf16, fp16 and fp32 heads of 32 to 128 in steps of 8, not "
             f"{q.dtype} heads of {D}"
         )
-    if any(x is not None and x.requires_grad for x in (*(rope or ()), cameras)):
-        raise ValueError("the kernels give no gradient to rope and cameras: detach them")
+    if cameras is not None and cameras.requires_grad:
+        raise ValueError("the kernels give no gradient to cameras: detach them")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    cos, sin = None, None
-    if rope is not None:
-        cos, sin = (x[..., : D // 2].float().contiguous() for x in rope)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int().contiguous()
         if max_seqlen is None:
             max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
     cameras = None if cameras is None else cameras.float().contiguous()
-    return FusedAttention.apply(
-        q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras
-    )
+    return FusedAttention.apply(q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cameras)
 
 
-def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
+def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, cameras):
     """ValueError for arguments of `attention` that do not fit together, whatever computes it."""
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     if k.shape != (B, Hk, Sk, D) or v.shape != k.shape or H % Hk:
@@ -907,19 +813,13 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
             f"prefix wants causal=True and the shape {(B, Sk)} of the keys, not causal={causal} "
             f"and {tuple(prefix.shape)}"
         )
-    if (rope is not None or cameras is not None) and Sk != S:
-        raise ValueError(
-            f"rope and cameras want as many queries as keys, not S = {S}, Sk = {Sk}: encode a "
-            "cache when it is written"
-        )
-    for table in rope or ():
-        if table.shape[:2] != (B, S) or table.shape[2] not in (D // 2, D):
-            raise ValueError(
-                f"rope wants cos and sin of {(B, S, D // 2)} or {(B, S, D)}, not "
-                f"{tuple(table.shape)}"
-            )
     if cameras is None:
         return
+    if Sk != S:
+        raise ValueError(
+            f"cameras wants as many queries as keys, not S = {S}, Sk = {Sk}: encode a cache when "
+            "it is written"
+        )
     fits = cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)
     if not fits or S % cameras.shape[1] or D % 8:
         raise ValueError(
@@ -932,7 +832,6 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
 BROUGHT = {
     "windows": {"CU": "*i32"},
     "prefix": dict.fromkeys(("SEGMENT", "FIRST", "LAST", "PREFIX_ENDS"), "*i32"),
-    "rope": dict.fromkeys(("COS", "SIN"), "*fp32"),
     "cameras": dict.fromkeys(("P", "INVERSE"), "*fp32"),
 }
 # Element type, head width, options.
@@ -941,13 +840,10 @@ CASES = [
     "fp16 64",
     "bf16 80 windows",
     "bf16 128 causal prefix",
-    "bf16 128 causal rope",
-    "bf16 80 windows rope",
     "bf16 64 cameras",
     "bf16 128 cameras",
     "fp32 64 causal",
     "fp32 128 causal",
-    "fp32 128 causal rope",
 ]
 
 
@@ -971,7 +867,7 @@ def compile_cases() -> list[tuple]:
                 types |= brought
             else:
                 absent |= dict.fromkeys(brought)
-        encoded = "rope" in options or "cameras" in options
+        encoded = "cameras" in options
         bits = int(kind[-2:])
         for direction, kernel in kernels.items():
             tile = tiles(int(D), bits, encoded, "prefix" in options, direction != "forward")

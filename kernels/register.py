@@ -14,7 +14,7 @@ B x 1 x S x S matrix. Keywords of the model's forward reach the attention, too:
     text_max_seqlen   the number of tokens of the longest packed row
 
 The vision tower receives them as well and would take a plain `cu_seqlens` for that of its pictures:
-hence "text_". Rotary encodings were applied by the model before it calls us.
+hence "text_". The model has rotated q and k before it calls us.
 """
 
 import torch

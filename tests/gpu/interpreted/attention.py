@@ -12,24 +12,19 @@ import triton
 from conftest import GPU, check, far_apart, tolerance, where_kernels_run
 
 from kernels import attention as attention_here
-from kernels.attention import attention_reference, mrope
+from kernels.attention import attention_reference
 
 assert GPU or triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
 attention = where_kernels_run(attention_here)
 
 
-def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
+def oracle(q, k, v, causal, scale, windows=None, prefix=None, cameras=None):
     """One query after the other; q [B, H, S, D], float64.
 
-    windows: list of lengths; rope: (cos, sin) [B, S, D / 2]; cameras: [B, V, 4, 4].
+    windows: list of lengths; cameras: [B, V, 4, 4].
     """
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     window = [n for n, length in enumerate(windows or [Sk]) for _ in range(length)]
-
-    def rotated(x, b, t):
-        cos, sin = rope[0][b, t].double(), rope[1][b, t].double()
-        x1, x2 = x[: D // 2], x[D // 2 :]
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])
 
     def by(matrix, x):
         return torch.cat([matrix @ x[c : c + 4] for c in range(0, D, 4)])
@@ -40,7 +35,6 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
     out = []
     for b, h, i in itertools.product(range(B), range(H), range(S)):
         query, at = q[b, h, i], i + Sk - S
-        query = query if rope is None else rotated(query, b, i)
         query = query if cameras is None else by(P(b, i).T, query)
         keys, values = [], []
         for j in range(Sk):
@@ -50,7 +44,6 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
                 seen = seen and (theirs == 0 or (theirs > 0 and theirs == mine))
             if seen:
                 key, value = k[b, h // (H // Hk), j], v[b, h // (H // Hk), j]
-                key = key if rope is None else rotated(key, b, j)
                 if cameras is not None:
                     inverse = torch.linalg.inv(P(b, j))
                     key, value = by(inverse, key), by(inverse, value)
@@ -75,7 +68,6 @@ def compare(
     dtype=torch.float32,
     windows=None,
     prefix=None,
-    rope=False,
     views=0,
     wrong=1.0,
 ):
@@ -85,9 +77,6 @@ def compare(
     shapes = ((B, H, S, D), (B, Hk, Sk, D), (B, Hk, Sk, D), (B, H, S, D))
     q, k, v, do = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
     options = {"prefix": prefix}
-    if rope:
-        section = [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16]
-        options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), section, 1e4)
     if views:
         options["cameras"] = torch.eye(4) + 0.3 * torch.randn(B, views, 4, 4, generator=g)
     cu = None
@@ -163,12 +152,6 @@ def test_prefix_in_every_window():
 
 
 @pytest.mark.parametrize("D", [32, 80])
-@pytest.mark.parametrize("causal", [True, False])
-def test_rope(D, causal):
-    compare(B=2, H=1, S=9, D=D, rope=True, causal=causal)
-
-
-@pytest.mark.parametrize("D", [32, 80])
 @pytest.mark.parametrize("views", [1, 3])
 def test_cameras(D, views):
     compare(B=2, H=1, S=12, D=D, views=views, causal=False)
@@ -176,7 +159,7 @@ def test_cameras(D, views):
 
 def test_all_at_once():
     prefix = torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))])
-    compare(S=36, rope=True, views=4, windows=[30, 6], prefix=prefix)
+    compare(S=36, views=4, windows=[30, 6], prefix=prefix)
 
 
 # The interpreter multiplies the bits of bfloat16 as integers.
@@ -186,7 +169,7 @@ def test_half_precision(dtype):
     compare(S=70, D=80, dtype=dtype, windows=[40, 30], causal=False)
     prefix = torch.tensor([segments((0, 12), (1, 20), (2, 8))])
     compare(H=7, S=40, D=128, dtype=dtype, prefix=prefix)
-    compare(S=18, D=64, dtype=dtype, rope=True, views=2)
+    compare(S=18, D=64, dtype=dtype, views=2)
 
 
 def test_strided_inputs_are_read_in_place():
@@ -224,12 +207,4 @@ def test_a_flipped_sign_fails():
     with pytest.raises(AssertionError, match="is off by"):
         compare(S=33, wrong=-1.0)
     with pytest.raises(AssertionError, match="is off by"):
-        compare(S=33, rope=True, views=3, wrong=-1.0)
-
-
-def test_mrope_is_rope_where_the_streams_agree():
-    """The three streams of a text token are equal: then the section must not matter."""
-    positions = torch.arange(7).expand(3, 1, 7)
-    runs = mrope(positions, [8, 12, 12], 1e6)
-    turns = mrope(positions, [11, 11, 10], 1e6, interleaved=True)
-    torch.testing.assert_close(runs, turns)
+        compare(S=33, views=3, wrong=-1.0)
