@@ -326,17 +326,19 @@ def key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
 
 
 @jit
-def scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, PREFIX):
-    """scale q.k [BM, BN] float32, in units of log 2 for exp2; -inf where j is not visible to i."""
-    visible = (i < count)[:, None] & (j < keys)[None, :]
+def scores(a, b, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT):
+    """scale a.b float32, in units of log 2 for exp2; -inf where j is not visible to i.
+
+    i and mine are columns, j and theirs rows for scores [BM, BN] of (q, k); the other way round
+    for scores [BN, BM] of (k, q).
+    """
+    visible = (i < count) & (j < keys)
     if CAUSAL:
-        visible &= j[None, :] <= i[:, None] + keys - count
-    if PREFIX:
-        theirs = theirs[None, :]
-        mine = mine[:, None]
+        visible &= j <= i + keys - count
+    if SEGMENT is not None:
         same = (theirs == mine) & (mine > 0)
         visible &= (theirs == 0) | same
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
     s *= scale * 1.4426950408889634  # log2(e)
     return tl.where(visible, s, float("-inf"))
 
@@ -402,12 +404,14 @@ def forward_kernel(
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BD], tl.float32)
+    rows, mine = i[:, None], mine[:, None]
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
     for t in range(0, a1 - a0 + b1 - b0):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
         k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
+        theirs = theirs[None, :]
+        s = scores(q, k, rows, j[None, :], count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
         larger = tl.maximum(m, tl.max(s, 1))
         # Where nothing was seen, exp2(-inf - 0) is 0 and exp2(-inf + inf) would be nan.
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -486,12 +490,14 @@ def dq_kernel(
 
     # q.k and do.v are of encoded tiles; the gradient of q before its encoding comes at the end.
     dq = tl.zeros([BM, BD], tl.float32)
+    rows, mine = i[:, None], mine[:, None]
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
     for t in range(0, a1 - a0 + b1 - b0):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
         k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
+        theirs = theirs[None, :]
+        s = scores(q, k, rows, j[None, :], count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
@@ -570,6 +576,7 @@ def dkdv_kernel(
     # Over the query heads that share this key head, and over the query blocks of each.
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
+    rows, theirs = j[:, None], theirs[:, None]
     for t in range(0, visits * group):
         h = hk * group + t // visits
         i = (i0 + t % visits) * BM + tl.arange(0, BM)
@@ -580,12 +587,14 @@ def dkdv_kernel(
         )
         line = (b.to(tl.int64) * H + h) * S + start
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
-        p = tl.exp2(s - lse[:, None])
-        dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee")
+        # [BN, BM]: p and ds are left factors as they are, and need not go through shared memory.
+        mine = mine[None, :]
+        s = scores(k, q, i[None, :], rows, count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
+        p = tl.exp2(s - lse[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dk *= scale
     if INVERSE is not None:
         views = k_tokens // per_view
@@ -599,22 +608,28 @@ def dkdv_kernel(
 # Launching
 
 
-def tiles(D: int, bits: int, encoded: bool, prefix: bool, backward: bool) -> dict:
-    """Block sizes and launch options, for launches and `compile_cases`.
+def tiles(D: int, bits: int, encoded: bool, prefix: bool, kernel: str) -> dict:
+    """Block sizes and launch options of "forward", "dq", "dkdv", for launches and `compile_cases`.
 
     Large blocks read keys less often, registers bound them: an encoded tile is float32 for a while.
-    Questions that share a prefix are short, so blocks of 64 waste less on them.
+    Questions that share a prefix are short, so blocks of 64 waste less on them. Backward, 4 warps
+    and tiles that spill nothing leave room for two programs on a multiprocessor: one computes while
+    the other waits.
     """
     BD = triton.next_power_of_2(D)
-    warps = 8 if BD > 64 else 4
+    warps = 8 if BD > 64 and (encoded or not prefix) else 4
     if bits == 32:
         BM, BN, warps, stages = (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
-    elif backward:
-        BM, BN, warps, stages = 64, 64, 8 if encoded else warps, 1
     elif encoded:
-        BM, BN, stages = 64, 32, 2
+        BM, BN, stages = (32, 64, 1) if kernel == "dkdv" else (64, 32, 2)
+    elif kernel == "dkdv":  # dk and dv alone are 128 registers of a thread where BD = 128
+        BM, BN, warps, stages = 32 if BD > 64 else 64, 64, 4, 2
+    elif kernel == "dq":
+        BM, BN, warps, stages = 64, 64, 4, 2
     elif prefix:
-        BM, BN, warps, stages = 64, 32, 4, 2
+        BM, BN, stages = 64, 32, 2
+    elif D < BD:  # 80 in 128, the vision tower: most of its windows have 64 tokens
+        BM, BN, warps, stages = 64, 64, 4, 2
     else:
         BM, BN, stages = 128, 64, 2
     return {"D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
@@ -701,7 +716,7 @@ class FusedAttention(torch.autograd.Function):
         ctx.heads = (H, H // Hk, *strides, causal)
         o = torch.empty(B, H, S, D, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-        tile = tiles(*ctx.kind, backward=False)
+        tile = tiles(*ctx.kind, "forward")
         blocks = triton.cdiv(ctx.queries, tile["BM"])
         numbers = (*ctx.numbers, blocks, *ctx.heads)
         if blocks * ctx.N:
@@ -718,13 +733,14 @@ class FusedAttention(torch.autograd.Function):
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        tile = tiles(*ctx.kind, backward=True)
+        tile = tiles(*ctx.kind, "dq")
         blocks = triton.cdiv(ctx.queries, tile["BM"])
         numbers = (*ctx.numbers, blocks, *ctx.heads)
         if blocks * ctx.N:
             grid = (blocks * ctx.N * q.shape[1],)
             visible = (cu_seqlens, prefix, first, ends)
             dq_kernel[grid](q, k, v, do, dq, lse, delta, *visible, *encoding, *numbers, **tile)
+        tile = tiles(*ctx.kind, "dkdv")
         blocks = triton.cdiv(ctx.keys, tile["BN"])
         numbers = (*ctx.numbers, blocks, *ctx.heads)
         if blocks * ctx.N:
@@ -840,6 +856,7 @@ CASES = [
     "fp16 64",
     "bf16 80 windows",
     "bf16 128 causal prefix",
+    "bf16 128 causal prefix windows",
     "bf16 64 cameras",
     "bf16 128 cameras",
     "fp32 64 causal",
@@ -852,7 +869,7 @@ def compile_cases() -> list[tuple]:
 
     "i32:16" is a multiple of 16.
     """
-    kernels = {"forward": forward_kernel, "backward dq": dq_kernel, "backward dk dv": dkdv_kernel}
+    kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
     numbers = dict.fromkeys(("S", "Sk", "per_view", "blocks", "H", "group"), "i32")
     strides = dict.fromkeys(("qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"), "i32:16")
     single = dict.fromkeys(("LSE", "DELTA"), "*fp32") | {"scale": "fp32"}
@@ -869,11 +886,11 @@ def compile_cases() -> list[tuple]:
                 absent |= dict.fromkeys(brought)
         encoded = "cameras" in options
         bits = int(kind[-2:])
-        for direction, kernel in kernels.items():
-            tile = tiles(int(D), bits, encoded, "prefix" in options, direction != "forward")
+        for which, kernel in kernels.items():
+            tile = tiles(int(D), bits, encoded, "prefix" in options, which)
             launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
             known = {name: x for name, x in absent.items() if name in kernel.arg_names}
             constants = tile | known
-            name = " ".join([f"attention {direction} {kind} D={D}", *options])
+            name = " ".join([f"attention {which} {kind} D={D}", *options])
             cases.append((name, kernel, types, constants, launch))
     return cases

@@ -225,33 +225,40 @@ def windows(name, sizes, tiny) -> Operation:
 
 
 def prefix(name, sizes, tiny) -> Operation:
-    """kernels/rows.py's rows: prefix | question 1 | question 2 | ...
+    """N of kernels/rows.py's rows in one: prefix | question 1 | question 2 | ...
 
-    A token sees the prefix and its own question, up to itself.
+    A token sees its row's prefix and its own question, up to itself.
     """
 
     def runs(n, device, dtype):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        S, scale = n.prefix + n.Q * n.S, n.D**-0.5
+        length, scale = n.prefix + n.Q * n.S, n.D**-0.5
+        S = n.N * length
         questions = 1 + torch.arange(n.Q).repeat_interleave(n.S)
         segment = torch.cat([torch.zeros(n.prefix), questions]).to(device, torch.int32)
+        segment, row = segment.repeat(n.N), torch.arange(S, device=device) // length
+        where = {}
+        if n.N > 1:
+            bounds = torch.arange(0, S + 1, length, dtype=torch.int32, device=device)
+            where = {"cu_seqlens": bounds, "max_seqlen": length}
+        # One for all layers of a model, so it is prepared, not timed.
+        where["prefix"] = Segments(segment[None], where.get("cu_seqlens"))
         q, k, v = qkv(1, n.H, n.Hk, S, n.D, device, dtype)
         # SDPA's backends take a mask only with a key head per query head: prepared, not timed.
         wide = [q, *(x.repeat_interleave(n.H // n.Hk, 1) for x in (k, v))]
-        seen = ((segment == 0) | (segment == segment[:, None])).tril()
+        seen = ((segment == 0) | (segment == segment[:, None])).tril() & (row == row[:, None])
 
         def visible(b, h, i, j):
-            return (j <= i) & ((segment[j] == 0) | (segment[j] == segment[i]))
+            question = (segment[j] == 0) | (segment[j] == segment[i])
+            return (j <= i) & (row[j] == row[i]) & question
 
         block_mask = create_block_mask(visible, None, None, S, S, device=device)
         on_gpu = torch.device(device).type == "cuda"
         compiled = torch.compile(flex_attention) if on_gpu else flex_attention
 
-        segments = Segments(segment[None])  # one for all layers, so it is prepared, not timed
-
         def ours(q, k, v):
-            return attention(q, k, v, causal=True, scale=scale, prefix=segments)
+            return attention(q, k, v, causal=True, scale=scale, **where)
 
         def masked(q, k, v):
             return SDPA(q, k, v, attn_mask=seen)
@@ -266,9 +273,10 @@ def prefix(name, sizes, tiny) -> Operation:
         }
 
     def cost(n):
-        S = n.prefix + n.Q * n.S
+        S = n.N * (n.prefix + n.Q * n.S)
         pairs = n.prefix * (n.prefix + 1) // 2
         pairs += n.Q * (n.S * n.prefix + n.S * (n.S + 1) // 2)
+        pairs *= n.N
         size = qkvo_bytes(1, n.H, n.Hk, S, n.D) + 4 * S
         # The boolean mask becomes a 16-bit bias (1 read, 2 written, 2 read per pair), and every
         # query head has keys and values of its own.
@@ -338,8 +346,13 @@ OPERATIONS = [
     ),
     prefix(
         "prefix 2560 + 8 x 64",
-        Sizes(prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
-        Sizes(prefix=11, Q=3, S=5, H=4, Hk=2, D=32),
+        Sizes(N=1, prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
+        Sizes(N=1, prefix=11, Q=3, S=5, H=4, Hk=2, D=32),
+    ),
+    prefix(
+        "packed 4 x (2560 + 8 x 64)",
+        Sizes(N=4, prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
+        Sizes(N=3, prefix=6, Q=2, S=5, H=4, Hk=2, D=32),
     ),
     rays("rays SVC", Sizes(V=21, h=72, w=72), Sizes(V=3, h=5, w=4)),
 ]
