@@ -29,6 +29,11 @@ grows to m', what was summed so far shrinks by exp(m - m') (online softmax, Mila
 visited, so the work grows with the visible pairs. A head's columns are padded to a power of two
 (80 -> 128, masked).
 
+One query per row (decoding) would leave a tile of queries and most multiprocessors idle. There the
+query heads of a key head are the queries of one program, so its keys are read once for all, and the
+walk over the keys is cut into parts, a program each (flash-decoding, Dao et al. 2023). Every part
+keeps a softmax of its own, o_p with lse_p; the whole is sum_p w_p o_p with w = softmax_p(lse_p).
+
 Bytes moved: q, k, v read once and o written once (k and v come from L2 for all but the first
 program of a head) + 4 B S H for lse.
 
@@ -42,6 +47,7 @@ no atomics, the same bits in every run. An encoding y = A x passes its gradient 
 from __future__ import annotations  # without triton, the name tl.constexpr need not exist
 
 import functools
+import math
 import operator
 
 import torch
@@ -180,9 +186,7 @@ def visible_attention(q, k, v, causal, scale, own, segments):
 @jit
 def head_start(X, b, h, start, by_b, by_h, by_token):
     """Address of a sequence's first row in a head. Tokens fit into 32 bits, addresses may not."""
-    at = X + b.to(tl.int64) * by_b
-    at += h.to(tl.int64) * by_h
-    return at + start.to(tl.int64) * by_token
+    return X + b.to(tl.int64) * by_b + h.to(tl.int64) * by_h + start.to(tl.int64) * by_token
 
 
 @jit
@@ -234,11 +238,9 @@ def mix(x, M, views, TRANSPOSED):
 @jit
 def encode_tile(x, M, tokens, per_view, TRANSPOSED):
     """A loaded tile by its tokens' cameras; in its own dtype again, as the matrix units want it."""
-    if M is None:
-        return x
-    else:
-        y = mix(x.to(tl.float32), M, tokens // per_view, TRANSPOSED)
-        return y.to(x.dtype)
+    if M is not None:
+        x = mix(x.to(tl.float32), M, tokens // per_view, TRANSPOSED).to(x.dtype)
+    return x
 
 
 @jit
@@ -252,13 +254,14 @@ def program(blocks, heads):
 
 @jit
 def sequence(CU, n, S, Sk):
-    """(row of the batch, first token in that row, queries, keys) of sequence n."""
+    """Of sequence n: row of the batch, first token in that row, queries, keys; then the tokens of
+    its first query and of its first key."""
     if CU is None:
-        return n, n * 0, S, Sk
+        return n, n * 0, S, Sk, n * S, n * Sk
     else:
         start = tl.load(CU + n)
         count = tl.load(CU + n + 1) - start
-        return n * 0, start, count, count
+        return n * 0, start, count, count, start, start
 
 
 @jit
@@ -329,8 +332,7 @@ def key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
 def scores(a, b, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT):
     """scale a.b float32, in units of log 2 for exp2; -inf where j is not visible to i.
 
-    i and mine are columns, j and theirs rows for scores [BM, BN] of (q, k); the other way round
-    for scores [BN, BM] of (k, q).
+    [BM, BN] of (q, k) with i, mine [BM, 1] and j, theirs [1, BN]; or [BN, BM] of (k, q).
     """
     visible = (i < count) & (j < keys)
     if CAUSAL:
@@ -358,7 +360,8 @@ def forward_kernel(
     # What is encoded: the matrix of a view and its inverse.
     P,
     INVERSE,
-    # Numbers: per_view tokens of a view, blocks per sequence, group query heads per key head.
+    # Numbers: parts of a walk, tokens per view, blocks per sequence, query heads per key head.
+    parts,
     scale,
     S,
     Sk,
@@ -382,16 +385,16 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of one head of one sequence.
+    """One program: BM queries of one head of one sequence, a part of the keys that they see.
 
-    OUT [B, H, S, D] and LSE [B, H, S] are contiguous.
+    OUT [B, H, S, parts, D] and LSE [B, H, S, parts] are contiguous.
     """
-    block, h, n = program(blocks, H)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    block, h, n = program(blocks * parts, H)
+    part = block % parts
+    block //= parts
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BM >= count:
         return
-    query = b * S + start  # tokens: of the sequence's first query, of its first key
-    first = b * Sk + start
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
     Q = head_start(Q, b, h, start, qb, qh, qs)
@@ -406,7 +409,8 @@ def forward_kernel(
     o = tl.zeros([BM, BD], tl.float32)
     rows, mine = i[:, None], mine[:, None]
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
-    for t in range(0, a1 - a0 + b1 - b0):
+    visits = a1 - a0 + b1 - b0
+    for t in range(visits * part // parts, visits * (part + 1) // parts):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
         k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
@@ -425,10 +429,11 @@ def forward_kernel(
     if P is not None:
         o = mix(o, P, tokens // per_view, False)
     line = (b.to(tl.int64) * H + h) * S + start
-    store_rows(OUT + line * D, D, i, count, o, D, BD)
+    at = line * parts + part
+    store_rows(OUT + at * D, parts * D, i, count, o, D, BD)
     lse = m + tl.log2(tl.where(blind, 1.0, total))
-    lse = tl.where(blind, 0.0, lse)
-    tl.store(LSE + line + i, lse, mask=i < count)
+    lse = tl.where(blind, -1e30, lse)  # finite: the parts of a blind query have weights, too
+    tl.store(LSE + at + i * parts, lse, mask=i < count)
 
 
 @jit
@@ -473,11 +478,9 @@ def dq_kernel(
     DO and DQ are contiguous.
     """
     block, h, n = program(blocks, H)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BM >= count:
         return
-    query = b * S + start
-    first = b * Sk + start
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
     line = (b.to(tl.int64) * H + h) * S + start
@@ -551,11 +554,9 @@ def dkdv_kernel(
     """
     Hk = H // group
     block, hk, n = program(blocks, Hk)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BN >= keys:
         return
-    query = b * S + start
-    first = b * Sk + start
     j = block * BN + tl.arange(0, BN)
     shift = keys - count
     K = head_start(K, b, hk, start, kb, kh, ks)
@@ -607,9 +608,12 @@ def dkdv_kernel(
 
 # Launching
 
+PROGRAMS = 256  # of one decoded token: two for nearly all of an H100's 132 multiprocessors
+PART = 256  # keys that are worth a program of their own
+
 
 def tiles(D: int, bits: int, encoded: bool, prefix: bool, kernel: str) -> dict:
-    """Block sizes and launch options of "forward", "dq", "dkdv", for launches and `compile_cases`.
+    """Block sizes and launch options of "forward", "few" (queries), "dq" and "dkdv".
 
     Large blocks read keys less often, registers bound them: an encoded tile is float32 for a while.
     Questions that share a prefix are short, so blocks of 64 waste less on them. Backward, 4 warps
@@ -620,12 +624,12 @@ def tiles(D: int, bits: int, encoded: bool, prefix: bool, kernel: str) -> dict:
     warps = 8 if BD > 64 and (encoded or not prefix) else 4
     if bits == 32:
         BM, BN, warps, stages = (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
+    elif kernel == "few":  # the smallest tile that the matrix units take
+        BM, BN, warps, stages = 16, 64, 4, 3
     elif encoded:
         BM, BN, stages = (32, 64, 1) if kernel == "dkdv" else (64, 32, 2)
-    elif kernel == "dkdv":  # dk and dv alone are 128 registers of a thread where BD = 128
-        BM, BN, warps, stages = 32 if BD > 64 else 64, 64, 4, 2
-    elif kernel == "dq":
-        BM, BN, warps, stages = 64, 64, 4, 2
+    elif kernel in ("dq", "dkdv"):  # dk and dv alone are 128 registers of a thread at BD = 128
+        BM, BN, warps, stages = 32 if kernel == "dkdv" and BD > 64 else 64, 64, 4, 2
     elif prefix:
         BM, BN, stages = 64, 32, 2
     elif D < BD:  # 80 in 128, the vision tower: most of its windows have 64 tokens
@@ -684,6 +688,12 @@ class Segments:
         return Segments(self.ids.to(device), cu_seqlens)
 
     @functools.cached_property
+    def seen_by_last(self) -> Segments:
+        """The keys that each row's last one sees as prefix, the others as padding."""
+        own = (self.ids == self.ids[:, -1:]) & (self.ids > 0)
+        return Segments(((self.ids == 0) | own).int() - 1)
+
+    @functools.cached_property
     def ranges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return prefix_ranges(self.ids, self.cu_seqlens)
 
@@ -692,7 +702,7 @@ class FusedAttention(torch.autograd.Function):
     """The kernels on contiguous options; a grid has a program per block, head and sequence."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cameras):
+    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cameras, parts):
         B, H, S, D = q.shape
         Hk, Sk = k.shape[1:3]
         ctx.N, ctx.queries, ctx.keys = B, S, Sk  # the most of a sequence
@@ -714,55 +724,46 @@ class FusedAttention(torch.autograd.Function):
         # A kernel's arguments before and after the number of its blocks.
         ctx.numbers = (scale, S, Sk, per_view)
         ctx.heads = (H, H // Hk, *strides, causal)
-        o = torch.empty(B, H, S, D, dtype=q.dtype, device=q.device)
-        lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-        tile = tiles(*ctx.kind, "forward")
-        blocks = triton.cdiv(ctx.queries, tile["BM"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * H,)
-            forward_kernel[grid](q, k, v, o, lse, *visible, *encoding, *numbers, **tile)
+        ctx.parts = parts
+        dtype = q.dtype if parts == 1 else torch.float32
+        o = torch.empty(B, H, S, parts, D, dtype=dtype, device=q.device)
+        lse = torch.empty(B, H, S, parts, dtype=torch.float32, device=q.device)
+        name = "few" if S <= 16 and cameras is None else "forward"
+        launch(ctx, forward_kernel, name, q, k, v, o, lse, *visible, *encoding, parts)
+        if parts > 1:
+            weight = (lse * math.log(2)).softmax(-1)  # lse is in units of log 2
+            return (weight[..., None] * o).sum(3).to(q.dtype)  # not @, which autocast would round
+        o, lse = o.squeeze(3), lse.squeeze(3)
         ctx.save_for_backward(q, k, v, o, lse, *visible, last, *encoding)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, cu_seqlens, prefix, first, ends, last, *encoding = ctx.saved_tensors
+        q, k, v, o, lse, *visible, last, cameras, inverse = ctx.saved_tensors
         do = do.contiguous()
         delta = (do.float() * o.float()).sum(-1)  # [B, H, S]
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        tile = tiles(*ctx.kind, "dq")
-        blocks = triton.cdiv(ctx.queries, tile["BM"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * q.shape[1],)
-            visible = (cu_seqlens, prefix, first, ends)
-            dq_kernel[grid](q, k, v, do, dq, lse, delta, *visible, *encoding, *numbers, **tile)
-        tile = tiles(*ctx.kind, "dkdv")
-        blocks = triton.cdiv(ctx.keys, tile["BN"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * k.shape[1],)
-            visible = (cu_seqlens, prefix, last)
-            dkdv_kernel[grid](
-                q, k, v, do, dk, dv, lse, delta, *visible, *encoding, *numbers, **tile
-            )
-        return dq, dk, dv, *[None] * 6
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        given, encoding = (q, k, v, do), (cameras, inverse)
+        launch(ctx, dq_kernel, "dq", *given, dq, lse, delta, *visible, *encoding)
+        seen = (*visible[:2], last)
+        launch(ctx, dkdv_kernel, "dkdv", *given, dk, dv, lse, delta, *seen, *encoding)
+        return dq, dk, dv, *[None] * 7
+
+
+def launch(ctx, kernel, name: str, *tensors):
+    """A program per block of queries and query head, or of keys and key head, and sequence."""
+    tile = tiles(*ctx.kind, name)
+    length, size, heads = ctx.keys, tile["BN"], tensors[1].shape[1]
+    if name != "dkdv":
+        length, size, heads = ctx.queries, tile["BM"], tensors[0].shape[1]
+    blocks = triton.cdiv(length, size)
+    grid = (blocks * ctx.parts * ctx.N * heads,)
+    if grid[0]:
+        kernel[grid](*tensors, *ctx.numbers, blocks, *ctx.heads, **tile)
 
 
 def attention(
-    q,
-    k,
-    v,
-    *,
-    causal,
-    scale,
-    cu_seqlens=None,
-    max_seqlen=None,
-    prefix=None,
-    cameras=None,
+    q, k, v, *, causal, scale, cu_seqlens=None, max_seqlen=None, prefix=None, cameras=None
 ):
     """Softmax attention, differentiable in q, k and v.
 
@@ -806,7 +807,17 @@ def attention(
         if max_seqlen is None:
             max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
     cameras = None if cameras is None else cameras.float().contiguous()
-    return FusedAttention.apply(q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cameras)
+    (B, H, S, _), (Hk, Sk) = q.shape, k.shape[1:3]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    one = S == 1 and causal and cu_seqlens is None and cameras is None
+    if not one or learns or Sk < H // Hk:
+        options = (causal, scale, cu_seqlens, max_seqlen, prefix, cameras, 1)
+        return FusedAttention.apply(q, k, v, *options)
+    packed = q[:, :, 0].unflatten(1, (Hk, -1))  # [B, Hk, H / Hk, D]: heads as queries
+    parts = max(1, min(PROGRAMS // (B * Hk), triton.cdiv(Sk, PART)))
+    prefix = prefix and prefix.seen_by_last
+    o = FusedAttention.apply(packed, k, v, False, scale, None, None, prefix, None, parts)
+    return o.view(q.shape)
 
 
 def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, cameras):
@@ -831,16 +842,11 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, cameras):
         )
     if cameras is None:
         return
-    if Sk != S:
-        raise ValueError(
-            f"cameras wants as many queries as keys, not S = {S}, Sk = {Sk}: encode a cache when "
-            "it is written"
-        )
-    fits = cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)
+    fits = Sk == S and cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)
     if not fits or S % cameras.shape[1] or D % 8:
         raise ValueError(
-            f"cameras wants [{B}, V, 4, 4] with V a divisor of {S} and D a multiple of 8, not "
-            f"{tuple(cameras.shape)}, D = {D}"
+            f"cameras wants [{B}, V, 4, 4] with V a divisor of {S}, D a multiple of 8 and as many "
+            f"queries as keys, not {tuple(cameras.shape)}, D = {D}, S = {S}, Sk = {Sk}"
         )
 
 
@@ -854,6 +860,8 @@ BROUGHT = {
 CASES = [
     "bf16 128 causal",
     "fp16 64",
+    "bf16 128 decode",
+    "bf16 128 prefix decode",
     "bf16 80 windows",
     "bf16 128 causal prefix",
     "bf16 128 causal prefix windows",
@@ -869,8 +877,8 @@ def compile_cases() -> list[tuple]:
 
     "i32:16" is a multiple of 16.
     """
-    kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
-    numbers = dict.fromkeys(("S", "Sk", "per_view", "blocks", "H", "group"), "i32")
+    training = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+    numbers = dict.fromkeys(("parts", "S", "Sk", "per_view", "blocks", "H", "group"), "i32")
     strides = dict.fromkeys(("qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"), "i32:16")
     single = dict.fromkeys(("LSE", "DELTA"), "*fp32") | {"scale": "fp32"}
     cases = []
@@ -878,19 +886,19 @@ def compile_cases() -> list[tuple]:
         kind, D, *options = case.split()
         tensors = dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV"), f"*{kind}")
         types = tensors | single | numbers | strides
-        absent = {"CAUSAL": "causal" in options}
+        absent, kernels = {"CAUSAL": "causal" in options, "parts": 1}, training
+        if "decode" in options:
+            types["OUT"], kernels = "*fp32", {"few": forward_kernel}
+            absent.pop("parts"), options.remove("decode")
         for option, brought in BROUGHT.items():
             if option in options:
                 types |= brought
             else:
                 absent |= dict.fromkeys(brought)
-        encoded = "cameras" in options
-        bits = int(kind[-2:])
         for which, kernel in kernels.items():
-            tile = tiles(int(D), bits, encoded, "prefix" in options, which)
+            tile = tiles(int(D), int(kind[-2:]), "cameras" in options, "prefix" in options, which)
             launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-            known = {name: x for name, x in absent.items() if name in kernel.arg_names}
-            constants = tile | known
+            constants = tile | {x: y for x, y in absent.items() if x in kernel.arg_names}
             name = " ".join([f"attention {which} {kind} D={D}", *options])
             cases.append((name, kernel, types, constants, launch))
     return cases

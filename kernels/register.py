@@ -71,16 +71,8 @@ def forward(module, query, key, value, attention_mask, scaling=None, is_causal=N
     else:  # the vision tower, whose windows transformers names so
         cu_seqlens, max_seqlen = options.get("cu_seq_lens_q"), options.get("max_length_q")
         prefix = None
-    o = attention(
-        query,
-        key,
-        value,
-        causal=causal,
-        scale=scaling,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        prefix=prefix,
-    )
+    where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "prefix": prefix}
+    o = attention(query, key, value, causal=causal, scale=scaling, **where)
     return o.transpose(1, 2).contiguous(), None
 
 

@@ -157,12 +157,11 @@ def pack(rows: list[dict]) -> tuple[dict, torch.Tensor, torch.Tensor]:
     begins: attention stays inside.
     """
     starts = [0, *itertools.accumulate(len(row["ids"]) for row in rows)]
-    segments = torch.cat([row["segment"] for row in rows])[None]
     cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     inputs = {  # "text_": transformers hands a plain cu_seqlens to the vision tower instead
         "input_ids": torch.cat([row["ids"] for row in rows])[None],
         "position_ids": torch.cat([row["positions"] for row in rows], 1)[:, None],
-        "prefix": Segments(segments, cu_seqlens),
+        "prefix": Segments(torch.cat([row["segment"] for row in rows])[None], cu_seqlens),
         "text_cu_seqlens": cu_seqlens,
         "text_max_seqlen": max(len(row["ids"]) for row in rows),
     }

@@ -85,9 +85,8 @@ def _rows(S, H, pixels, T, ROWS):
     pixel = tl.program_id(0) // H * (ROWS // T) + group
     exists = (group < ROWS // T) & (pixel < pixels)
     bt = pixel // S * T + r % T
-    s = pixel % S
     # int64: bt * stride_frame passes 2**31 in a long video.
-    return group, bt.to(tl.int64), s.to(tl.int64), head.to(tl.int64), exists
+    return group, bt.to(tl.int64), (pixel % S).to(tl.int64), head.to(tl.int64), exists
 
 
 @jit

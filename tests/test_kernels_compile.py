@@ -63,6 +63,11 @@ def test_two_programs_of_a_training_step_fit_a_multiprocessor(rows):
         assert 2 * (row["shared"] + 1024) <= 228 << 10, row
 
 
+def test_decoding_spills_nothing(rows):
+    found = [r for r in rows if r["kernel"].startswith("attention few")]
+    assert len(found) == 2 and not any(row["spilled"] for row in found)
+
+
 def test_tables_show_every_row(rows):
     head, *plain = ahead.table(rows).splitlines()
     assert head.split() == list(ahead.COLUMNS)

@@ -288,6 +288,38 @@ def prefix(name, sizes, tiny) -> Operation:
     return Operation(name, sizes, tiny, runs, cost, targets)
 
 
+def decoding(name, sizes, tiny) -> Operation:
+    """One token of each of B responses on a cache of S tokens, grouped heads, left padding.
+
+    Baselines: SDPA under the mask, which repeats every key head for its query heads.
+    """
+
+    def runs(n, device, dtype):
+        q, k, v = qkv(n.B, n.H, n.Hk, n.S, n.D, device, dtype)
+        q = q[:, :, -1:].contiguous()
+        padding = torch.arange(n.B, device=device)[:, None]  # row b begins with b padding tokens
+        real = torch.arange(n.S, device=device) >= padding
+        segments = Segments(real.int() - 1)
+
+        def ours(q, k, v):
+            return attention(q, k, v, causal=True, scale=n.D**-0.5, prefix=segments)
+
+        def masked(q, k, v):
+            k, v = (x.repeat_interleave(n.H // n.Hk, 1) for x in (k, v))
+            return SDPA(q, k, v, attn_mask=real[:, None, None])
+
+        return {"ours": (ours, (q, k, v)), "repeat, SDPA": (masked, (q, k, v))}
+
+    def cost(n):
+        cache = 2 * 2 * n.B * n.Hk * n.S * n.D
+        size = cache + 2 * 2 * n.B * n.H * n.D + 4 * n.B * n.S
+        # The cache read, a copy of it per query head written and read.
+        moved = size + 2 * cache * n.H // n.Hk
+        return size, 4 * n.B * n.H * n.D * n.S, {"repeat, SDPA": moved}
+
+    return Operation(name, sizes, tiny, runs, cost, {"repeat, SDPA": 5.0}, step_bytes=None)
+
+
 def rays(name, sizes, tiny) -> Operation:
     """Ray maps [V, 6, h, w] in float32 from poses.
 
@@ -353,6 +385,11 @@ OPERATIONS = [
         "packed 4 x (2560 + 8 x 64)",
         Sizes(N=4, prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
         Sizes(N=3, prefix=6, Q=2, S=5, H=4, Hk=2, D=32),
+    ),
+    decoding(
+        "decoding 16 x 3000",
+        Sizes(B=16, H=28, Hk=4, S=3000, D=128),
+        Sizes(B=3, H=4, Hk=2, S=11, D=32),
     ),
     rays("rays SVC", Sizes(V=21, h=72, w=72), Sizes(V=3, h=5, w=4)),
 ]

@@ -4,6 +4,7 @@ The oracle follows the definition token by token. Run by tests/test_kernels.py. 
 most 4 times as far from the oracle as plain torch in the same precision.
 """
 
+import importlib
 import itertools
 
 import pytest
@@ -13,6 +14,8 @@ from conftest import GPU, check, far_apart, tolerance, where_kernels_run
 
 from kernels import attention as attention_here
 from kernels.attention import attention_reference
+
+kernels = importlib.import_module("kernels.attention")
 
 assert GPU or triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
 attention = where_kernels_run(attention_here)
@@ -149,6 +152,61 @@ def test_prefix_in_every_window():
     windows = [9, 0, 36]
     prefix = torch.tensor([segments((0, 3), (1, 2), (2, 4)) + segments((0, 30), (1, 2), (2, 4))])
     compare(S=45, windows=windows, prefix=prefix)
+
+
+def compare_decoded(Sk, H=4, Hk=2, D=32, dtype=torch.float32, rows=None, wrong=1.0):
+    """One query per row, without gradient: heads in one tile, keys in parts."""
+    g, B = torch.Generator().manual_seed(Sk * 1000 + D), len(rows or [0])
+    shapes = ((B, H, 1, D), (B, Hk, Sk, D), (B, Hk, Sk, D))
+    q, k, v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    prefix = None if rows is None else torch.tensor(rows)
+    options = {"causal": True, "prefix": prefix}
+    exact = oracle(q.double(), k.double(), v.double(), scale=0.3, **options)
+    plain = attention_reference(q, k, v, scale=0.3, **options).double()
+    found = attention(q, k, v, scale=0.3 * wrong, **options).double()
+    check(("o",), [found], [exact], tolerance([plain], [exact]))
+
+
+@pytest.mark.parametrize("Sk", [2, 31, 64, 257, 600])
+def test_decoding(Sk):
+    """Up to three parts, the last not full."""
+    compare_decoded(Sk)
+
+
+@pytest.mark.parametrize("H, Hk, D", [(1, 1, 128), (7, 1, 80), (28, 4, 40), (40, 2, 64)])
+def test_decoding_with_grouped_heads(H, Hk, D):
+    """Up to 20 heads of a group: more than a tile."""
+    compare_decoded(300, H, Hk, D)
+    compare_decoded(70, H, Hk, D, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [segments((-1, 290), (0, 310)), segments((0, 600))],  # left padding: a part of nothing
+        [segments((0, 300), (1, 200), (2, 100)), segments((0, 1), (1, 598), (2, 1))],
+        [segments((0, 500), (-1, 100)), segments((-1, 600))],  # a blind query
+    ],
+)
+def test_decoding_with_segments(rows):
+    compare_decoded(600, rows=rows)
+
+
+def test_decoding_reads_a_cache_in_place_in_parts(monkeypatch):
+    """Keys and values with room behind them; a model's heads lie behind its tokens."""
+    parts, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *x: (parts.append(x[-1]), launch(*x)))
+    k, v = torch.randn(2, 1, 2, 1100, 32)[:, :, :, :1000]
+    q = torch.randn(1, 1, 4, 32).transpose(1, 2)
+    got = attention(q, k, v, causal=True, scale=None)
+    want = attention_reference(q, k, v, causal=True, scale=32**-0.5)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+    assert parts == [4]
+
+
+def test_a_flipped_sign_fails_in_decoding():
+    with pytest.raises(AssertionError, match="is off by"):
+        compare_decoded(600, wrong=-1.0)
 
 
 @pytest.mark.parametrize("D", [32, 80])
