@@ -1,4 +1,4 @@
-"""Softmax attention that uses what it knows: windows, shared prefixes, rotations and cameras.
+"""Softmax attention that uses what it knows: windows, shared prefixes and cameras.
 
     o_i = sum_j p_ij v_j,    p_ij = exp(scale q_i.k_j - lse_i) where j is visible to i, otherwise 0,
     lse_i = log sum_j exp(scale q_i.k_j)
@@ -17,19 +17,22 @@ Who sees whom (the options combine):
                     4     1               x x x x x
                     6     2               x x x     x x
 What is encoded (in registers, so that no encoded copy of q, k or v is ever written):
-    rope        q and k are rotated by their token's angles, on the two halves of a head:
-                (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     cameras     PRoPE (Li et al. 2025). With P = lift(K) w2c of the token's view, every 4-vector x
                 of a head becomes  q -> P^T q,  k -> P^-1 k,  v -> P^-1 v,  o -> P o:  the score
-                q^T P_i P_j^-1 k depends on relative cameras only. With rope too, rope comes first.
+                q^T P_i P_j^-1 k depends on relative cameras only.
 
 Layout. q and o are [B, H, S, D], k and v [B, Hk, Sk, D] with H a multiple of Hk (query head h reads
 key head h // (H / Hk)); any strides but the last. A program owns BM queries of one head and walks
 over blocks of BN keys, keeping the running maximum m, the sum and the unnormalised output: when m
 grows to m', what was summed so far shrinks by exp(m - m') (online softmax, Milakov & Gimelshein
 2018). The S x S scores live in registers only. Blocks that no query of the program sees are never
-visited, so the work grows with the visible pairs. A head's columns are laid out as two halves of a
-power of two each (80 = 40 + 40 -> 64 + 64, masked), so that rope pairs columns by shape.
+visited, so the work grows with the visible pairs. A head's columns are padded to a power of two
+(80 -> 128, masked).
+
+One query per row (decoding) would leave a tile of queries and most multiprocessors idle. There the
+query heads of a key head are the queries of one program, so its keys are read once for all, and the
+walk over the keys is cut into parts, a program each (flash-decoding, Dao et al. 2023). Every part
+keeps a softmax of its own, o_p with lse_p; the whole is sum_p w_p o_p with w = softmax_p(lse_p).
 
 Bytes moved: q, k, v read once and o written once (k and v come from L2 for all but the first
 program of a head) + 4 B S H for lse.
@@ -38,13 +41,13 @@ Backward (FlashAttention-2, Dao 2023). With do the gradient of o and delta_i = d
     dv_j = sum_i p_ij do_i      dp_ij = do_i.v_j      ds_ij = p_ij (dp_ij - delta_i)
     dq_i = scale sum_j ds_ij k_j                      dk_j = scale sum_i ds_ij q_i
 p is recomputed from lse. One kernel owns a block of keys (dk, dv), another a block of queries (dq):
-no atomics, the same bits in every run. An encoding y = A x passes its gradient on as A^T dy:
-rotations by the opposite angle, cameras by the transposed matrix.
+no atomics, the same bits in every run. An encoding y = A x passes its gradient on as A^T dy.
 """
 
 from __future__ import annotations  # without triton, the name tl.constexpr need not exist
 
 import functools
+import math
 import operator
 
 import torch
@@ -65,17 +68,6 @@ except ImportError:  # macOS, Windows: the reference still runs on the CPU
 # The reference
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of [B, H, S, D] by cos, sin [B, S, D / 2 or D] (the first half is read)."""
-    half = x.shape[-1] // 2
-    cos = cos[:, None, :, :half].to(x.dtype)
-    sin = sin[:, None, :, :half].to(x.dtype)
-    x1, x2 = x.split(half, -1)
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    return torch.cat([y1, y2], -1)
-
-
 def transform(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Every 4-vector of [B, H, S, D] times its token's matrix; [B, V, 4, 4], V equal runs."""
     B, H, S, D = x.shape
@@ -85,33 +77,8 @@ def transform(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return y.reshape(B, H, S, D)
 
 
-def mrope(positions: torch.Tensor, section: list[int], theta: float, interleaved: bool = False):
-    """cos, sin [B, S, D / 2] from Qwen-VL's position streams (time, row, column) [3, B, S].
-
-    `section` says how many of the D / 2 frequencies theta^(-2 i / D) follow each stream: in three
-    runs (Qwen2.5-VL), or taking turns until the rows and columns have their share (Qwen3-VL,
-    interleaved).
-    """
-    half = sum(section)
-    i = torch.arange(half)
-    if interleaved:
-        stream = torch.zeros_like(i)
-        for axis in (1, 2):
-            stream[(i % 3 == axis) & (i < 3 * section[axis])] = axis
-    else:
-        stream = torch.arange(3).repeat_interleave(torch.tensor(section))
-    frequency = theta ** (-i.float() / half)
-    own = positions.float().movedim(0, -1)[..., stream.to(positions.device)]
-    angle = own * frequency.to(positions.device)
-    return angle.cos(), angle.sin()
-
-
-def attention_reference(
-    q, k, v, *, causal, scale, cu_seqlens=None, prefix=None, rope=None, cameras=None
-):
+def attention_reference(q, k, v, *, causal, scale, cu_seqlens=None, prefix=None, cameras=None):
     """The same in plain torch, any dtype; see `attention`."""
-    if rope is not None:
-        q, k = rotate(q, *rope), rotate(k, *rope)
     if cameras is not None:
         inverse = torch.linalg.inv(cameras)
         q = transform(q, cameras.mT)
@@ -212,54 +179,32 @@ def visible_attention(q, k, v, causal, scale, own, segments):
 
 # The kernels. In a kernel, i are BM queries and j are BN keys of one sequence, counted from its
 # first, of which it has `count` queries and `keys` keys; a token is counted over the whole batch.
-# An option that is off is a None: COS (rope), P (cameras), CU (windows), SEGMENT (prefix). Only a
+# An option that is off is a None: P (cameras), CU (windows), SEGMENT (prefix). Only a
 # kernel has to declare its constants; a function that it calls takes them as they are.
 
 
 @jit
-def head_columns(D, BD):
-    """Column of the head at each of BD places, half by half, and whether the head has it."""
-    within = tl.arange(0, BD) % (BD // 2)
-    column = tl.arange(0, BD) // (BD // 2) * (D // 2) + within
-    return column, within < D // 2
+def head_start(X, b, h, start, by_b, by_h, by_token):
+    """Address of a sequence's first row in a head. Tokens fit into 32 bits, addresses may not."""
+    return X + b.to(tl.int64) * by_b + h.to(tl.int64) * by_h + start.to(tl.int64) * by_token
 
 
 @jit
 def load_rows(X, stride, i, count, D, BD):
     """Rows i of a head: [len(i), BD]; 0 outside the head and behind the last row."""
-    c, exists = head_columns(D, BD)
-    at = X + i[:, None] * stride + c[None, :]
-    mask = (i < count)[:, None] & exists[None, :]
+    c = tl.arange(0, BD)
+    at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
+    mask = (i < count)[:, None] & (c < D)[None, :]
     return tl.load(at, mask=mask, other=0.0)
 
 
 @jit
 def store_rows(X, stride, i, count, x, D, BD):
     """The same places of X become x, in X's own type."""
-    c, exists = head_columns(D, BD)
-    at = X + i[:, None] * stride + c[None, :]
-    mask = (i < count)[:, None] & exists[None, :]
+    c = tl.arange(0, BD)
+    at = X + i.to(tl.int64)[:, None] * stride + c[None, :]
+    mask = (i < count)[:, None] & (c < D)[None, :]
     tl.store(at, x.to(X.dtype.element_ty), mask=mask)
-
-
-@jit
-def turn(x, COS, SIN, tokens, BACK, D):
-    """Rotate [R, BD] by its tokens' angles; BACK: by the opposite angles."""
-    R: tl.constexpr = x.shape[0]
-    HALF: tl.constexpr = x.shape[1] // 2
-    half = tl.arange(0, HALF)
-    exists = (half < D // 2)[None, :]
-    at = tokens[:, None] * (D // 2) + half[None, :]
-    cos = tl.load(COS + at, mask=exists, other=0.0)
-    sin = tl.load(SIN + at, mask=exists, other=0.0)
-    if BACK:
-        sin = -sin
-    pairs = tl.permute(tl.reshape(x, [R, 2, HALF]), (0, 2, 1))
-    x1, x2 = tl.split(pairs)  # [R, BD / 2] each
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    y = tl.permute(tl.join(y1, y2), (0, 2, 1))
-    return tl.reshape(y, [R, 2 * HALF])
 
 
 @jit
@@ -291,24 +236,11 @@ def mix(x, M, views, TRANSPOSED):
 
 
 @jit
-def encode_tile(x, COS, SIN, M, tokens, per_view, TRANSPOSED, D):
-    """Rope, then cameras, on a loaded tile; in its own dtype again, as the matrix units want it."""
-    y = x.to(tl.float32)
-    if COS is not None:
-        y = turn(y, COS, SIN, tokens, False, D)
+def encode_tile(x, M, tokens, per_view, TRANSPOSED):
+    """A loaded tile by its tokens' cameras; in its own dtype again, as the matrix units want it."""
     if M is not None:
-        y = mix(y, M, tokens // per_view, TRANSPOSED)
-    return y.to(x.dtype)
-
-
-@jit
-def encode_gradient(y, COS, SIN, M, tokens, per_view, TRANSPOSED, D):
-    """The transpose of `encode_tile`: cameras, then rope the other way; TRANSPOSED as there."""
-    if M is not None:
-        y = mix(y, M, tokens // per_view, not TRANSPOSED)
-    if COS is not None:
-        y = turn(y, COS, SIN, tokens, True, D)
-    return y
+        x = mix(x.to(tl.float32), M, tokens // per_view, TRANSPOSED).to(x.dtype)
+    return x
 
 
 @jit
@@ -322,13 +254,14 @@ def program(blocks, heads):
 
 @jit
 def sequence(CU, n, S, Sk):
-    """(row of the batch, first token in that row, queries, keys) of sequence n."""
+    """Of sequence n: row of the batch, first token in that row, queries, keys; then the tokens of
+    its first query and of its first key."""
     if CU is None:
-        return n, n * 0, S, Sk
+        return n, n * 0, S, Sk, n * S, n * Sk
     else:
         start = tl.load(CU + n)
         count = tl.load(CU + n + 1) - start
-        return n * 0, start, count, count
+        return n * 0, start, count, count, start, start
 
 
 @jit
@@ -357,14 +290,14 @@ def key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
 
 
 @jit
-def query_tile(Q, SEGMENT, COS, SIN, P, stride, i, count, first, first_key, per_view, D, BD):
+def query_tile(Q, SEGMENT, P, stride, i, count, first, first_key, per_view, D, BD):
     """Encoded queries, their tokens, their segments.
 
     `first` is the token of the sequence's first query, `first_key` that of the key where it stands.
     """
     tokens = first + tl.minimum(i, count - 1)
     q = load_rows(Q, stride, i, count, D, BD)
-    q = encode_tile(q, COS, SIN, P, tokens, per_view, True, D)
+    q = encode_tile(q, P, tokens, per_view, True)
     mine = i
     if SEGMENT is not None:
         mine = tl.load(SEGMENT + first_key + i, mask=i < count, other=-1)
@@ -375,20 +308,20 @@ def query_tile(Q, SEGMENT, COS, SIN, P, stride, i, count, first, first_key, per_
 def gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD):
     """do of a block of queries with their lse and delta. o = P o', so do' = P^T do."""
     do = load_rows(DO + line * D, D, i, count, D, BD)
-    do = encode_tile(do, None, None, P, tokens, per_view, True, D)
+    do = encode_tile(do, P, tokens, per_view, True)
     lse = tl.load(LSE + line + i, mask=i < count, other=0.0)
     delta = tl.load(DELTA + line + i, mask=i < count, other=0.0)
     return do, lse, delta
 
 
 @jit
-def key_tile(K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
+def key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD):
     """Encoded keys and values, their tokens, their segments; `first`: token of the first key."""
     tokens = first + tl.minimum(j, keys - 1)
     k = load_rows(K, ks, j, keys, D, BD)
-    k = encode_tile(k, COS, SIN, INVERSE, tokens, per_view, False, D)
+    k = encode_tile(k, INVERSE, tokens, per_view, False)
     v = load_rows(V, vs, j, keys, D, BD)
-    v = encode_tile(v, None, None, INVERSE, tokens, per_view, False, D)
+    v = encode_tile(v, INVERSE, tokens, per_view, False)
     theirs = j
     if SEGMENT is not None:
         theirs = tl.load(SEGMENT + first + j, mask=j < keys, other=-1)
@@ -396,17 +329,18 @@ def key_tile(K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view,
 
 
 @jit
-def scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, PREFIX):
-    """scale q.k [BM, BN] float32, in units of log 2 for exp2; -inf where j is not visible to i."""
-    visible = (i < count)[:, None] & (j < keys)[None, :]
+def scores(a, b, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT):
+    """scale a.b float32, in units of log 2 for exp2; -inf where j is not visible to i.
+
+    [BM, BN] of (q, k) with i, mine [BM, 1] and j, theirs [1, BN]; or [BN, BM] of (k, q).
+    """
+    visible = (i < count) & (j < keys)
     if CAUSAL:
-        visible &= j[None, :] <= i[:, None] + keys - count
-    if PREFIX:
-        theirs = theirs[None, :]
-        mine = mine[:, None]
+        visible &= j <= i + keys - count
+    if SEGMENT is not None:
         same = (theirs == mine) & (mine > 0)
         visible &= (theirs == 0) | same
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
     s *= scale * 1.4426950408889634  # log2(e)
     return tl.where(visible, s, float("-inf"))
 
@@ -423,12 +357,11 @@ def forward_kernel(
     SEGMENT,
     FIRST,
     PREFIX_ENDS,
-    # What is encoded: rope's tables, the matrix of a view and its inverse.
-    COS,
-    SIN,
+    # What is encoded: the matrix of a view and its inverse.
     P,
     INVERSE,
-    # Numbers: per_view tokens of a view, blocks per sequence, group query heads per key head.
+    # Numbers: parts of a walk, tokens per view, blocks per sequence, query heads per key head.
+    parts,
     scale,
     S,
     Sk,
@@ -452,39 +385,37 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of one head of one sequence.
+    """One program: BM queries of one head of one sequence, a part of the keys that they see.
 
-    OUT [B, H, S, D] and LSE [B, H, S] are contiguous.
+    OUT [B, H, S, parts, D] and LSE [B, H, S, parts] are contiguous.
     """
-    block, h, n = program(blocks, H)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    block, h, n = program(blocks * parts, H)
+    part = block % parts
+    block //= parts
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BM >= count:
         return
-    query = b * S + start  # tokens: of the sequence's first query, of its first key
-    first = b * Sk + start
-    b = b.to(tl.int64)  # tokens fit into 32 bits, addresses may not
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
-    Q += b * qb + h * qh + start * qs
-    q, tokens, mine = query_tile(
-        Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
-    )
+    Q = head_start(Q, b, h, start, qb, qh, qs)
+    q, tokens, mine = query_tile(Q, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD)
     hk = h // group
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
 
     # The online softmax: m, the sum and o are those of the keys walked over so far.
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     o = tl.zeros([BM, BD], tl.float32)
+    rows, mine = i[:, None], mine[:, None]
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
-    for t in range(0, a1 - a0 + b1 - b0):
+    visits = a1 - a0 + b1 - b0
+    for t in range(visits * part // parts, visits * (part + 1) // parts):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
-        k, v, _, theirs = key_tile(
-            K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
-        )
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
+        k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
+        theirs = theirs[None, :]
+        s = scores(q, k, rows, j[None, :], count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
         larger = tl.maximum(m, tl.max(s, 1))
         # Where nothing was seen, exp2(-inf - 0) is 0 and exp2(-inf + inf) would be nan.
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -497,11 +428,12 @@ def forward_kernel(
     o = o / tl.where(blind, 1.0, total)[:, None]
     if P is not None:
         o = mix(o, P, tokens // per_view, False)
-    line = (b * H + h) * S + start
-    store_rows(OUT + line * D, D, i, count, o, D, BD)
+    line = (b.to(tl.int64) * H + h) * S + start
+    at = line * parts + part
+    store_rows(OUT + at * D, parts * D, i, count, o, D, BD)
     lse = m + tl.log2(tl.where(blind, 1.0, total))
-    lse = tl.where(blind, 0.0, lse)
-    tl.store(LSE + line + i, lse, mask=i < count)
+    lse = tl.where(blind, -1e30, lse)  # finite: the parts of a blind query have weights, too
+    tl.store(LSE + at + i * parts, lse, mask=i < count)
 
 
 @jit
@@ -517,8 +449,6 @@ def dq_kernel(
     SEGMENT,
     FIRST,
     PREFIX_ENDS,
-    COS,
-    SIN,
     P,
     INVERSE,
     scale,
@@ -548,39 +478,36 @@ def dq_kernel(
     DO and DQ are contiguous.
     """
     block, h, n = program(blocks, H)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BM >= count:
         return
-    query = b * S + start
-    first = b * Sk + start
-    b = b.to(tl.int64)
     i = block * BM + tl.arange(0, BM)
     first_key = first + keys - count
-    line = (b * H + h) * S + start
-    Q += b * qb + h * qh + start * qs
-    q, tokens, mine = query_tile(
-        Q, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
-    )
+    line = (b.to(tl.int64) * H + h) * S + start
+    Q = head_start(Q, b, h, start, qb, qh, qs)
+    q, tokens, mine = query_tile(Q, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD)
     do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
     hk = h // group
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
 
     # q.k and do.v are of encoded tiles; the gradient of q before its encoding comes at the end.
     dq = tl.zeros([BM, BD], tl.float32)
+    rows, mine = i[:, None], mine[:, None]
     a0, a1, b0, b1 = key_blocks(block, count, keys, n, first, PREFIX_ENDS, FIRST, CAUSAL, BM, BN)
     for t in range(0, a1 - a0 + b1 - b0):
         key_block = tl.where(t < a1 - a0, a0 + t, b0 + t - (a1 - a0))
         j = key_block * BN + tl.arange(0, BN)
-        k, v, _, theirs = key_tile(
-            K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
-        )
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
+        k, v, _, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
+        theirs = theirs[None, :]
+        s = scores(q, k, rows, j[None, :], count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = encode_gradient(dq * scale, COS, SIN, P, tokens, per_view, True, D)
+    dq *= scale
+    if P is not None:
+        dq = mix(dq, P, tokens // per_view, False)
     store_rows(DQ + line * D, D, i, count, dq, D, BD)
 
 
@@ -597,8 +524,6 @@ def dkdv_kernel(
     CU,
     SEGMENT,
     LAST,
-    COS,
-    SIN,
     P,
     INVERSE,
     scale,
@@ -629,18 +554,15 @@ def dkdv_kernel(
     """
     Hk = H // group
     block, hk, n = program(blocks, Hk)
-    b, start, count, keys = sequence(CU, n, S, Sk)
+    b, start, count, keys, query, first = sequence(CU, n, S, Sk)
     if block * BN >= keys:
         return
-    query = b * S + start
-    first = b * Sk + start
-    b = b.to(tl.int64)
     j = block * BN + tl.arange(0, BN)
     shift = keys - count
-    K += b * kb + hk * kh + start * ks
-    V += b * vb + hk * vh + start * vs
+    K = head_start(K, b, hk, start, kb, kh, ks)
+    V = head_start(V, b, hk, start, vb, vh, vs)
     k, v, k_tokens, theirs = key_tile(
-        K, V, SEGMENT, COS, SIN, INVERSE, ks, vs, j, keys, first, per_view, D, BD
+        K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD
     )
 
     # Queries that may see this block of keys: i0 BM .. end.
@@ -655,48 +577,63 @@ def dkdv_kernel(
     # Over the query heads that share this key head, and over the query blocks of each.
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
+    rows, theirs = j[:, None], theirs[:, None]
     for t in range(0, visits * group):
         h = hk * group + t // visits
         i = (i0 + t % visits) * BM + tl.arange(0, BM)
         first_key = first + shift
-        Q_h = Q + b * qb + h * qh + start * qs
+        Q_h = head_start(Q, b, h, start, qb, qh, qs)
         q, tokens, mine = query_tile(
-            Q_h, SEGMENT, COS, SIN, P, qs, i, count, query, first_key, per_view, D, BD
+            Q_h, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD
         )
-        line = (b * H + h) * S + start
+        line = (b.to(tl.int64) * H + h) * S + start
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
-        s = scores(q, k, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT is not None)
-        p = tl.exp2(s - lse[:, None])
-        dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision="ieee")
-    dk = encode_gradient(dk * scale, COS, SIN, INVERSE, k_tokens, per_view, False, D)
-    dv = encode_gradient(dv, None, None, INVERSE, k_tokens, per_view, False, D)
-    line = (b * Hk + hk) * Sk + start
+        # [BN, BM]: p and ds are left factors as they are, and need not go through shared memory.
+        mine = mine[None, :]
+        s = scores(k, q, i[None, :], rows, count, keys, mine, theirs, scale, CAUSAL, SEGMENT)
+        p = tl.exp2(s - lse[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk *= scale
+    if INVERSE is not None:
+        views = k_tokens // per_view
+        dk = mix(dk, INVERSE, views, True)
+        dv = mix(dv, INVERSE, views, True)
+    line = (b.to(tl.int64) * Hk + hk) * Sk + start
     store_rows(DK + line * D, D, j, keys, dk, D, BD)
     store_rows(DV + line * D, D, j, keys, dv, D, BD)
 
 
 # Launching
 
+PROGRAMS = 256  # of one decoded token: two for nearly all of an H100's 132 multiprocessors
+PART = 256  # keys that are worth a program of their own
 
-def tiles(D: int, bits: int, encoded: bool, prefix: bool, backward: bool) -> dict:
-    """Block sizes and launch options, for launches and `compile_cases`.
+
+def tiles(D: int, bits: int, encoded: bool, prefix: bool, kernel: str) -> dict:
+    """Block sizes and launch options of "forward", "few" (queries), "dq" and "dkdv".
 
     Large blocks read keys less often, registers bound them: an encoded tile is float32 for a while.
-    Questions that share a prefix are short, so blocks of 64 waste less on them.
+    Questions that share a prefix are short, so blocks of 64 waste less on them. Backward, 4 warps
+    and tiles that spill nothing leave room for two programs on a multiprocessor: one computes while
+    the other waits.
     """
-    BD = 2 * triton.next_power_of_2(D // 2)
-    warps = 8 if BD > 64 else 4
+    BD = triton.next_power_of_2(D)
+    warps = 8 if BD > 64 and (encoded or not prefix) else 4
     if bits == 32:
         BM, BN, warps, stages = (32, 32, 8, 1) if BD <= 64 else (16, 16, 8, 1)
-    elif backward:
-        BM, BN, warps, stages = 64, 64, 8 if encoded else warps, 1
+    elif kernel == "few":  # the smallest tile that the matrix units take
+        BM, BN, warps, stages = 16, 64, 4, 3
     elif encoded:
-        BM, BN, stages = 64, 32, 2
+        BM, BN, stages = (32, 64, 1) if kernel == "dkdv" else (64, 32, 2)
+    elif kernel in ("dq", "dkdv"):  # dk and dv alone are 128 registers of a thread at BD = 128
+        BM, BN, warps, stages = 32 if kernel == "dkdv" and BD > 64 else 64, 64, 4, 2
     elif prefix:
-        BM, BN, warps, stages = 64, 32, 4, 2
+        BM, BN, stages = 64, 32, 2
+    elif D < BD:  # 80 in 128, the vision tower: most of its windows have 64 tokens
+        BM, BN, warps, stages = 64, 64, 4, 2
     else:
         BM, BN, stages = 128, 64, 2
     return {"D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
@@ -734,81 +671,99 @@ def prefix_ranges(prefix: torch.Tensor, cu_seqlens: torch.Tensor | None):
     return first.int(), ends.int().contiguous(), last.int()
 
 
+class Segments:
+    """Segment ids of a forward pass, int32 [B, Sk], with what `prefix_ranges` says of them.
+
+    The first kernel that asks has it computed; one object serves all layers, and the same layers
+    when they are computed again for the backward pass.
+    """
+
+    ndim = 0  # transformers' generate passes its masks through twice, and asks which are 2-D
+
+    def __init__(self, ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None):
+        self.ids, self.cu_seqlens = ids.int().contiguous(), cu_seqlens
+
+    def to(self, device):
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Segments(self.ids.to(device), cu_seqlens)
+
+    @functools.cached_property
+    def seen_by_last(self) -> Segments:
+        """The keys that each row's last one sees as prefix, the others as padding."""
+        own = (self.ids == self.ids[:, -1:]) & (self.ids > 0)
+        return Segments(((self.ids == 0) | own).int() - 1)
+
+    @functools.cached_property
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return prefix_ranges(self.ids, self.cu_seqlens)
+
+
 class FusedAttention(torch.autograd.Function):
     """The kernels on contiguous options; a grid has a program per block, head and sequence."""
 
     @staticmethod
-    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras):
+    def forward(ctx, q, k, v, causal, scale, cu_seqlens, max_seqlen, segments, cameras, parts):
         B, H, S, D = q.shape
         Hk, Sk = k.shape[1:3]
         ctx.N, ctx.queries, ctx.keys = B, S, Sk  # the most of a sequence
         if cu_seqlens is not None:
             ctx.N = len(cu_seqlens) - 1
             ctx.queries = ctx.keys = max_seqlen
-        first, ends, last = None, None, None
-        if prefix is not None:
-            first, ends, last = prefix_ranges(prefix, cu_seqlens)
+        prefix, first, ends, last = None, None, None, None
+        if segments is not None:
+            prefix = segments.ids
+            first, ends, last = segments.ranges
         inverse, per_view = None, 0
         if cameras is not None:
             inverse = torch.linalg.inv_ex(cameras).inverse.contiguous()  # inv waits for the GPU
             per_view = S // cameras.shape[1]
         visible = (cu_seqlens, prefix, first, ends)
-        encoding = (cos, sin, cameras, inverse)
-        encoded = cos is not None or cameras is not None
-        ctx.kind = (D, q.element_size() * 8, encoded, prefix is not None)
+        encoding = (cameras, inverse)
+        ctx.kind = (D, q.element_size() * 8, cameras is not None, prefix is not None)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         # A kernel's arguments before and after the number of its blocks.
         ctx.numbers = (scale, S, Sk, per_view)
         ctx.heads = (H, H // Hk, *strides, causal)
-        o = torch.empty(B, H, S, D, dtype=q.dtype, device=q.device)
-        lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-        tile = tiles(*ctx.kind, backward=False)
-        blocks = triton.cdiv(ctx.queries, tile["BM"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * H,)
-            forward_kernel[grid](q, k, v, o, lse, *visible, *encoding, *numbers, **tile)
+        ctx.parts = parts
+        dtype = q.dtype if parts == 1 else torch.float32
+        o = torch.empty(B, H, S, parts, D, dtype=dtype, device=q.device)
+        lse = torch.empty(B, H, S, parts, dtype=torch.float32, device=q.device)
+        name = "few" if S <= 16 and cameras is None else "forward"
+        launch(ctx, forward_kernel, name, q, k, v, o, lse, *visible, *encoding, parts)
+        if parts > 1:
+            weight = (lse * math.log(2)).softmax(-1)  # lse is in units of log 2
+            return (weight[..., None] * o).sum(3).to(q.dtype)  # not @, which autocast would round
+        o, lse = o.squeeze(3), lse.squeeze(3)
         ctx.save_for_backward(q, k, v, o, lse, *visible, last, *encoding)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, o, lse, cu_seqlens, prefix, first, ends, last, *encoding = ctx.saved_tensors
+        q, k, v, o, lse, *visible, last, cameras, inverse = ctx.saved_tensors
         do = do.contiguous()
         delta = (do.float() * o.float()).sum(-1)  # [B, H, S]
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        tile = tiles(*ctx.kind, backward=True)
-        blocks = triton.cdiv(ctx.queries, tile["BM"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * q.shape[1],)
-            visible = (cu_seqlens, prefix, first, ends)
-            dq_kernel[grid](q, k, v, do, dq, lse, delta, *visible, *encoding, *numbers, **tile)
-        blocks = triton.cdiv(ctx.keys, tile["BN"])
-        numbers = (*ctx.numbers, blocks, *ctx.heads)
-        if blocks * ctx.N:
-            grid = (blocks * ctx.N * k.shape[1],)
-            visible = (cu_seqlens, prefix, last)
-            dkdv_kernel[grid](
-                q, k, v, do, dk, dv, lse, delta, *visible, *encoding, *numbers, **tile
-            )
-        return dq, dk, dv, *[None] * 8
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        given, encoding = (q, k, v, do), (cameras, inverse)
+        launch(ctx, dq_kernel, "dq", *given, dq, lse, delta, *visible, *encoding)
+        seen = (*visible[:2], last)
+        launch(ctx, dkdv_kernel, "dkdv", *given, dk, dv, lse, delta, *seen, *encoding)
+        return dq, dk, dv, *[None] * 7
+
+
+def launch(ctx, kernel, name: str, *tensors):
+    """A program per block of queries and query head, or of keys and key head, and sequence."""
+    tile = tiles(*ctx.kind, name)
+    length, size, heads = ctx.keys, tile["BN"], tensors[1].shape[1]
+    if name != "dkdv":
+        length, size, heads = ctx.queries, tile["BM"], tensors[0].shape[1]
+    blocks = triton.cdiv(length, size)
+    grid = (blocks * ctx.parts * ctx.N * heads,)
+    if grid[0]:
+        kernel[grid](*tensors, *ctx.numbers, blocks, *ctx.heads, **tile)
 
 
 def attention(
-    q,
-    k,
-    v,
-    *,
-    causal,
-    scale,
-    cu_seqlens=None,
-    max_seqlen=None,
-    prefix=None,
-    rope=None,
-    cameras=None,
+    q, k, v, *, causal, scale, cu_seqlens=None, max_seqlen=None, prefix=None, cameras=None
 ):
     """Softmax attention, differentiable in q, k and v.
 
@@ -816,14 +771,20 @@ def attention(
     32 to 128, H a multiple of Hk. scale: None is D^-0.5.
     cu_seqlens: int32 [N + 1] from 0 to S, with B = 1. max_seqlen: the length of its longest
     sequence, if known: saves waiting for the device to tell it.
-    prefix: int [B, Sk], see above; needs causal. rope: (cos, sin) [B, S, D / 2 or D], e.g. of
-    `mrope`. cameras: P [B, V, 4, 4], the S tokens being V equal runs.
+    prefix: int [B, Sk], see above; needs causal. As `Segments` for the layers of a model, so that
+    what may be skipped is found once for all.
+    cameras: P [B, V, 4, 4], the S tokens being V equal runs.
 
     Returns [B, H, S, D]. CPU tensors take the reference (TRITON_INTERPRET=1: the kernels), CUDA
     tensors the kernels. Raises ValueError for what it does not take, RuntimeError for a CUDA tensor
     without triton.
     """
-    options = {"cu_seqlens": cu_seqlens, "prefix": prefix, "rope": rope, "cameras": cameras}
+    if prefix is not None and not isinstance(prefix, Segments):
+        prefix = Segments(prefix, cu_seqlens)
+    if prefix is not None and (prefix.cu_seqlens is None) != (cu_seqlens is None):
+        raise ValueError("Segments and cu_seqlens do not fit: make Segments(ids, cu_seqlens)")
+    ids = None if prefix is None else prefix.ids
+    options = {"cu_seqlens": cu_seqlens, "prefix": ids, "cameras": cameras}
     refuse_misfits(q, k, v, causal, **options)
     D = q.shape[3]
     scale = D**-0.5 if scale is None else scale
@@ -838,24 +799,28 @@ def attention(
             "the kernels take bf16, fp16 and fp32 heads of 32 to 128 in steps of 8, not "
             f"{q.dtype} heads of {D}"
         )
-    if any(x is not None and x.requires_grad for x in (*(rope or ()), cameras)):
-        raise ValueError("the kernels give no gradient to rope and cameras: detach them")
+    if cameras is not None and cameras.requires_grad:
+        raise ValueError("the kernels give no gradient to cameras: detach them")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    cos, sin = None, None
-    if rope is not None:
-        cos, sin = (x[..., : D // 2].float().contiguous() for x in rope)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.int().contiguous()
         if max_seqlen is None:
             max_seqlen = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    prefix = None if prefix is None else prefix.int().contiguous()
     cameras = None if cameras is None else cameras.float().contiguous()
-    return FusedAttention.apply(
-        q, k, v, causal, scale, cu_seqlens, max_seqlen, prefix, cos, sin, cameras
-    )
+    (B, H, S, _), (Hk, Sk) = q.shape, k.shape[1:3]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    one = S == 1 and causal and cu_seqlens is None and cameras is None
+    if not one or learns or Sk < H // Hk:
+        options = (causal, scale, cu_seqlens, max_seqlen, prefix, cameras, 1)
+        return FusedAttention.apply(q, k, v, *options)
+    packed = q[:, :, 0].unflatten(1, (Hk, -1))  # [B, Hk, H / Hk, D]: heads as queries
+    parts = max(1, min(PROGRAMS // (B * Hk), triton.cdiv(Sk, PART)))
+    prefix = prefix and prefix.seen_by_last
+    o = FusedAttention.apply(packed, k, v, False, scale, None, None, prefix, None, parts)
+    return o.view(q.shape)
 
 
-def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
+def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, cameras):
     """ValueError for arguments of `attention` that do not fit together, whatever computes it."""
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     if k.shape != (B, Hk, Sk, D) or v.shape != k.shape or H % Hk:
@@ -875,24 +840,13 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
             f"prefix wants causal=True and the shape {(B, Sk)} of the keys, not causal={causal} "
             f"and {tuple(prefix.shape)}"
         )
-    if (rope is not None or cameras is not None) and Sk != S:
-        raise ValueError(
-            f"rope and cameras want as many queries as keys, not S = {S}, Sk = {Sk}: encode a "
-            "cache when it is written"
-        )
-    for table in rope or ():
-        if table.shape[:2] != (B, S) or table.shape[2] not in (D // 2, D):
-            raise ValueError(
-                f"rope wants cos and sin of {(B, S, D // 2)} or {(B, S, D)}, not "
-                f"{tuple(table.shape)}"
-            )
     if cameras is None:
         return
-    fits = cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)
+    fits = Sk == S and cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)
     if not fits or S % cameras.shape[1] or D % 8:
         raise ValueError(
-            f"cameras wants [{B}, V, 4, 4] with V a divisor of {S} and D a multiple of 8, not "
-            f"{tuple(cameras.shape)}, D = {D}"
+            f"cameras wants [{B}, V, 4, 4] with V a divisor of {S}, D a multiple of 8 and as many "
+            f"queries as keys, not {tuple(cameras.shape)}, D = {D}, S = {S}, Sk = {Sk}"
         )
 
 
@@ -900,22 +854,21 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, rope, cameras):
 BROUGHT = {
     "windows": {"CU": "*i32"},
     "prefix": dict.fromkeys(("SEGMENT", "FIRST", "LAST", "PREFIX_ENDS"), "*i32"),
-    "rope": dict.fromkeys(("COS", "SIN"), "*fp32"),
     "cameras": dict.fromkeys(("P", "INVERSE"), "*fp32"),
 }
 # Element type, head width, options.
 CASES = [
     "bf16 128 causal",
     "fp16 64",
+    "bf16 128 decode",
+    "bf16 128 prefix decode",
     "bf16 80 windows",
     "bf16 128 causal prefix",
-    "bf16 128 causal rope",
-    "bf16 80 windows rope",
+    "bf16 128 causal prefix windows",
     "bf16 64 cameras",
     "bf16 128 cameras",
     "fp32 64 causal",
     "fp32 128 causal",
-    "fp32 128 causal rope",
 ]
 
 
@@ -924,8 +877,8 @@ def compile_cases() -> list[tuple]:
 
     "i32:16" is a multiple of 16.
     """
-    kernels = {"forward": forward_kernel, "backward dq": dq_kernel, "backward dk dv": dkdv_kernel}
-    numbers = dict.fromkeys(("S", "Sk", "per_view", "blocks", "H", "group"), "i32")
+    training = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}
+    numbers = dict.fromkeys(("parts", "S", "Sk", "per_view", "blocks", "H", "group"), "i32")
     strides = dict.fromkeys(("qb", "qh", "qs", "kb", "kh", "ks", "vb", "vh", "vs"), "i32:16")
     single = dict.fromkeys(("LSE", "DELTA"), "*fp32") | {"scale": "fp32"}
     cases = []
@@ -933,19 +886,19 @@ def compile_cases() -> list[tuple]:
         kind, D, *options = case.split()
         tensors = dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV"), f"*{kind}")
         types = tensors | single | numbers | strides
-        absent = {"CAUSAL": "causal" in options}
+        absent, kernels = {"CAUSAL": "causal" in options, "parts": 1}, training
+        if "decode" in options:
+            types["OUT"], kernels = "*fp32", {"few": forward_kernel}
+            absent.pop("parts"), options.remove("decode")
         for option, brought in BROUGHT.items():
             if option in options:
                 types |= brought
             else:
                 absent |= dict.fromkeys(brought)
-        encoded = "rope" in options or "cameras" in options
-        bits = int(kind[-2:])
-        for direction, kernel in kernels.items():
-            tile = tiles(int(D), bits, encoded, "prefix" in options, direction != "forward")
+        for which, kernel in kernels.items():
+            tile = tiles(int(D), int(kind[-2:]), "cameras" in options, "prefix" in options, which)
             launch = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-            known = {name: x for name, x in absent.items() if name in kernel.arg_names}
-            constants = tile | known
-            name = " ".join([f"attention {direction} {kind} D={D}", *options])
+            constants = tile | {x: y for x, y in absent.items() if x in kernel.arg_names}
+            name = " ".join([f"attention {which} {kind} D={D}", *options])
             cases.append((name, kernel, types, constants, launch))
     return cases

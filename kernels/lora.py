@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -25,9 +26,16 @@ class LoRA(torch.nn.Module):
         torch.nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
-        y = self.base(x)
-        update = x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T * self.scale
-        return y + update.to(x.dtype)
+        rows = x.flatten(0, -2)  # [N, in]
+        y = self.base(rows)
+        if self.scale:
+            low = F.linear(rows, self.lora_A) * self.scale  # [N, rank], where scaling is cheap
+            if torch.is_grad_enabled():
+                # Summed inside the product: y is all of full width that is written.
+                y.addmm_(low, self.lora_B.to(y.dtype).T)
+            else:
+                y += F.linear(low, self.lora_B)  # whose cast autocast keeps for the next token
+        return y.unflatten(0, x.shape[:-1])
 
 
 def add_lora(module: torch.nn.Module, rank: int, alpha: float):

@@ -5,37 +5,41 @@
     prepare(model, "world2vlm")
 
 transformers asks a mask function once per forward pass and hands its result to every layer's
-attention function. Ours hands on the 2-D padding mask, because a kernel needs to know which keys
-are padding, not a B x 1 x S x S matrix. Keywords of the model's forward reach the attention, too:
+attention function. Ours hands on which keys are padding, as segment ids, because a kernel needs no
+B x 1 x S x S matrix. Keywords of the model's forward reach the attention, too:
 
-    prefix            segment ids, int [B, S]: 0 prefix, k question k, -1 padding; no attention_mask
+    prefix            `Segments`, or their ids, int [B, S]: 0 prefix, k question k, -1 padding; no
+                      attention_mask
     text_cu_seqlens   int32 [N + 1]: where each of N packed rows begins; a row sees only itself
     text_max_seqlen   the number of tokens of the longest packed row
 
 The vision tower receives them as well and would take a plain `cu_seqlens` for that of its pictures:
-hence "text_". Rotary encodings were applied by the model before it calls us.
+hence "text_". The model has rotated q and k before it calls us.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention
+from kernels.attention import Segments, attention
 
 
 def padding_mask(
     batch_size, q_length, kv_length, q_offset=0, attention_mask=None, device="cpu", **kwargs
 ):
-    """The attention_mask of every layer: bool [B, keys], False for padding; None: no padding.
+    """The attention_mask of every layer, as Segments of [B, keys]; None: no padding.
 
-    A static cache has room for more keys than were written. The mask ends at the last written key,
-    and `forward` cuts the keys there.
+    Padding is segment -1; the other keys, 0, are seen by all behind them. A static cache has room
+    for more keys than were written: the segments end at the last one, and `forward` cuts the keys
+    there.
     """
     written = int(q_offset) + q_length
+    if isinstance(attention_mask, Segments):  # transformers' generate has asked before
+        return attention_mask
     if attention_mask is not None:
-        return attention_mask[:, :written].bool()
+        return Segments(attention_mask[:, :written].int() - 1)
     if written >= kv_length:
         return None
-    return torch.ones(batch_size, written, dtype=torch.bool, device=device)
+    return Segments(torch.zeros(batch_size, written, device=device))
 
 
 def forward(module, query, key, value, attention_mask, scaling=None, is_causal=None, **options):
@@ -54,31 +58,21 @@ def forward(module, query, key, value, attention_mask, scaling=None, is_causal=N
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_mask is not None:
-        if attention_mask.ndim != 2 or prefix is not None:
+        if not isinstance(attention_mask, Segments) or prefix is not None:
             raise ValueError(
                 "world2vlm attention takes a 2-D padding mask or prefix=segments (with -1 for "
                 "padding), not both and no 4-D mask: choose one, or use sdpa"
             )
-        written = attention_mask.shape[1]
+        prefix, written = attention_mask, attention_mask.ids.shape[1]
         key, value = key[:, :, :written], value[:, :, :written]
-        # Padding becomes segment -1; the other keys, 0, are seen by all behind them.
-        prefix = attention_mask.to(torch.int32) - 1
     causal = module.is_causal if is_causal is None else is_causal
     if causal:
         cu_seqlens, max_seqlen = options.get("text_cu_seqlens"), options.get("text_max_seqlen")
     else:  # the vision tower, whose windows transformers names so
         cu_seqlens, max_seqlen = options.get("cu_seq_lens_q"), options.get("max_length_q")
         prefix = None
-    o = attention(
-        query,
-        key,
-        value,
-        causal=causal,
-        scale=scaling,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-        prefix=prefix,
-    )
+    where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "prefix": prefix}
+    o = attention(query, key, value, causal=causal, scale=scaling, **where)
     return o.transpose(1, 2).contiguous(), None
 
 

@@ -30,6 +30,8 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import Segments
+
 LOGITS = 2**27  # logits in memory at a time: half a gigabyte of float32
 
 
@@ -155,11 +157,12 @@ def pack(rows: list[dict]) -> tuple[dict, torch.Tensor, torch.Tensor]:
     begins: attention stays inside.
     """
     starts = [0, *itertools.accumulate(len(row["ids"]) for row in rows)]
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     inputs = {  # "text_": transformers hands a plain cu_seqlens to the vision tower instead
         "input_ids": torch.cat([row["ids"] for row in rows])[None],
         "position_ids": torch.cat([row["positions"] for row in rows], 1)[:, None],
-        "prefix": torch.cat([row["segment"] for row in rows])[None],
-        "text_cu_seqlens": torch.tensor(starts, dtype=torch.int32),
+        "prefix": Segments(torch.cat([row["segment"] for row in rows])[None], cu_seqlens),
+        "text_cu_seqlens": cu_seqlens,
         "text_max_seqlen": max(len(row["ids"]) for row in rows),
     }
     source = torch.cat([row["source"] + start for row, start in zip(rows, starts, strict=False)])
@@ -275,6 +278,6 @@ def row_logprobs(model, rows: list[dict], pad: int) -> torch.Tensor:
     inputs["pixel_values"] = torch.cat([row["pixels"] for row in rows])
     inputs["image_grid_thw"] = torch.cat([row["grids"] for row in rows])
     device = model.device
-    inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in inputs.items()}
+    inputs = {name: x.to(device) if hasattr(x, "to") else x for name, x in inputs.items()}
     score = getattr(model, "answer_logprobs", partial(answer_logprobs, model))
     return score(inputs, where.to(device), tokens.to(device))

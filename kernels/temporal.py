@@ -86,7 +86,7 @@ def _rows(S, H, pixels, T, ROWS):
     exists = (group < ROWS // T) & (pixel < pixels)
     bt = pixel // S * T + r % T
     # int64: bt * stride_frame passes 2**31 in a long video.
-    return group, bt.to(tl.int64), pixel % S, head, exists
+    return group, bt.to(tl.int64), (pixel % S).to(tl.int64), head.to(tl.int64), exists
 
 
 @jit

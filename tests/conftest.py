@@ -105,6 +105,21 @@ def where_kernels_run(function):
     return there
 
 
+def far_apart(x: torch.Tensor, axis: int, folder: Path) -> torch.Tensor:
+    """x with steps of 2^30 numbers along `axis`, of at most 3 places, in a file of holes.
+
+    An offset that wraps at 2^31 finds a hole, zeros, in front of x, and no foreign memory.
+    """
+    strides = list(x.stride())
+    strides[axis] = 2**30
+    numbers = 2**32 + x.numel()
+    path = folder / f"{len(list(folder.iterdir()))}.bin"
+    path.touch()
+    os.truncate(path, numbers * x.element_size())
+    file = torch.from_file(str(path), shared=True, size=numbers, dtype=x.dtype)
+    return file.as_strided(x.shape, strides, 2**31).copy_(x)
+
+
 def tiny_qwen25(run: Path, folder: Path, attention: str):
     """The other family: a random Qwen2.5-VL with windows, the rest from the tiny student."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

@@ -3,6 +3,7 @@ matrix instruction, and no forward kernel spills. `make compile-kernels` compile
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def test_every_kernel_on_hopper_and_attention_on_every_card(rows):
     found = {(row["kernel"], row["target"]) for row in rows}
     wanted = {(name, "sm_90") for name in ahead.all_cases()}
     forward = [name for name in ahead.all_cases() if SIXTEEN_BIT in name]
-    assert len(forward) == 9
+    assert len(forward) == 8
     assert found == wanted | {(name, target) for name in forward for target in ahead.TARGETS}
     assert not ahead.faults(rows), "\n" + "\n".join(ahead.faults(rows))
     forward = {row["kernel"].split()[0] for row in rows if "forward" in row["kernel"]}
@@ -47,6 +48,26 @@ def test_sixteen_bit_attention_uses_each_card_s_matrix_instruction(rows):
             assert own[row["target"]] in row["matrix"].split("+"), row
 
 
+def test_two_programs_of_a_training_step_fit_a_multiprocessor(rows):
+    """Hopper's has 65,536 registers and 228 KiB of shared memory, of which a program takes 1 more.
+
+    One computes while the other waits for memory.
+    """
+    student = re.compile("attention (dq|dkdv) bf16 D=128 causal")
+    found = [r for r in rows if r["target"] == "sm_90" and student.match(r["kernel"])]
+    assert len(found) == 6
+    for row in found:
+        threads = 32 * ahead.all_cases()[row["kernel"]][-1]["num_warps"]
+        assert row["spilled"] == 0, row
+        assert 2 * threads * row["registers"] <= 65536, row
+        assert 2 * (row["shared"] + 1024) <= 228 << 10, row
+
+
+def test_decoding_spills_nothing(rows):
+    found = [r for r in rows if r["kernel"].startswith("attention few")]
+    assert len(found) == 2 and not any(row["spilled"] for row in found)
+
+
 def test_tables_show_every_row(rows):
     head, *plain = ahead.table(rows).splitlines()
     assert head.split() == list(ahead.COLUMNS)
@@ -54,7 +75,7 @@ def test_tables_show_every_row(rows):
         assert row["kernel"] in line and row["target"] in line
     rows = [row for row in rows if SIXTEEN_BIT in row["kernel"]]
     lines = ahead.markdown(rows).splitlines()
-    assert len(lines) == 2 + 9
+    assert len(lines) == 2 + 8
     assert all(line.count("|") == 2 + len(ahead.TARGETS) for line in lines)
 
 

@@ -6,6 +6,7 @@ interpreter, where they take the kernels.
 
 import copy
 import importlib
+import os
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kernels import decode, rows
 
 sft = load("04")
 register = importlib.import_module("kernels.register")  # `kernels.register` is the function
+kernels = importlib.import_module("kernels.attention")
 
 
 @pytest.fixture(scope="module", params=["qwen2.5", "qwen3"])
@@ -162,6 +164,58 @@ def test_a_training_loss_in_bfloat16(pair, tmp_path):
     assert 0 < ours < 2 * eager < 0.1
 
 
+def counting(monkeypatch):
+    """(prefixes that the attention is given, arguments of `prefix_ranges`) from here on."""
+    given, found = [], []
+    attention, ranges = register.attention, kernels.prefix_ranges
+
+    def recorded(*tensors, **options):
+        given.append(options["prefix"])
+        return attention(*tensors, **options)
+
+    def counted(*arguments):
+        found.append(arguments)
+        return ranges(*arguments)
+
+    monkeypatch.setattr(register, "attention", recorded)
+    monkeypatch.setattr(kernels, "prefix_ranges", counted)
+    return given, found
+
+
+@torch.no_grad()
+def test_once_per_pass_is_found_what_the_kernels_may_skip(pair, questions, monkeypatch):
+    """All layers of a forward pass are given the same segments; a decoded token is a pass."""
+    student, passes = pair[1], 3
+    given, found = counting(monkeypatch)
+    inputs = left_padded(student, questions)
+    mask, position = inputs["attention_mask"], inputs["position_ids"][0, :, -1] + 1
+    out = student.model(**inputs, use_cache=True)
+    cache = decode.cache_with_room(out.past_key_values, torch.arange(len(questions)), 6)
+    pad = student.tokenizer.pad_token_id
+    decode.decode(student.model, cache, out.logits[:, -1], mask, position, -1, pad, passes)
+    layers = student.model.config.text_config.num_hidden_layers
+    segments = [prefix for prefix in given if prefix is not None]
+    assert len(segments) == passes * layers
+    assert len({id(prefix) for prefix in segments}) == passes
+    assert len(found) == (passes if os.environ.get("TRITON_INTERPRET") == "1" else 0)
+
+
+def test_a_checkpointed_step_of_packed_rows_shares_its_segments(pair, tmp_path, monkeypatch):
+    """Layers that are computed again for the backward pass included."""
+    model = pair[1].model
+    model.activation_checkpointing_enable()
+    model.train()
+    given, _ = counting(monkeypatch)
+    logprobs(pair[1], rows_of(pair[1], tmp_path)).sum().backward()
+    model.activation_checkpointing_disable()
+    model.eval()
+    model.zero_grad()
+    segments = [prefix for prefix in given if prefix is not None]
+    assert len(segments) == 2 * model.config.text_config.num_hidden_layers
+    assert len({id(prefix) for prefix in segments}) == 1
+    assert segments[0].ranges is segments[0].ranges
+
+
 @torch.no_grad()
 def test_the_vision_tower_calls_once_a_layer(pair, questions, monkeypatch):
     """Three prompts, six pictures, many windows: one launch per layer, with cu_seqlens."""
@@ -208,8 +262,12 @@ def test_what_it_cannot_do_is_an_error():
     with pytest.raises(ValueError, match="prefix=segments"):
         register.forward(module, x, x, x, torch.zeros(1, 1, 3, 3))
     # Otherwise the mask would quietly take the prefix's place.
+    mask = register.padding_mask(1, 3, 3, attention_mask=torch.ones(1, 3))
     with pytest.raises(ValueError, match="not both"):
-        register.forward(module, x, x, x, torch.ones(1, 3), prefix=torch.zeros(1, 3))
+        register.forward(module, x, x, x, mask, prefix=torch.zeros(1, 3))
+    alone = kernels.Segments(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.attention(x, x, x, causal=True, scale=1.0, cu_seqlens=[0, 3], prefix=alone)
     with pytest.raises(ValueError, match="no dropout"):
         register.forward(module, x, x, x, None, dropout=0.1)
 

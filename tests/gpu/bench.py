@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from kernels.attention import attention, rotate, transform
+from kernels.attention import Segments, attention, transform
 from kernels.rays import plucker_rays, plucker_rays_reference
 from kernels.temporal import temporal_attention
 
@@ -93,13 +93,6 @@ def qkvo_bytes(B, H, Hk, S, D) -> int:
     return 2 * B * S * D * (2 * H + 2 * Hk)
 
 
-def rope_tables(S, D, device, theta=1e4):
-    """cos, sin [1, S, D / 2] float32 of positions 0 .. S - 1 (Su et al. 2021)."""
-    frequency = theta ** (-torch.arange(0, D, 2, device=device) / D)
-    angle = torch.arange(S, device=device)[None, :, None] * frequency
-    return angle.cos(), angle.sin()
-
-
 def poses(V, device):
     """w2c [V, 4, 4] of cameras that turn and walk, K [V, 3, 3] in picture widths and heights."""
     turn = torch.linspace(0, 1.2, V, device=device)
@@ -130,37 +123,6 @@ def plain(name, causal, sizes, tiny, target=None) -> Operation:
         return size, 4 * n.B * n.H * n.D * pairs, {"SDPA": size}
 
     return Operation(name, sizes, tiny, runs, cost, {"SDPA": target} if target else {})
-
-
-def rope(name, sizes, tiny) -> Operation:
-    """The language model: causal, grouped heads, q and k rotated.
-
-    Baseline: rotated copies of q and k, then SDPA.
-    """
-
-    def runs(n, device, dtype):
-        cos, sin = rope_tables(n.S, n.D, device, theta=1e6)
-        near = cos.to(dtype), sin.to(dtype)  # a model in bf16 rotates by bf16 tables
-
-        def ours(q, k, v):
-            return attention(q, k, v, causal=True, scale=n.D**-0.5, rope=(cos, sin))
-
-        def separate(q, k, v):
-            q, k = rotate(q, *near), rotate(k, *near)
-            return SDPA(q, k, v, is_causal=True, enable_gqa=True)
-
-        tensors = qkv(n.B, n.H, n.Hk, n.S, n.D, device, dtype)
-        return {"ours": (ours, tensors), "rotate, SDPA": (separate, tensors)}
-
-    def cost(n):
-        size, tables = qkvo_bytes(n.B, n.H, n.Hk, n.S, n.D), 4 * n.S * n.D
-        # rotate: four half products (each reads and writes a half: 4 tensors), a difference and a
-        # sum (3), the two halves joined (2)
-        copies = 9 * 2 * n.B * (n.H + n.Hk) * n.S * n.D
-        operations = 4 * n.B * n.H * n.D * n.S * (n.S + 1) // 2
-        return size + tables, operations, {"rotate, SDPA": size + tables // 2 + copies}
-
-    return Operation(name, sizes, tiny, runs, cost, {"rotate, SDPA": 1.3})
 
 
 def cameras(name, sizes, tiny) -> Operation:
@@ -225,31 +187,25 @@ def temporal(name, sizes, tiny) -> Operation:
 
 
 def windows(name, sizes, tiny) -> Operation:
-    """The vision tower: N windows of equal length in one row, rotated.
+    """The vision tower: N windows of equal length in one row, q and k already rotated.
 
     Baseline: transformers' sdpa path, which calls SDPA once per window.
     """
 
     def runs(n, device, dtype):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
         S, scale = n.N * n.S, n.D**-0.5
-        cos, sin = rope_tables(S, n.D, device)
         bounds = torch.arange(0, S + 1, n.S, dtype=torch.int32, device=device)
-        wide = [torch.cat([x, x], -1)[0] for x in (cos, sin)]  # S D, as the tower makes them
         module = torch.nn.Module()
         module.is_causal = False
         options = {"attention_mask": None, "scaling": scale, "is_causal": False}
 
         def ours(q, k, v):
-            where = {"cu_seqlens": bounds, "max_seqlen": n.S, "rope": (cos, sin)}
+            where = {"cu_seqlens": bounds, "max_seqlen": n.S}
             return attention(q, k, v, causal=False, scale=scale, **where)
 
-        def tower(q, k, v):  # Qwen2_5_VLVisionAttention.forward between its two linear layers
-            q, k = (x[0].transpose(0, 1) for x in (q, k))  # S H D
-            q, k = apply_rotary_pos_emb_vision(q, k, *wide)
-            q, k = (x.transpose(0, 1)[None] for x in (q, k))  # 1 H S D
+        def tower(q, k, v):  # Qwen2_5_VLVisionAttention.forward behind its rotation
             lengths = (bounds[1:] - bounds[:-1]).tolist()
             chunks = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
             parts = [sdpa_attention_forward(module, *chunk, **options)[0] for chunk in chunks]
@@ -260,43 +216,49 @@ def windows(name, sizes, tiny) -> Operation:
         return {"ours": (ours, tensors), "transformers sdpa": (tower, tensors)}
 
     def cost(n):
-        S, tables = n.N * n.S, 4 * n.N * n.S * n.D
+        S = n.N * n.S
         size = qkvo_bytes(1, n.H, n.H, S, n.D)
-        # Rotation in float32, bytes per number: to float32 6, negated half 4, halves joined 8, two
-        # products 16, sum 12, to 16 bits 6. Then the windows of o are joined: 4.
-        copies = (2 * 52 + 4) * S * n.H * n.D
-        operations = 4 * n.H * n.D * S * n.S
-        return size + tables, operations, {"transformers sdpa": size + 2 * tables + copies}
+        copies = 4 * S * n.H * n.D  # the windows of o are joined
+        return size, 4 * n.H * n.D * S * n.S, {"transformers sdpa": size + copies}
 
     return Operation(name, sizes, tiny, runs, cost, {"transformers sdpa": 5.0})
 
 
 def prefix(name, sizes, tiny) -> Operation:
-    """kernels/rows.py's rows: prefix | question 1 | question 2 | ...
+    """N of kernels/rows.py's rows in one: prefix | question 1 | question 2 | ...
 
-    A token sees the prefix and its own question, up to itself.
+    A token sees its row's prefix and its own question, up to itself.
     """
 
     def runs(n, device, dtype):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        S, scale = n.prefix + n.Q * n.S, n.D**-0.5
+        length, scale = n.prefix + n.Q * n.S, n.D**-0.5
+        S = n.N * length
         questions = 1 + torch.arange(n.Q).repeat_interleave(n.S)
         segment = torch.cat([torch.zeros(n.prefix), questions]).to(device, torch.int32)
+        segment, row = segment.repeat(n.N), torch.arange(S, device=device) // length
+        where = {}
+        if n.N > 1:
+            bounds = torch.arange(0, S + 1, length, dtype=torch.int32, device=device)
+            where = {"cu_seqlens": bounds, "max_seqlen": length}
+        # One for all layers of a model, so it is prepared, not timed.
+        where["prefix"] = Segments(segment[None], where.get("cu_seqlens"))
         q, k, v = qkv(1, n.H, n.Hk, S, n.D, device, dtype)
         # SDPA's backends take a mask only with a key head per query head: prepared, not timed.
         wide = [q, *(x.repeat_interleave(n.H // n.Hk, 1) for x in (k, v))]
-        seen = ((segment == 0) | (segment == segment[:, None])).tril()
+        seen = ((segment == 0) | (segment == segment[:, None])).tril() & (row == row[:, None])
 
         def visible(b, h, i, j):
-            return (j <= i) & ((segment[j] == 0) | (segment[j] == segment[i]))
+            question = (segment[j] == 0) | (segment[j] == segment[i])
+            return (j <= i) & (row[j] == row[i]) & question
 
         block_mask = create_block_mask(visible, None, None, S, S, device=device)
         on_gpu = torch.device(device).type == "cuda"
         compiled = torch.compile(flex_attention) if on_gpu else flex_attention
 
         def ours(q, k, v):
-            return attention(q, k, v, causal=True, scale=scale, prefix=segment[None])
+            return attention(q, k, v, causal=True, scale=scale, **where)
 
         def masked(q, k, v):
             return SDPA(q, k, v, attn_mask=seen)
@@ -311,9 +273,10 @@ def prefix(name, sizes, tiny) -> Operation:
         }
 
     def cost(n):
-        S = n.prefix + n.Q * n.S
+        S = n.N * (n.prefix + n.Q * n.S)
         pairs = n.prefix * (n.prefix + 1) // 2
         pairs += n.Q * (n.S * n.prefix + n.S * (n.S + 1) // 2)
+        pairs *= n.N
         size = qkvo_bytes(1, n.H, n.Hk, S, n.D) + 4 * S
         # The boolean mask becomes a 16-bit bias (1 read, 2 written, 2 read per pair), and every
         # query head has keys and values of its own.
@@ -323,6 +286,38 @@ def prefix(name, sizes, tiny) -> Operation:
 
     targets = {"SDPA, boolean mask": 3.0, "flex_attention": 1.2}
     return Operation(name, sizes, tiny, runs, cost, targets)
+
+
+def decoding(name, sizes, tiny) -> Operation:
+    """One token of each of B responses on a cache of S tokens, grouped heads, left padding.
+
+    Baselines: SDPA under the mask, which repeats every key head for its query heads.
+    """
+
+    def runs(n, device, dtype):
+        q, k, v = qkv(n.B, n.H, n.Hk, n.S, n.D, device, dtype)
+        q = q[:, :, -1:].contiguous()
+        padding = torch.arange(n.B, device=device)[:, None]  # row b begins with b padding tokens
+        real = torch.arange(n.S, device=device) >= padding
+        segments = Segments(real.int() - 1)
+
+        def ours(q, k, v):
+            return attention(q, k, v, causal=True, scale=n.D**-0.5, prefix=segments)
+
+        def masked(q, k, v):
+            k, v = (x.repeat_interleave(n.H // n.Hk, 1) for x in (k, v))
+            return SDPA(q, k, v, attn_mask=real[:, None, None])
+
+        return {"ours": (ours, (q, k, v)), "repeat, SDPA": (masked, (q, k, v))}
+
+    def cost(n):
+        cache = 2 * 2 * n.B * n.Hk * n.S * n.D
+        size = cache + 2 * 2 * n.B * n.H * n.D + 4 * n.B * n.S
+        # The cache read, a copy of it per query head written and read.
+        moved = size + 2 * cache * n.H // n.Hk
+        return size, 4 * n.B * n.H * n.D * n.S, {"repeat, SDPA": moved}
+
+    return Operation(name, sizes, tiny, runs, cost, {"repeat, SDPA": 5.0}, step_bytes=None)
 
 
 def rays(name, sizes, tiny) -> Operation:
@@ -368,11 +363,6 @@ OPERATIONS = [
     plain("plain S=8192 D=128", False, LONG, TINY, 0.7),
     plain("plain S=8192 D=128 causal", True, LONG, TINY, 0.7),
     plain("plain SVC frames full", False, Sizes(B=21, H=5, S=72 * 72, D=64), TINY),
-    rope(
-        "rope Qwen2.5-VL-7B",
-        Sizes(B=1, H=28, Hk=4, S=2560, D=128),
-        Sizes(B=1, H=4, Hk=2, S=10, D=32),
-    ),
     *(
         cameras(f"cameras SVC {level}", Sizes(V=21, **n), Sizes(V=3, **TINY_VIEWS))
         for level, n in SVC.items()
@@ -388,8 +378,18 @@ OPERATIONS = [
     ),
     prefix(
         "prefix 2560 + 8 x 64",
-        Sizes(prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
-        Sizes(prefix=11, Q=3, S=5, H=4, Hk=2, D=32),
+        Sizes(N=1, prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
+        Sizes(N=1, prefix=11, Q=3, S=5, H=4, Hk=2, D=32),
+    ),
+    prefix(
+        "packed 4 x (2560 + 8 x 64)",
+        Sizes(N=4, prefix=2560, Q=8, S=64, H=28, Hk=4, D=128),
+        Sizes(N=3, prefix=6, Q=2, S=5, H=4, Hk=2, D=32),
+    ),
+    decoding(
+        "decoding 16 x 3000",
+        Sizes(B=16, H=28, Hk=4, S=3000, D=128),
+        Sizes(B=3, H=4, Hk=2, S=11, D=32),
     ),
     rays("rays SVC", Sizes(V=21, h=72, w=72), Sizes(V=3, h=5, w=4)),
 ]

@@ -4,32 +4,30 @@ The oracle follows the definition token by token. Run by tests/test_kernels.py. 
 most 4 times as far from the oracle as plain torch in the same precision.
 """
 
+import importlib
 import itertools
 
 import pytest
 import torch
 import triton
-from conftest import GPU, check, tolerance, where_kernels_run
+from conftest import GPU, check, far_apart, tolerance, where_kernels_run
 
 from kernels import attention as attention_here
-from kernels.attention import attention_reference, mrope
+from kernels.attention import attention_reference
+
+kernels = importlib.import_module("kernels.attention")
 
 assert GPU or triton.knobs.runtime.interpret, "run me with TRITON_INTERPRET=1"
 attention = where_kernels_run(attention_here)
 
 
-def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras=None):
+def oracle(q, k, v, causal, scale, windows=None, prefix=None, cameras=None):
     """One query after the other; q [B, H, S, D], float64.
 
-    windows: list of lengths; rope: (cos, sin) [B, S, D / 2]; cameras: [B, V, 4, 4].
+    windows: list of lengths; cameras: [B, V, 4, 4].
     """
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     window = [n for n, length in enumerate(windows or [Sk]) for _ in range(length)]
-
-    def rotated(x, b, t):
-        cos, sin = rope[0][b, t].double(), rope[1][b, t].double()
-        x1, x2 = x[: D // 2], x[D // 2 :]
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])
 
     def by(matrix, x):
         return torch.cat([matrix @ x[c : c + 4] for c in range(0, D, 4)])
@@ -40,7 +38,6 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
     out = []
     for b, h, i in itertools.product(range(B), range(H), range(S)):
         query, at = q[b, h, i], i + Sk - S
-        query = query if rope is None else rotated(query, b, i)
         query = query if cameras is None else by(P(b, i).T, query)
         keys, values = [], []
         for j in range(Sk):
@@ -50,7 +47,6 @@ def oracle(q, k, v, causal, scale, windows=None, prefix=None, rope=None, cameras
                 seen = seen and (theirs == 0 or (theirs > 0 and theirs == mine))
             if seen:
                 key, value = k[b, h // (H // Hk), j], v[b, h // (H // Hk), j]
-                key = key if rope is None else rotated(key, b, j)
                 if cameras is not None:
                     inverse = torch.linalg.inv(P(b, j))
                     key, value = by(inverse, key), by(inverse, value)
@@ -75,7 +71,6 @@ def compare(
     dtype=torch.float32,
     windows=None,
     prefix=None,
-    rope=False,
     views=0,
     wrong=1.0,
 ):
@@ -85,9 +80,6 @@ def compare(
     shapes = ((B, H, S, D), (B, Hk, Sk, D), (B, Hk, Sk, D), (B, H, S, D))
     q, k, v, do = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
     options = {"prefix": prefix}
-    if rope:
-        section = [D // 8, D // 8 + D // 16, D // 2 - 2 * (D // 8) - D // 16]
-        options["rope"] = mrope(torch.randint(0, 50, (3, B, S), generator=g), section, 1e4)
     if views:
         options["cameras"] = torch.eye(4) + 0.3 * torch.randn(B, views, 4, 4, generator=g)
     cu = None
@@ -162,10 +154,59 @@ def test_prefix_in_every_window():
     compare(S=45, windows=windows, prefix=prefix)
 
 
-@pytest.mark.parametrize("D", [32, 80])
-@pytest.mark.parametrize("causal", [True, False])
-def test_rope(D, causal):
-    compare(B=2, H=1, S=9, D=D, rope=True, causal=causal)
+def compare_decoded(Sk, H=4, Hk=2, D=32, dtype=torch.float32, rows=None, wrong=1.0):
+    """One query per row, without gradient: heads in one tile, keys in parts."""
+    g, B = torch.Generator().manual_seed(Sk * 1000 + D), len(rows or [0])
+    shapes = ((B, H, 1, D), (B, Hk, Sk, D), (B, Hk, Sk, D))
+    q, k, v = (torch.randn(shape, generator=g).to(dtype) for shape in shapes)
+    prefix = None if rows is None else torch.tensor(rows)
+    options = {"causal": True, "prefix": prefix}
+    exact = oracle(q.double(), k.double(), v.double(), scale=0.3, **options)
+    plain = attention_reference(q, k, v, scale=0.3, **options).double()
+    found = attention(q, k, v, scale=0.3 * wrong, **options).double()
+    check(("o",), [found], [exact], tolerance([plain], [exact]))
+
+
+@pytest.mark.parametrize("Sk", [2, 31, 64, 257, 600])
+def test_decoding(Sk):
+    """Up to three parts, the last not full."""
+    compare_decoded(Sk)
+
+
+@pytest.mark.parametrize("H, Hk, D", [(1, 1, 128), (7, 1, 80), (28, 4, 40), (40, 2, 64)])
+def test_decoding_with_grouped_heads(H, Hk, D):
+    """Up to 20 heads of a group: more than a tile."""
+    compare_decoded(300, H, Hk, D)
+    compare_decoded(70, H, Hk, D, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [segments((-1, 290), (0, 310)), segments((0, 600))],  # left padding: a part of nothing
+        [segments((0, 300), (1, 200), (2, 100)), segments((0, 1), (1, 598), (2, 1))],
+        [segments((0, 500), (-1, 100)), segments((-1, 600))],  # a blind query
+    ],
+)
+def test_decoding_with_segments(rows):
+    compare_decoded(600, rows=rows)
+
+
+def test_decoding_reads_a_cache_in_place_in_parts(monkeypatch):
+    """Keys and values with room behind them; a model's heads lie behind its tokens."""
+    parts, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *x: (parts.append(x[-1]), launch(*x)))
+    k, v = torch.randn(2, 1, 2, 1100, 32)[:, :, :, :1000]
+    q = torch.randn(1, 1, 4, 32).transpose(1, 2)
+    got = attention(q, k, v, causal=True, scale=None)
+    want = attention_reference(q, k, v, causal=True, scale=32**-0.5)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+    assert parts == [4]
+
+
+def test_a_flipped_sign_fails_in_decoding():
+    with pytest.raises(AssertionError, match="is off by"):
+        compare_decoded(600, wrong=-1.0)
 
 
 @pytest.mark.parametrize("D", [32, 80])
@@ -176,7 +217,7 @@ def test_cameras(D, views):
 
 def test_all_at_once():
     prefix = torch.tensor([segments((0, 20), (1, 5), (2, 5)) + segments((0, 2), (1, 4))])
-    compare(S=36, rope=True, views=4, windows=[30, 6], prefix=prefix)
+    compare(S=36, views=4, windows=[30, 6], prefix=prefix)
 
 
 # The interpreter multiplies the bits of bfloat16 as integers.
@@ -186,7 +227,7 @@ def test_half_precision(dtype):
     compare(S=70, D=80, dtype=dtype, windows=[40, 30], causal=False)
     prefix = torch.tensor([segments((0, 12), (1, 20), (2, 8))])
     compare(H=7, S=40, D=128, dtype=dtype, prefix=prefix)
-    compare(S=18, D=64, dtype=dtype, rope=True, views=2)
+    compare(S=18, D=64, dtype=dtype, views=2)
 
 
 def test_strided_inputs_are_read_in_place():
@@ -195,6 +236,23 @@ def test_strided_inputs_are_read_in_place():
     got = attention(q, k, v, causal=True, scale=None)
     want = attention_reference(q, k, v, causal=True, scale=32**-0.5)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="moving such a tensor to the GPU makes it dense")
+@pytest.mark.parametrize(
+    "axis, windows", [(1, None), (2, None), (2, [1, 1, 1])], ids=["heads", "tokens", "windows"]
+)
+def test_offsets_beyond_32_bits(axis, windows, tmp_path):
+    """64 pairs of megapixel pictures: 2.6e9 numbers of q, k and v of the vision tower."""
+    near = torch.randn(4, 1, 3, 3, 32).half()
+    cu = windows and torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    found = []
+    for q, k, v, do in (near, [far_apart(x, axis, tmp_path) for x in near]):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = attention(*leaves, causal=True, scale=None, cu_seqlens=cu)
+        found.append([o.detach(), *torch.autograd.grad(o, leaves, do)])
+    for a, b in zip(*found, strict=True):
+        assert a.equal(b)
 
 
 def test_the_forward_pass_is_deterministic():
@@ -207,12 +265,4 @@ def test_a_flipped_sign_fails():
     with pytest.raises(AssertionError, match="is off by"):
         compare(S=33, wrong=-1.0)
     with pytest.raises(AssertionError, match="is off by"):
-        compare(S=33, rope=True, views=3, wrong=-1.0)
-
-
-def test_mrope_is_rope_where_the_streams_agree():
-    """The three streams of a text token are equal: then the section must not matter."""
-    positions = torch.arange(7).expand(3, 1, 7)
-    runs = mrope(positions, [8, 12, 12], 1e6)
-    turns = mrope(positions, [11, 11, 10], 1e6, interleaved=True)
-    torch.testing.assert_close(runs, turns)
+        compare(S=33, views=3, wrong=-1.0)

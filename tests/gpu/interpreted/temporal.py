@@ -6,7 +6,7 @@ interpreter's tl.dot multiplies its bit patterns. float16 goes the same way thro
 
 import pytest
 import torch
-from conftest import GPU, check, tolerance, where_kernels_run
+from conftest import GPU, check, far_apart, tolerance, where_kernels_run
 
 from kernels import temporal
 from kernels.temporal import temporal_attention_reference
@@ -103,6 +103,16 @@ def test_pixels_do_not_meet():
     after = results(lambda *y: temporal_attention(*y, 21), changed[:3], changed[3])
     for b, a in zip(before, after, strict=True):
         assert b[:, [0, 2]].equal(a[:, [0, 2]]) and not b[:, 1].equal(a[:, 1])
+
+
+@pytest.mark.skipif(GPU, reason="moving such a tensor to the GPU makes it dense")
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["frames", "pixels", "heads"])
+def test_offsets_beyond_32_bits(axis, tmp_path):
+    near = draw(torch.float16, 1, 3, 3, 3, 32)
+    far = [far_apart(x, axis, tmp_path) for x in near]
+    found = [results(lambda *x: temporal_attention(*x, 3), x[:3], x[3]) for x in (near, far)]
+    for a, b in zip(*found, strict=True):
+        assert a.equal(b)
 
 
 def test_a_program_writes_its_own_pixels_only():
