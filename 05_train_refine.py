@@ -205,6 +205,7 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
         prompt["uniforms"] = torch.rand(cfg.group, cfg.max_new_tokens, generator=draw)
     # prompts of like length go together, because a shorter one is padded to the longest
     order = sorted(prompts, key=lambda prompt: len(prompt["ids"]))
+    student.model.eval()  # nothing is recomputed, and the key-value cache is kept
     for start in range(0, len(order), ROLLOUT):
         part = order[start : start + ROLLOUT]
         uniforms = torch.cat([prompt["uniforms"] for prompt in part])
@@ -272,7 +273,7 @@ def update(student: Student, frozen, parts: list[dict], cfg: Config) -> tuple:
     Also the names of the questions whose log-probability is not finite. Each part holds rows;
     the first update adds the old and reference log-probabilities of their tokens.
     """
-    device = student.model.device
+    device = student.model.train().device  # activations are checkpointed in this mode only
     sums, broken = torch.zeros(3, device=device), []
     for part in parts:
         rows = part["rows"]
@@ -350,7 +351,7 @@ def main(cfg: Config):
     # or where LoRAs can be switched off a copy of the tower
     place = device if world == 1 else "cpu"
     student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
-    model, frozen = student.model.eval(), None
+    model, frozen = student.model, None
     if cfg.kl and not (cfg.train == "lora" and cfg.freeze_vision):
         frozen = copy.deepcopy(model if cfg.train == "full" else model.model.visual).to(device)
     choose_trained(model, cfg, device)
@@ -360,7 +361,7 @@ def main(cfg: Config):
     rollout_student = student
     if world > 1:
         rollout_student = load_student(str(source), dtype, device, ATTENTION, MAX_PIXELS)
-        rollout_weights = rollout_student.model.eval().state_dict()
+        rollout_weights = rollout_student.model.state_dict()
     # the questions
     root = Path(cfg.data_root or (run if run in data.parents else data.parent))
     questions = read_questions(data, root)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +190,42 @@ def test_rows_cut_by_the_budget_keep_every_advantage(run, tmp_path):
         joined = [torch.cat([row[name] for row in rows]) for rows in (whole, cut)]
         assert torch.equal(*joined)
     assert whole[0]["advantage"].unique().tolist() == [-2.0, 1.0, 3.0]
+
+
+def counted(model):
+    """Counts the forward and backward passes of the MLPs of tower and language model."""
+    calls = Counter()
+    parts = {"tower": model.model.visual.blocks, "text": model.model.language_model.layers}
+    for name, layers in parts.items():
+        for layer in layers:  # of its MLP: the layer's own hooks stand outside the checkpoint
+            layer.mlp.register_forward_pre_hook(lambda *_, n=name: calls.update([f"{n} forward"]))
+            layer.mlp.register_full_backward_hook(lambda *_, n=name: calls.update([f"{n} back"]))
+    return calls
+
+
+@FAMILIES
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_computes_every_layer_twice(run, tmp_path, family, checkpointing):
+    """Also after a rollout, whose model is in eval(): only in train() does it do anything."""
+    student = student_of(run, tmp_path, family)
+    cfg = settings(train="lora", checkpointing=checkpointing, kl=0)
+    refine.choose_trained(student.model, cfg, "cpu")
+    rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
+    calls, layers = counted(student.model.eval()), len(student.model.model.language_model.layers)
+    refine.update(student, None, [{"rows": rows}], cfg)
+    assert calls["text forward"] == (1 + checkpointing) * layers
+    assert calls["text back"] == layers
+
+
+@FAMILIES
+def test_training_mode_changes_no_number(run, tmp_path, family):
+    student = student_of(run, tmp_path, family)
+    rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
+    found = [
+        logprobs(SimpleNamespace(model=mode(), tokenizer=student.tokenizer), rows)
+        for mode in (student.model.train, student.model.eval)
+    ]
+    assert torch.equal(*found)
 
 
 # --- as runs ---
