@@ -180,7 +180,10 @@ def group_by_pictures(questions: list[dict]) -> list[list[dict]]:
 
 
 def batches(groups: list[list[dict]], size: float, seed: int):
-    """Endless lists of groups with about `size` questions; each epoch has an order of its own."""
+    """Endless lists of groups with `size` questions; each epoch has an order of its own.
+
+    What the last group has too many the next list has less: an epoch takes as long as it should.
+    """
     batch, count = [], 0
     for epoch in itertools.count():
         for i in np.random.default_rng([seed, epoch]).permutation(len(groups)):
@@ -188,7 +191,7 @@ def batches(groups: list[list[dict]], size: float, seed: int):
             count += len(groups[i])
             if count >= size:
                 yield batch
-                batch, count = [], 0
+                batch, count = [], count - size
 
 
 def mixed_batches(files: list[list[list[dict]]], cfg: Config):
@@ -410,7 +413,7 @@ def main(cfg: Config):
         clip_gradients(model, folder, step + 1, loss, norms, rows, broken)
         if step > first and step % cfg.save_every == 0:  # these weights have just proved sound
             save_checkpoint(folder, step, student, optimizers, dtype, rank)
-        factor = take_step(optimizers, cfg, step, steps)
+        factor = take_step(optimizers, cfg.schedule, cfg.warmup * steps, step, steps)
 
         seconds = time.perf_counter() - tick
         line = {"step": step + 1, "loss": loss, "lr": cfg.lr * factor, "grad_norm": norms[-1]}
@@ -955,11 +958,10 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     stop(f"{why}; its questions: {folder}/diverged.json; last checkpoint: {saved}; lower --lr")
 
 
-def take_step(optimizers: list, cfg, step: int, steps: int) -> float:
+def take_step(optimizers: list, schedule: str, warmup: float, step: int, steps: int) -> float:
     """One step at the learning rates of the schedule; returns their share of the peak."""
-    warmup = cfg.warmup * steps
     share = min(1.0, (step + 1) / (warmup + 1))
-    if cfg.schedule == "cosine":  # half a period, down to zero
+    if schedule == "cosine":  # half a period, down to zero
         angle = math.pi * max(0, step - warmup) / max(1, steps - warmup)
         share *= 0.5 * (1 + math.cos(angle))
     for optimizer in optimizers:

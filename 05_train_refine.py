@@ -29,7 +29,6 @@ tests/forks/dapo.patch does. Another reward: `reward`, at the end.
 from __future__ import annotations
 
 import argparse
-import copy
 import fcntl
 import functools
 import hashlib
@@ -66,8 +65,8 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
 from kernels import prepare, register
-from kernels.decode import generate_groups
-from kernels.lora import add_lora, gathered, merged_weights, save_adapter, without_lora
+from kernels.decode import end_tokens, generate_groups
+from kernels.lora import add_lora, gathered, merged_weights, save_adapter
 from kernels.rows import dummy_row, encode_question, micro_batches, names_of, row_logprobs, shard
 from kernels.rows import share
 
@@ -108,6 +107,7 @@ class Config:
     )
     prompts: int = HfArg(default=32, help="questions per step, of all processes")
     group: int = HfArg(default=4, help="responses per question; the paper's 4-5")
+    temperature: float = HfArg(default=1.0, help="of the policy: as it answers, so it learns")
     max_new_tokens: int = HfArg(default=256, help="tokens per response at most; the paper's")
     tokens: int = HfArg(default=16384, help="tokens per forward pass at most; bounds memory")
     steps: int = HfArg(default=0, help="rollout steps; 0: one epoch, as in the paper")
@@ -118,7 +118,6 @@ class Config:
     schedule: Literal["cosine", "constant"] = HfArg(
         default="constant", help="after the warm-up: constant, or half a cosine down to zero"
     )
-    warmup: float = HfArg(default=0.05, help="share of the steps in which the learning rate rises")
     dtype: Literal["auto", "bfloat16", "float32"] = HfArg(
         default="auto", help="of the arithmetic; auto: bfloat16 on a GPU that has it"
     )
@@ -138,8 +137,9 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
     tensor([[ 0.8700, -0.8700, -0.8700,  0.8700],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    centred = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
-    return centred / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
+    apart = rewards - rewards[:, :1]  # [Q, G], of equals 0 without a rounding error, as their mean
+    centred = apart - apart.mean(1, keepdim=True)  # [Q, G]
+    return centred / (apart.std(1, keepdim=True) + 1e-4)  # [Q, G]
 
 
 def keep_groups(rewards: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,8 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
     """Add to each prompt its group of responses, `tokens`, `texts` and `scores`; rewards [Q, G].
 
     Every response token is drawn by a number of its own, which depends on nothing but (seed, step,
-    question): not on the process, nor on what else is in its batch.
+    question): not on the process, nor on what else is in its batch. A response without its end
+    earns nothing, whatever it says so far.
     """
     for prompt in prompts:
         question = prompt["question"]
@@ -206,10 +207,12 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
     # prompts of like length go together, because a shorter one is padded to the longest
     order = sorted(prompts, key=lambda prompt: len(prompt["ids"]))
     student.model.eval()  # nothing is recomputed, and the key-value cache is kept
+    ends = end_tokens(student)
     for start in range(0, len(order), ROLLOUT):
         part = order[start : start + ROLLOUT]
         uniforms = torch.cat([prompt["uniforms"] for prompt in part])
-        groups = generate_groups(student, part, cfg.max_new_tokens, cfg.group, uniforms)
+        how = (cfg.max_new_tokens, cfg.group, uniforms, cfg.temperature)
+        groups = generate_groups(student, part, *how)
         for prompt, group in zip(part, groups, strict=True):
             question = prompt["question"]
             task, kind = question["task_type"], question.get("answer_type")
@@ -217,7 +220,9 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
             about = (kind, question.get("options"))
             scores = [reward(task, answer, text, *about)["overall"] for text in texts]
-            prompt |= {"tokens": group, "texts": texts, "scores": scores}
+            cut = [ids[-1] not in ends for ids in group]
+            scores = [min(0.0, s) if c else s for s, c in zip(scores, cut, strict=True)]
+            prompt |= {"tokens": group, "texts": texts, "scores": scores, "cut": cut}
     rewards = torch.tensor([prompt["scores"] for prompt in prompts], dtype=torch.float32)
     return rewards.reshape(-1, cfg.group)
 
@@ -252,37 +257,42 @@ def rows_of(student, prompts: list[dict], gains: torch.Tensor, max_tokens: int) 
     return rows
 
 
-@torch.no_grad()
-def reference_logprobs(student: Student, frozen, rows: list[dict], train: str) -> torch.Tensor:
-    """log p [N] of the response tokens under the reference model, the student that came in."""
-    model, pad = student.model, student.tokenizer.pad_token_id
-    if train == "full":
-        return row_logprobs(frozen, rows, pad)
-    # the trained model without its LoRAs, and with the tower as it was, is the reference model
-    tower = model.model.visual
-    model.model.visual = frozen or tower
-    with without_lora(model):
-        logprob = row_logprobs(model, rows, pad)
-    model.model.visual = tower
-    return logprob
+def trained_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name and tensor of the weights that train, where sharded this process's part of them."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def update(student: Student, frozen, parts: list[dict], cfg: Config) -> tuple:
+def exchange(model: torch.nn.Module, kept: dict[str, torch.Tensor]):
+    """In place: the weights that train and those that are kept beside change their places."""
+    for name, weight in trained_weights(model).items():
+        now = weight.clone()
+        weight.copy_(kept[name])
+        kept[name].copy_(now)
+
+
+def update(student: Student, came: dict, parts: list[dict], cfg: Config) -> tuple:
     """The gradient of the loss over a step, pass by pass: loss, KL and clipped share [3].
 
     Also the names of the questions whose log-probability is not finite. Each part holds rows;
-    the first update adds the old and reference log-probabilities of their tokens.
+    the first update adds the old and reference log-probabilities of their tokens. came: of the
+    weights that train a copy from before: with them the model is the reference model.
     """
-    device = student.model.train().device  # activations are checkpointed in this mode only
-    sums, broken = torch.zeros(3, device=device), []
+    model, pad = student.model.train(), student.tokenizer.pad_token_id  # checkpoints activations
+    half = torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    if cfg.kl and not all("reference" in part for part in parts):
+        exchange(model, came)
+        for part in parts:
+            with half, torch.no_grad():
+                part["reference"] = row_logprobs(model, part["rows"], pad, cfg.temperature)  # [N]
+        exchange(model, came)
+    sums, broken = torch.zeros(3, device=model.device), []
     for part in parts:
         rows = part["rows"]
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            logprob = row_logprobs(student.model, rows, student.tokenizer.pad_token_id)  # [N]
-            if "old" not in part:  # these are still the weights that answered
-                part["old"] = part["reference"] = logprob.detach()  # [N]
-                if cfg.kl:
-                    part["reference"] = reference_logprobs(student, frozen, rows, cfg.train)
+        with half:
+            logprob = row_logprobs(model, rows, pad, cfg.temperature)  # [N]
+        part.setdefault("old", logprob.detach())  # [N], of the weights that answered
+        part.setdefault("reference", part["old"])  # [N]
+        device = logprob.device
         advantage = torch.cat([row["advantage"] for row in rows]).to(device)  # [N]
         weight = torch.cat([row["weight"] for row in rows]).to(device)  # [N]
         given = (logprob, part["old"], part["reference"], advantage, weight)
@@ -296,6 +306,7 @@ def update(student: Student, frozen, parts: list[dict], cfg: Config) -> tuple:
 
 # --- The training ---
 SHOWN = "reward kl clipped grad_norm length seconds peak_gb"
+WARMUP = 0.05  # share of the steps in which the learning rate rises
 SHOW_EVERY = 20  # steps between printed rollouts
 
 
@@ -347,14 +358,12 @@ def main(cfg: Config):
         config = {name: value for name, value in asdict(cfg).items() if name not in BY_THE_WAY}
         meta = begin(folder, config, source if read_meta(source) else None)
     dist.barrier()
-    # the student that learns, and what the reference model needs beside it: a copy of all weights,
-    # or where LoRAs can be switched off a copy of the tower
+    # the student that learns, and of its weights that train a copy, which makes it the reference
     place = device if world == 1 else "cpu"
     student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
-    model, frozen = student.model, None
-    if cfg.kl and not (cfg.train == "lora" and cfg.freeze_vision):
-        frozen = copy.deepcopy(model if cfg.train == "full" else model.model.visual).to(device)
+    model = student.model
     choose_trained(model, cfg, device)
+    came = {name: w.clone() for name, w in trained_weights(model).items()} if cfg.kl else {}
     optimizers = [make_adamw(model.parameters(), cfg.lr)]
     # the one that answers: itself, or where it is sharded a whole copy on each process, because
     # responses end when they like
@@ -391,11 +400,11 @@ def main(cfg: Config):
         # learn
         parts = [{"rows": part} for part in micro_batches(rows, cfg.tokens, PADDED, dummy)]
         for i in range(cfg.updates):
-            sums, broken = update(student, frozen, parts, cfg)
+            sums, broken = update(student, came, parts, cfg)
             clip_gradients(model, folder, step + 1, float(sums[0]), norms, rows, broken)
             if i == 0 and step > first and step % cfg.save_every == 0:  # sound weights: see above
                 save_checkpoint(folder, step, student, optimizers, dtype, rank)
-            take_step(optimizers, cfg, step, steps)
+            take_step(optimizers, cfg.schedule, WARMUP * steps, step, steps)
         loss, kl, clipped = sums.tolist()
         line = {"step": step + 1, **measure(prompts), "loss": loss, "kl": kl, "clipped": clipped}
         line |= {"grad_norm": norms[-1], "rollout_seconds": rollout_seconds}
@@ -769,11 +778,10 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     stop(f"{why}; its questions: {folder}/diverged.json; last checkpoint: {saved}; lower --lr")
 
 
-def take_step(optimizers: list, cfg, step: int, steps: int) -> float:
+def take_step(optimizers: list, schedule: str, warmup: float, step: int, steps: int) -> float:
     """One step at the learning rates of the schedule; returns their share of the peak."""
-    warmup = cfg.warmup * steps
     share = min(1.0, (step + 1) / (warmup + 1))
-    if cfg.schedule == "cosine":  # half a period, down to zero
+    if schedule == "cosine":  # half a period, down to zero
         angle = math.pi * max(0, step - warmup) / max(1, steps - warmup)
         share *= 0.5 * (1 + math.cos(angle))
     for optimizer in optimizers:

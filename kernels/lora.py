@@ -5,7 +5,6 @@ The layer, and what becomes of it: put beside every linear layer, merged into W,
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,18 +34,6 @@ def add_lora(module: torch.nn.Module, rank: int, alpha: float):
     for name, layer in list(module.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             module.set_submodule(name, LoRA(layer, rank, alpha))
-
-
-@contextmanager
-def without_lora(model: torch.nn.Module):
-    """Inside, the model is the one that its LoRAs were put beside."""
-    layers = [module for module in model.modules() if isinstance(module, LoRA)]
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
-    yield
-    for layer, scale in zip(layers, scales, strict=True):
-        layer.scale = scale
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Stages 4 and 5 at scale: accumulation, LoRA, the reference model, sharding, divergence."""
 
-import copy
 import json
 import math
 import os
@@ -40,7 +39,7 @@ FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
 
 def settings(**more):
     base = {"train": "full", "freeze_vision": False, "checkpointing": False, "lora_rank": 8}
-    base |= {"dtype": "float32", "seed": 0, "clip_ratio": 0.2, "kl": 0.01}
+    base |= {"dtype": "float32", "seed": 0, "clip_ratio": 0.2, "kl": 0.01, "temperature": 1.0}
     return SimpleNamespace(**base | more)
 
 
@@ -66,6 +65,10 @@ def close(a, b, atol):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.allclose(a[name], b[name], atol=atol), name
+
+
+def came_in(student):
+    return {name: w.clone() for name, w in refine.trained_weights(student.model).items()}
 
 
 def shaken(student, seed=0):
@@ -154,27 +157,27 @@ def answered_prompts(student, run):
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_reference_is_the_student_that_came_in(run, tmp_path, train):
     """Before training the KL divergence is exactly 0; afterwards the reference has not moved."""
-    student = student_of(run, tmp_path)
-    frozen = copy.deepcopy(student.model if train == "full" else student.model.model.visual)
+    student, parts = student_of(run, tmp_path), [{}, {}]
     rows = refine.rows_of(student, answered_prompts(student, run), torch.zeros(2, 3), 10**6)
     first = logprobs(student, rows).detach()
     refine.choose_trained(student.model, settings(train=train), "cpu")
-    reference = refine.reference_logprobs(student, frozen, rows, train)
-    now = logprobs(student, rows)
-    given = (now, now.detach(), reference, 0 * now, torch.ones_like(now))
-    assert refine.grpo_loss(*given, 0.2, 1.0)[1] == 0
-    assert (logprobs(shaken(student), rows) - first).abs().max() > 1e-2
-    again = refine.reference_logprobs(student, frozen, rows, train)
-    assert torch.allclose(again, first, atol=1e-6)
+    came, divergences = came_in(student), []
+    for part in parts:
+        part["rows"] = rows
+        divergences.append(float(refine.update(student, came, [part], settings())[0][1]))
+        shaken(student)
+    assert divergences[0] == 0 and divergences[1] > 1e-3
+    assert (parts[1]["old"] - first).abs().max() > 1e-2
+    assert torch.allclose(parts[1]["reference"], first, atol=1e-6)
 
 
 def test_a_group_of_equal_rewards_gives_no_gradient(run, tmp_path):
     student, norms = student_of(run, tmp_path), []
-    frozen = copy.deepcopy(student.model)
+    came = came_in(student)
     for rewards in ([[0.7, 0.7, 0.7], [0.1, 0.1, 0.1]], [[0.7, 0.7, 0.0], [0.1, 0.1, 0.1]]):
         gains = refine.advantages(torch.tensor(rewards))
         rows = refine.rows_of(student, answered_prompts(student, run), gains, 10**6)
-        refine.update(student, frozen, [{"rows": rows}], settings())
+        refine.update(student, came, [{"rows": rows}], settings())
         found = gradients(student.model).values()
         norms.append(torch.stack([g.norm() for g in found]).norm())
     assert norms[0] < 1e-6 and norms[1] > 1e-2
@@ -212,7 +215,7 @@ def test_checkpointing_computes_every_layer_twice(run, tmp_path, family, checkpo
     refine.choose_trained(student.model, cfg, "cpu")
     rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
     calls, layers = counted(student.model.eval()), len(student.model.model.language_model.layers)
-    refine.update(student, None, [{"rows": rows}], cfg)
+    refine.update(student, {}, [{"rows": rows}], cfg)
     assert calls["text forward"] == (1 + checkpointing) * layers
     assert calls["text back"] == layers
 
@@ -226,6 +229,90 @@ def test_training_mode_changes_no_number(run, tmp_path, family):
         for mode in (student.model.train, student.model.eval)
     ]
     assert torch.equal(*found)
+
+
+def test_the_policy_is_learned_at_the_temperature_at_which_it_answers(run, tmp_path):
+    """log p of rollout, policy and reference: of logits / temperature, as transformers has it."""
+    student, cfg = student_of(run, tmp_path), settings(temperature=0.5, kl=1.0)
+    prompts = answered_prompts(student, run)
+    rows = refine.rows_of(student, prompts, torch.ones(2, 3), 10**6)
+    parts = [{"rows": rows}]
+    refine.update(student, came_in(student), parts, cfg)
+    expected = []
+    for prompt in prompts:
+        for tokens in prompt["tokens"]:
+            answer = torch.tensor(tokens)
+            behind = prompt["positions"].max() + 1 + torch.arange(len(tokens))
+            positions = torch.cat([prompt["positions"], behind.expand(3, -1)], 1)[:, None]
+            logits = student.model(
+                input_ids=torch.cat([prompt["ids"], answer])[None],
+                position_ids=positions,
+                pixel_values=prompt["pixels"],
+                image_grid_thw=prompt["grids"],
+                use_cache=False,
+            ).logits[0, len(prompt["ids"]) - 1 : -1]
+            at_half = (logits / 0.5).log_softmax(-1)
+            expected.append(at_half.gather(1, answer[:, None])[:, 0])
+    for name in ("old", "reference"):
+        assert torch.allclose(parts[0][name], torch.cat(expected), atol=1e-4), name
+
+
+def test_a_rollout_draws_at_its_temperature(run, tmp_path, monkeypatch):
+    student, seen = student_of(run, tmp_path), []
+    questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1]
+    for temperature in (1.0, 0.01):
+        cfg = refine.Config(group=6, max_new_tokens=4, temperature=temperature)
+        prompts = refine.open_prompts(student, questions)
+        refine.roll_out(student, prompts, 0, cfg)
+        seen.append(prompts[0]["tokens"])
+    (greedy,) = generate_groups(student, prompts, 4)
+    assert seen[1] == greedy * 6 and seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1, 1 / 3, 0.55])
+def test_a_group_of_equals_has_no_advantage_at_all(value):
+    rewards = torch.full((1, 7), value)
+    assert not refine.advantages(rewards).any()
+    rewards[0, 0] = 1
+    assert refine.advantages(rewards).sum().abs() < 1e-5
+
+
+def test_an_answer_cut_off_earns_nothing_and_both_end_tokens_end_one(run, tmp_path, monkeypatch):
+    student = student_of(run, tmp_path)
+    ends = student.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    student.model.generation_config.eos_token_id = ends
+    questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1]
+    right = student.tokenizer(questions[0]["messages"][1]["content"])["input_ids"]
+    long = student.tokenizer("word " * 60)["input_ids"]
+    answers = [right + [ends[0]], right + [ends[1]], right, long]
+    monkeypatch.setattr(refine, "generate_groups", lambda *_: [answers])
+    prompts = refine.open_prompts(student, questions)
+    rewards = refine.roll_out(student, prompts, 0, refine.Config(group=4))
+    assert rewards.tolist() == [[1, 1, 0, -1]]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_every_end_token_of_the_generation_config_ends_a_response(run, tmp_path, end):
+    student = student_of(run, tmp_path)
+    ends = student.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    student.model.generation_config.eos_token_id = ends
+    likely, head = student.tokenizer.convert_tokens_to_ids(end), student.model.lm_head
+    head.register_forward_hook(lambda *a: a[2].index_fill(-1, torch.tensor([likely]), 1e4))
+    questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1]
+    prompts = refine.open_prompts(student, questions)
+    assert generate_groups(student, prompts, 4) == [[[likely]]]
+    assert load("06").generate(student, prompts, 4) == [[likely]]
+
+
+def test_batches_hold_what_batch_says():
+    """Over an epoch exactly; a step at most the last group more."""
+    groups = [[{}] * (1 + k % 16) for k in range(400)]
+    plan, counts = sft.batches(groups, 100, 0), []
+    for _ in range(34):  # 3,400 questions
+        batch = next(plan)
+        counts.append(sum(map(len, batch)))
+        assert counts[-1] - len(batch[-1]) < 100
+    assert abs(sum(counts) - 3400) < 16
 
 
 # --- as runs ---

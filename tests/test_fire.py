@@ -193,7 +193,7 @@ def test_a_bad_question_does_not_take_its_neighbours_along(run, capsys):
 def test_the_draws_of_05_do_not_depend_on_where_the_run_lies(monkeypatch):
     refine, drawn = load("05"), []
 
-    def generate(student, prompts, tokens, samples, uniforms):
+    def generate(student, prompts, tokens, samples, uniforms, temperature):
         drawn.append(uniforms)
         raise InterruptedError  # no response is needed
 
