@@ -1,7 +1,7 @@
 """Decoding on a key-value cache with room: the forward passes that write a response.
 
 A dynamic cache copies all keys to append one; a layer here owns room for the next tokens and writes
-them into place. One prompt serves several responses: its rows are repeated in the copy.
+them into place. A prompt may serve several responses: its rows are repeated in the copy.
 Shapes: B responses, T cached tokens, H heads, D head width, V vocabulary.
 """
 
@@ -36,12 +36,6 @@ class LayerWithRoom(DynamicLayer):
             x[:, :, start : self.written] = new
         self.show_written()
         return self.keys, self.values
-
-
-def cache_with_room(cache, rows: torch.Tensor, tokens: int):
-    """The prefilled `cache` of transformers, in place, with `rows` of its rows and room."""
-    cache.layers = [LayerWithRoom(layer, rows, min(tokens, ROOM)) for layer in cache.layers]
-    return cache
 
 
 def left_padded(pieces: list[dict], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -118,30 +112,3 @@ def decode(
         ends = [row.index(stop) + 1 for stop in stop_tokens if stop in row]
         responses.append(row[: min(ends, default=len(row))])
     return responses
-
-
-@torch.no_grad()
-def generate_groups(
-    student, prompts: list[dict], max_new_tokens: int, samples=1, uniforms=None, temperature=1.0
-):
-    """`samples` responses per prompt, as token ids: every prompt is encoded once.
-
-    prompts {ids, positions, pixels, grids}; uniforms [prompts x samples, max_new_tokens].
-    """
-    model, pad, device = student.model, student.tokenizer.pad_token_id, student.model.device
-    ids, mask, positions = (x.to(device) for x in left_padded(prompts, pad))
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        pixel_values=torch.cat([prompt["pixels"] for prompt in prompts]).to(device),
-        image_grid_thw=torch.cat([prompt["grids"] for prompt in prompts]).to(device),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)  # [B]
-    cache = cache_with_room(out.past_key_values, rows, max_new_tokens)
-    logits, mask, position = out.logits[rows, -1], mask[rows], positions.amax((0, 2))[rows] + 1
-    stops, draw = end_tokens(student), (max_new_tokens, temperature, uniforms)
-    said = decode(model, cache, logits, mask, position, stops, pad, *draw)
-    return [said[i : i + samples] for i in range(0, len(said), samples)]

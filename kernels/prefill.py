@@ -75,3 +75,10 @@ def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[l
     position = torch.stack([prompt["positions"].max() + 1 for prompt in prompts]).to(device)
     stops = end_tokens(student)
     return decode(model, cache, logits, mask, position, stops, pad, max_new_tokens, *draw)
+
+
+def generate_groups(student, prompts, max_new_tokens, samples=1, uniforms=None, temperature=1.0):
+    """`samples` responses per prompt, which is encoded once; uniforms [prompts x samples, ...]."""
+    each = [prompt for prompt in prompts for _ in range(samples)]
+    said = generate(student, each, max_new_tokens, temperature, uniforms)
+    return [said[i : i + samples] for i in range(0, len(said), samples)]

@@ -248,11 +248,13 @@ def answer_logprobs(model, inputs: dict, where, tokens, temperature: float) -> t
 
 
 def shard(model, device: str, dtype: str):
-    """FSDP2, in place: every process holds a part of each layer and gathers it when it is needed.
+    """FSDP2, in place: each of several processes holds a part of a layer, and gathers it for use.
 
     Gradients are summed over the processes. answer_logprobs becomes a method, because a sharded
     model gathers its weights around methods that it knows.
     """
+    if dist.get_world_size() == 1:
+        return
     how = {"mesh": init_device_mesh(device.split(":")[0], (dist.get_world_size(),))}
     how["reshard_after_forward"] = True  # of the root, too: 05 exchanges weights between passes
     if dtype == "bfloat16":  # gradients travel in float32, and rotary angles are left as they are
@@ -267,8 +269,8 @@ def shard(model, device: str, dtype: str):
     register_fsdp_forward_method(model, "answer_logprobs")
 
 
-def row_logprobs(model, rows: list[dict], pad: int, temperature: float = 1.0) -> torch.Tensor:
-    """log p, float32 [N], of every answer token of the rows, in their order."""
+def row_logprobs(model, rows: list[dict], pad: int, temperature=1.0, half=False) -> torch.Tensor:
+    """log p, float32 [N], of every answer token of the rows, in order; half: with autocast."""
     if model.config._attn_implementation == "world2vlm":
         inputs, where, tokens = pack(rows)
     else:
@@ -278,4 +280,5 @@ def row_logprobs(model, rows: list[dict], pad: int, temperature: float = 1.0) ->
     device = model.device
     inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in inputs.items()}
     score = getattr(model, "answer_logprobs", partial(answer_logprobs, model))
-    return score(inputs, where.to(device), tokens.to(device), temperature)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return score(inputs, where.to(device), tokens.to(device), temperature)

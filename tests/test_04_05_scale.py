@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, lines, load, script, student_of
 from safetensors.torch import load_file
 
-from kernels.decode import generate_groups
-from kernels.lora import merged_weights
+from kernels.prefill import generate_groups
+from kernels.lora import merge_lora
 from kernels.rows import row_logprobs
 
 sft, refine = load("04"), load("05")
@@ -68,7 +68,7 @@ def close(a, b, atol):
 
 
 def came_in(student):
-    return {name: w.clone() for name, w in refine.trained_weights(student.model).items()}
+    return [weight.clone() for weight in refine.trained_weights(student.model)]
 
 
 def shaken(student, seed=0):
@@ -118,10 +118,11 @@ def test_merged_lora_equals_applied_lora(run, tmp_path, family):
     student = student_of(run, tmp_path, family)
     rows = rows_of(student, groups_of(run)[:3])
     plain = logprobs(student, rows).detach()
-    sft.choose_trained(student.model, settings(train="lora", freeze_vision=True), "cpu")
+    sft.choose_trained(student.model, settings(train="lora", freeze_vision=True), 8)
     applied = logprobs(shaken(student), rows).detach()
+    assert merge_lora(student.model) > 0.9
     fresh = student_of(run, tmp_path, family)
-    fresh.model.load_state_dict(dict(merged_weights(student.model)))
+    fresh.model.load_state_dict(student.model.state_dict())
     assert (applied - plain).abs().max() > 1e-2
     assert torch.allclose(logprobs(fresh, rows), applied, atol=1e-4)
 
@@ -130,7 +131,7 @@ def test_what_trains_is_float32_and_what_is_frozen_stays_small(run, tmp_path):
     """A learning rate of 1e-6 moves no bfloat16 weight; the checkpoint is bfloat16 again."""
     source = str(run / "4_base")
     student = refine.load_student(source, torch.bfloat16, "cpu", "world2vlm", 10**6)
-    refine.choose_trained(student.model, settings(train="lora", dtype="bfloat16"), "cpu")
+    refine.choose_trained(student.model, settings(train="lora", dtype="bfloat16"), 8)
     kinds = {(p.requires_grad, p.dtype) for p in student.model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
@@ -141,9 +142,11 @@ def test_what_trains_is_float32_and_what_is_frozen_stays_small(run, tmp_path):
     trained = [p for p in student.model.parameters() if p.requires_grad]
     torch.optim.AdamW(trained, lr=1e-6).step()
     assert 0 < (weight - before).abs().max() < 2e-6
-    refine.save_student(student, tmp_path / "saved", torch.bfloat16, 0)
+    refine.save_student(student, tmp_path / "saved", torch.bfloat16, 0, True)
     saved = load_file(tmp_path / "saved/model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "saved/adapter/adapter_model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
 def answered_prompts(student, run):
@@ -160,7 +163,7 @@ def test_reference_is_the_student_that_came_in(run, tmp_path, train):
     student, parts = student_of(run, tmp_path), [{}, {}]
     rows = refine.rows_of(student, answered_prompts(student, run), torch.zeros(2, 3), 10**6)
     first = logprobs(student, rows).detach()
-    refine.choose_trained(student.model, settings(train=train), "cpu")
+    refine.choose_trained(student.model, settings(train=train), 8)
     came, divergences = came_in(student), []
     for part in parts:
         part["rows"] = rows
@@ -208,16 +211,23 @@ def counted(model):
 
 @FAMILIES
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_checkpointing_computes_every_layer_twice(run, tmp_path, family, checkpointing):
-    """Also after a rollout, whose model is in eval(): only in train() does it do anything."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpointing_computes_what_trains_twice(run, tmp_path, family, checkpointing, frozen):
+    """Also after a rollout, whose model is in eval(): only in train() does it do anything.
+
+    A frozen tower runs once, and nothing goes back through it.
+    """
     student = student_of(run, tmp_path, family)
-    cfg = settings(train="lora", checkpointing=checkpointing, kl=0)
-    refine.choose_trained(student.model, cfg, "cpu")
+    cfg = settings(train="lora", checkpointing=checkpointing, kl=0, freeze_vision=frozen)
+    refine.choose_trained(student.model, cfg, 8)
     rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
     calls, layers = counted(student.model.eval()), len(student.model.model.language_model.layers)
-    refine.update(student, {}, [{"rows": rows}], cfg)
+    refine.update(student, [], [{"rows": rows}], cfg)
     assert calls["text forward"] == (1 + checkpointing) * layers
     assert calls["text back"] == layers
+    blocks = len(student.model.model.visual.blocks)
+    assert calls["tower forward"] == blocks * (1 if frozen else 1 + checkpointing)
+    assert calls["tower back"] == blocks * (not frozen)
 
 
 @FAMILIES
@@ -302,6 +312,32 @@ def test_every_end_token_of_the_generation_config_ends_a_response(run, tmp_path,
     prompts = refine.open_prompts(student, questions)
     assert generate_groups(student, prompts, 4) == [[[likely]]]
     assert load("06").generate(student, prompts, 4) == [[likely]]
+
+
+def test_what_is_measured_of_the_groups():
+    """Equal groups, spread of the reward in a group, cut answers: over all processes."""
+    asked = {"question": {"task_type": "A1"}, "tokens": [[1, 2], [3, 4, 5, 6]]}
+    found = refine.measure(
+        [
+            asked | {"scores": [0.5, 0.5], "cut": [False, True]},
+            asked | {"scores": [1.0, 0.0], "cut": [False, False]},
+        ]
+    )
+    assert found["equal"] == 0.5 and found["truncated"] == 0.25
+    assert found["spread"] == pytest.approx(0.5**0.5 / 2)
+    assert (found["reward"], found["length"], found["rewards"]) == (0.5, 3, {"A1": 0.5})
+    assert refine.measure([])["truncated"] == 0
+
+
+def test_the_entropy_is_that_of_the_drawn_tokens(run, tmp_path):
+    """Its estimate, mean over responses of mean over tokens of -log p."""
+    student = student_of(run, tmp_path)
+    rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
+    parts = [{"rows": rows}]
+    sums, _ = refine.update(student, [], parts, settings(kl=0.0))
+    weight = torch.cat([row["weight"] for row in rows])
+    assert float(sums[3]) == pytest.approx(-float(parts[0]["old"] @ weight), rel=1e-5)
+    assert float(sums[3]) > 1 and weight.sum() == pytest.approx(1)
 
 
 def test_batches_hold_what_batch_says():
@@ -390,7 +426,7 @@ def test_a_loss_that_is_no_number_names_its_own_question(run, tmp_path, monkeypa
     student, honest = student_of(run, tmp_path), sft.row_logprobs
     rows = rows_of(student, groups_of(run)[:3])
 
-    def broken_logprobs(model, rows, pad):
+    def broken_logprobs(model, rows, pad, half):
         hit = torch.cat([(row["owner"] == 2) & (k == 1) for k, row in enumerate(rows)])
         return honest(model, rows, pad).masked_fill(hit, math.nan)
 
@@ -402,17 +438,17 @@ def test_a_loss_that_is_no_number_names_its_own_question(run, tmp_path, monkeypa
 @FAMILIES
 def test_any_qwen_vl_folder_trains_refines_and_answers(run, tmp_path, family):
     source = student_of(run, tmp_path, family).source
-    lora = ["--run", run, "--lora_rank", 8, "--lr", 1e-3, "--steps", 2]
+    lora = ["--run", run, "--lr", 1e-3, "--steps", 2]
     sft_flags = ["--out", f"4_{family}", "--student", source, "--batch", 12, "--val_share", 0]
+    sft_flags += ["--lora_rank", 8]
     script("04", *lora, *sft_flags)
     flags = ["--out", f"5_{family}", "--student", f"4_{family}", "--prompts", 2]
     script("05", *lora, *flags, "--max_new_tokens", 6)
     folders = [run / f"{stage}_{family}" for stage in (4, 5)]
-    before, after = (load_file(folder / "model.safetensors") for folder in folders)
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any("visual" in name for name in moved)  # 05 trains the tower
+    before, after = (load_file(folder / "adapter/adapter_model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()  # the tower is as it was
+    assert not all(torch.equal(before[name], after[name]) for name in before)
     refined = refine.load_student(str(folders[1]), torch.float32, "cpu", "world2vlm", 10**6)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:2]
     assert len(generate_groups(refined, refine.open_prompts(refined, questions), 4)) == 2
-    assert (folders[1] / "adapter/adapter_model.safetensors").is_file()
     assert (folders[1] / "curves.png").is_file()

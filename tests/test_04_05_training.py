@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, lines, load, script, write_lines, write_questions
 from safetensors.torch import load_file
 
-from kernels.decode import generate_groups
+from kernels.prefill import generate_groups
 
 sft, refine = load("04"), load("05")
 TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3"]
@@ -120,7 +120,7 @@ def test_checkpoint_and_adapter_give_the_same_answers_in_a_fresh_process(run):
 
     The base answers otherwise.
     """
-    lora = "--out 4_lora --student 4_base --lora_rank 8 --lr 3e-2 --steps 8 --val_share 0"
+    lora = "--out 4_lora --student 4_base --lora_rank 8 --lr 3e-2 --steps 8 --val_share 0 --merge"
     script("04", "--run", run, *lora.split())
     student = sft.load_student(str(run / "4_lora"), torch.float32, "cpu", "eager", 10**6)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)
@@ -171,14 +171,9 @@ def test_killed_and_resumed_run_goes_on_with_the_same_losses(run, undisturbed, s
     one_line(script(stage, *settings, "--seed", 7, check=False), "seed was 0, now 7")
 
 
-def test_a_run_that_left_off_goes_on_and_its_log_and_weights_bear_their_hashes(run, undisturbed):
-    """--until leaves off as a kill would. meta.json names the command and the hashes."""
-    out, settings = run / "4_until", arguments(run, "04", "4_until")
-    assert "left off after step 2" in script("04", *settings, "--until", 2).stdout
-    assert not meta(out)["finished"] and logged(out) == undisturbed["04"][:2]
-    script("04", *settings)
-    assert logged(out) == undisturbed["04"]
-    assert "--out 4_until" in meta(out)["command"]
+def test_the_command_and_the_hashes_of_log_and_weights_are_in_meta(run, undisturbed):
+    out = run / "04_plain"
+    assert "--out 04_plain" in meta(out)["command"]
     sums = meta(out)["sha256"]
     assert {*sums} == {"model.safetensors", "metrics.jsonl"}
     for name, digest in sums.items():
@@ -210,6 +205,8 @@ def test_two_processes_train_to_the_same_loss(run, undisturbed, stage):
     script(stage, *arguments(run, stage, out), processes=2)
     assert np.allclose(logged(run / out), undisturbed[stage], atol=1e-4)
     if stage == "05":
+        for name in ("truncated", "equal", "spread", "entropy"):
+            assert np.allclose(logged(run / out, name), logged(run / "05_plain", name), atol=1e-3)
         rewards = (logged(run / folder, "reward") for folder in (out, "05_plain"))
         assert np.allclose(*rewards, atol=1e-4)
     again = script(stage, *arguments(run, stage, out), processes=2)  # all processes end in peace
@@ -238,7 +235,7 @@ def broken_pictures(run):
 def test_a_process_without_rows_keeps_step_with_the_others(run, broken_pictures, stage):
     """A batch is one group, for two and three processes; some pictures open on none, or one."""
     usual = ["--run", run, "--student", "4_base", "--data", broken_pictures, *FEW[stage].split()]
-    usual += TINY if stage == "04" else ["--lora_rank", 4, "--lr", 1e-3]
+    usual += TINY if stage == "04" else ["--lr", 1e-3]
     found = []
     for processes in (1, 2, 3):
         out = f"{stage}_few{processes}"
