@@ -15,8 +15,9 @@ Reads   3_qa/sft.jsonl, or any ms-swift, LLaMA-Factory or World2VLM file of such
         {"task_type": "A2", "messages": [{"role": "user", "content": "<image><image>Which ..."},
          {"role": "assistant", "content": "turn left 40 degrees"}],
          "images": ["2_views/room_00001/t000/000.png", ...]}
-Writes  4_sft/: an ordinary Hugging Face checkpoint with the LoRA merged, adapter/ (PEFT format),
-        metrics.jsonl, curves.png, meta.json; on the way step_N/, a checkpoint to resume from:
+Writes  4_sft/: adapter/ (PEFT format, float32) over the untouched base, which meta.json names;
+        with --train full an ordinary Hugging Face checkpoint instead, with --merge besides; the
+        processor, metrics.jsonl, curves.png, meta.json; on the way step_N/ to resume from:
         {"step": 120, "loss": 1.03, "lr": 0.00098, "grad_norm": 0.71, "questions": 131, "answers":
          1340, "tokens": 5120, "seconds": 0.84, "tokens_s": 6095.2, "tflops": 0.081}
         loss: mean over answer tokens; lr: AdamW's; grad_norm: before clipping; answers: answer
@@ -73,7 +74,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
 from kernels import prepare, register
-from kernels.lora import add_lora, gathered, merged_weights, save_adapter
+from kernels.lora import adapter_config, add_lora, gathered, load_adapter, merge_lora, save_adapter
 from kernels.rows import dummy_row, encode_question, micro_batches, names_of, row_logprobs, shard
 from kernels.rows import share
 
@@ -94,7 +95,7 @@ RECIPES = {
     "base": TINY + BASE,
 }
 # Settings that may differ when a run is resumed: they do not decide the result.
-BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "until", "save_every")
+BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "save_every")
 
 
 @dataclass
@@ -142,17 +143,13 @@ class Config:
         default="token",
         help="what weighs the same in the loss; with token, yes weighs a tenth of a box",
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(
-        default="auto", help="of the arithmetic; auto: bfloat16 on a GPU that has it"
-    )
+    dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the arithmetic")
+    merge: bool = HfArg(default=False, help="with LoRA: write the merged weights besides")
     save_dtype: Literal["auto", "bfloat16", "float32"] = HfArg(
-        default="auto", help="of the weights written; auto: as they are kept here"
+        default="auto", help="of whole weights written; auto: as they are kept here"
     )
-    checkpointing: bool = HfArg(
-        default=True, help="recompute activations: less memory, a third more time"
-    )
+    checkpointing: bool = HfArg(default=True, help="recompute activations: less memory, more time")
     seed: int = HfArg(default=0, help="of the order of questions and of new weights")
-    until: int = HfArg(default=0, help="leave off after this step, to be resumed; 0: never")
     val_share: float = HfArg(default=0.01, help="share of the scenes kept for the validation loss")
     save_every: int = HfArg(default=200, help="steps between checkpoints to resume from")
 
@@ -180,7 +177,7 @@ def group_by_pictures(questions: list[dict]) -> list[list[dict]]:
 
 
 def batches(groups: list[list[dict]], size: float, seed: int):
-    """Endless lists of groups with about `size` questions; each epoch has an order of its own."""
+    """Endless lists of groups with `size` questions; each epoch has an order of its own."""
     batch, count = [], 0
     for epoch in itertools.count():
         for i in np.random.default_rng([seed, epoch]).permutation(len(groups)):
@@ -188,7 +185,7 @@ def batches(groups: list[list[dict]], size: float, seed: int):
             count += len(groups[i])
             if count >= size:
                 yield batch
-                batch, count = [], 0
+                batch, count = [], count - size  # what is too many the next has less
 
 
 def mixed_batches(files: list[list[list[dict]]], cfg: Config):
@@ -258,11 +255,10 @@ def loss_of(student: Student, parts: list, cfg: Config, total: float, learn: boo
     """
     loss_sum, broken = 0.0, []
     for rows in parts:
-        half = cfg.dtype == "bfloat16"
-        with torch.autocast(student.model.device.type, torch.bfloat16, enabled=half):
-            logprob = row_logprobs(student.model, rows, student.tokenizer.pad_token_id)  # [N]
-            weight = torch.cat([row["weight"] for row in rows]).to(logprob)  # [N]
-            loss = sft_loss(logprob, weight, total)
+        half, pad = cfg.dtype == "bfloat16", student.tokenizer.pad_token_id
+        logprob = row_logprobs(student.model, rows, pad, half=half)  # [N]
+        weight = torch.cat([row["weight"] for row in rows]).to(logprob)  # [N]
+        loss = sft_loss(logprob, weight, total)
         if learn:
             loss.backward()
         loss_sum += float(loss.detach())
@@ -366,7 +362,7 @@ def speed(counts: dict, seconds: float, device: str) -> dict:
 def fingerprint(folder: Path) -> dict:
     """The command, and hashes of what it made."""
     sums = {}
-    for name in ("model.safetensors", "metrics.jsonl"):
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "metrics.jsonl"):
         if (folder / name).is_file():  # the weights of a large student lie in several files
             sums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     return {"command": shlex.join(sys.argv), "sha256": sums}
@@ -385,7 +381,8 @@ def main(cfg: Config):
     place = device if world == 1 else "cpu"
     student = load_student(source, dtype, place, ATTENTION, MAX_PIXELS)
     model = student.model
-    choose_trained(model, cfg, device)
+    choose_trained(model, cfg, cfg.lora_rank)
+    shard(model, device, cfg.dtype)
     optimizers = make_optimizers(model, cfg)
     dtype = dtype if cfg.save_dtype == "auto" else getattr(torch, cfg.save_dtype)
 
@@ -410,7 +407,7 @@ def main(cfg: Config):
         clip_gradients(model, folder, step + 1, loss, norms, rows, broken)
         if step > first and step % cfg.save_every == 0:  # these weights have just proved sound
             save_checkpoint(folder, step, student, optimizers, dtype, rank)
-        factor = take_step(optimizers, cfg, step, steps)
+        factor = take_step(optimizers, cfg.schedule, cfg.warmup * steps, step, steps)
 
         seconds = time.perf_counter() - tick
         line = {"step": step + 1, "loss": loss, "lr": cfg.lr * factor, "grad_norm": norms[-1]}
@@ -420,16 +417,14 @@ def main(cfg: Config):
             line["val_loss"] = validate(student, aside, cfg)
         if rank == 0:
             log_step(folder, line, SHOWN, steps)
-        if step + 1 == cfg.until:
-            return print(f"left off after step {step + 1}, as --until says")
 
-    save_student(student, folder, dtype, rank)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    save_student(student, folder, dtype, rank, cfg.merge)
     if rank == 0:
         draw_curves(folder, SHOWN)
         drop_checkpoints(folder)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         made = {"steps": steps, "questions": asked + len(validation), "parameters trained": trained}
-        finish(folder, meta | fingerprint(folder), made, started)
+        finish(folder, meta | {"base": student.source} | fingerprint(folder), made, started)
         print(f"next: python 05_train_refine.py --run {cfg.run}")
     dist.destroy_process_group()
 
@@ -725,19 +720,20 @@ class Student:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
-    source: str  # the folder or hub id that it came from
+    source: str  # the folder or hub id that its base came from
 
 
 def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
     """A Qwen-VL checkpoint by folder or hub id: safetensors only, code of its own is never run.
 
-    Its parts are loaded one by one: AutoProcessor asks for torchvision, which only videos need.
+    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
     register()
     safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
+        base = adapter_config(source)["base_model_name_or_path"]
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **safe
+            base, dtype=dtype, attn_implementation=attention, **safe
         )
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
         wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
@@ -745,23 +741,23 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
             raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
         if hasattr(model.config, "auto_map"):
             raise ValueError("its configuration names code of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        load_adapter(model, source)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
     prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, source)
+    return Student(model.to(device), tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture
 def check_picture(image: Path, root: Path):
     """ValueError where a question may not use this file."""
     if not image.resolve().is_relative_to(root.resolve()):
-        outside = f"{image} lies outside the data root {root}"
-        raise ValueError(f"{outside}: copy it there or set --data_root")
+        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
     if not image.is_file():
         raise ValueError(f"{image} is missing")
 
@@ -769,8 +765,7 @@ def check_picture(image: Path, root: Path):
 def read_questions(path: Path, root: Path) -> list[dict]:
     """Records with `images` resolved inside `root`; unusable ones are named and skipped.
 
-    Each gets a `name`, its line, and `written`, the paths of the file: what is drawn by them does
-    not depend on where the folder lies.
+    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
     """
     questions = []
     for number, record in read_lines(path, "task_type", "messages", "images"):
@@ -821,10 +816,7 @@ PROCESSOR_FILES = """
 
 
 def start_processes(cfg, folder: Path) -> tuple:
-    """(settings, dtype of the weights, rank, number of processes, device); torchrun starts several.
-
-    A model that is frozen beside its LoRA is kept in the dtype of the arithmetic.
-    """
+    """(settings, dtype of the weights, rank, number of processes, device); torchrun: several."""
     device, half = "cpu", False
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -848,20 +840,22 @@ def gather(own: list) -> list:
     return sum(lists, [])
 
 
-def choose_trained(model: torch.nn.Module, cfg, device: str):
-    """In place: train what --train and --freeze_vision say, sharded over the processes (FSDP2)."""
+def choose_trained(model: torch.nn.Module, cfg, rank: int):
+    """In place: train what --train and --freeze_vision say; `rank` of a LoRA that is new."""
     torch.manual_seed(cfg.seed)
+    tower = model.model.visual
     if cfg.train == "lora":
-        model.requires_grad_(False)
-        add_lora(model.model.language_model, cfg.lora_rank, LORA_SCALE * cfg.lora_rank)
-    model.model.visual.requires_grad_(not cfg.freeze_vision)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # a step of 1e-6 is lost in bfloat16's three digits
+        add_lora(model, rank, LORA_SCALE * rank)
+    else:
+        merge_lora(model)
+    if cfg.freeze_vision:
+        tower.requires_grad_(False)
+        tower.forward = torch.no_grad()(tower.forward)  # hooks of checkpointing ask for gradients
+    else:
+        tower.requires_grad_(True).float()  # a step of 1e-6 is lost in bfloat16's three digits
+        tower.in_adapter = True
     if cfg.checkpointing:
         model.activation_checkpointing_enable()
-    if dist.get_world_size() > 1:
-        shard(model, device, cfg.dtype)
 
 
 def make_adamw(params, lr: float) -> torch.optim.AdamW:
@@ -873,19 +867,24 @@ def make_adamw(params, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95))
 
 
-def save_student(student: Student, folder: Path, dtype: torch.dtype, rank: int):
-    """An ordinary checkpoint: merged weights, the processor's files, a LoRA in adapter/."""
-    weights = {}
-    for name, tensor in merged_weights(student.model):  # all processes gather, the first one keeps
+def save_student(student: Student, folder: Path, dtype: torch.dtype, rank: int, merge: bool):
+    """The LoRA in adapter/; weights where there is none, or to `merge` it; the processor."""
+    model, weights = student.model, {}
+    has_lora = save_adapter(model, folder / "adapter", student.source, writes=rank == 0)
+    moved = merge_lora(model) if merge else 0.0
+    for name, tensor in model.state_dict().items() if merge or not has_lora else ():
+        tensor = gathered(tensor)
         if rank == 0:
             weights[name] = tensor.to(dtype).cpu()
-    if student.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    save_adapter(student.model, folder / "adapter", student.source, writes=rank == 0)
     if rank == 0:
         for left in folder.glob(".tmp*"):  # what a killed process was writing
             left.unlink()
-        student.model.save_pretrained(folder, state_dict=weights)
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        if weights:
+            model.save_pretrained(folder, state_dict=weights)
+        if merge:
+            print(f"merged: {moved:.1%} of the adapted weights moved; adapter/ lost nothing")
         for name in PROCESSOR_FILES.split():
             file = cached_file(student.source, name, _raise_exceptions_for_missing_entries=False)
             if file:
@@ -905,7 +904,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, optimizers: list,
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         (part / "state").mkdir(parents=True)
-    save_student(student, part, dtype, rank)
+    save_student(student, part, dtype, rank, merge=False)
     writer = HuggingFaceStorageWriter(str(part / "state"), save_distributed=True)
     dcp.save(training_state(student.model, optimizers), storage_writer=writer)
     if rank == 0:
@@ -955,11 +954,10 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     stop(f"{why}; its questions: {folder}/diverged.json; last checkpoint: {saved}; lower --lr")
 
 
-def take_step(optimizers: list, cfg, step: int, steps: int) -> float:
+def take_step(optimizers: list, schedule: str, warmup: float, step: int, steps: int) -> float:
     """One step at the learning rates of the schedule; returns their share of the peak."""
-    warmup = cfg.warmup * steps
     share = min(1.0, (step + 1) / (warmup + 1))
-    if cfg.schedule == "cosine":  # half a period, down to zero
+    if schedule == "cosine":  # half a period, down to zero
         angle = math.pi * max(0, step - warmup) / max(1, steps - warmup)
         share *= 0.5 * (1 + math.cos(angle))
     for optimizer in optimizers:
@@ -976,12 +974,9 @@ def log_step(folder: Path, line: dict, shown: str, steps: int):
     line["peak_gb"] = round((torch.cuda.max_memory_allocated() or host) / 1e9, 2)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    words = [f"step {line['step']:>5}/{steps} "]
-    for name in shown.split():
-        if name in line:
-            words.append(f"{name} {line[name]:<9.4g}")
+    words = [f"{name} {line[name]:<9.4g}" for name in shown.split() if name in line]
     eta_min = line["seconds"] * (steps - line["step"]) / 60
-    print(*words, f"ETA {eta_min:.1f} min", flush=True)
+    print(f"step {line['step']:>5}/{steps} ", *words, f"ETA {eta_min:.1f} min", flush=True)
 
 
 def draw_curves(folder: Path, shown: str):

@@ -8,16 +8,24 @@ made likelier, one that earns less is made rarer:
     KL = e^d - d - 1,  d = log p_reference - log p
 
 A group shares its prompt: pictures and words are encoded once, in the rollout and in the update.
-Departs from the paper: shared prefixes, and a reward that a list of all answers does not win.
+Departs from the paper: shared prefixes; a reward that a list of all answers does not win, nor one
+that is cut off before its end; a frozen vision tower, because bfloat16 loses steps of 1e-6
+(--freeze_vision False trains it as published, in float32, which adapter/ then holds, too).
 
 Reads   4_sft/ (or any Qwen-VL checkpoint) and 3_qa/grpo.jsonl (the format of 04)
-Writes  5_refine/: an ordinary Hugging Face checkpoint with the LoRA merged, adapter/ (PEFT
-        format), metrics.jsonl, rollouts.jsonl, curves.png, meta.json; on the way step_N/:
-        {"step": 3, "reward": 0.61, "loss": -0.002, "kl": 0.0004, "clipped": 0.0, "length": 5.2,
-         "grad_norm": 0.8, "rewards": {"A1": 0.55}, "seconds": 2.4, "rollout_seconds": 1.1}
+Writes  5_refine/: adapter/ (PEFT format, float32) over the untouched base, which meta.json names:
+        the LoRA of 4_sft/ trained on, which stands alone. With --train full an ordinary Hugging
+        Face checkpoint instead, with --merge besides: there bfloat16 loses most of what was
+        learned. metrics.jsonl, rollouts.jsonl, curves.png, meta.json; on the way step_N/:
+        {"step": 3, "reward": 0.61, "length": 5.2, "truncated": 0.0, "equal": 0.25, "spread": 0.18,
+         "rewards": {"A1": 0.55}, "loss": -0.002, "kl": 0.0004, "clipped": 0.0, "entropy": 0.9,
+         "grad_norm": 0.8, "seconds": 2.4, "rollout_seconds": 1.1}
         reward: mean over responses; rewards: per task; kl: from the student that came in;
         clipped: share of the tokens whose ratio was clipped; length: tokens of a response, its
-        end included; grad_norm: before clipping; rollout_seconds: of which the answers took.
+        end included; truncated: share of the responses without their end; equal: share of the
+        groups without spread, which teach nothing; spread: standard deviation of the reward in a
+        group, their mean; entropy: mean of -log p of the tokens drawn, its estimate; grad_norm:
+        before clipping; rollout_seconds: of which the answers took.
 
     python 05_train_refine.py --run runs/demo
     torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo    # FSDP2
@@ -47,7 +55,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Literal
 
 import numpy as np
@@ -66,8 +73,10 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
 from kernels import prepare, register
-from kernels.decode import generate_groups
-from kernels.lora import add_lora, gathered, merged_weights, save_adapter, without_lora
+from kernels.decode import end_tokens
+from kernels.lora import adapter_config, add_lora, exchange, gathered, load_adapter, merge_lora
+from kernels.lora import save_adapter, trained_weights
+from kernels.prefill import generate_groups
 from kernels.rows import dummy_row, encode_question, micro_batches, names_of, row_logprobs, shard
 from kernels.rows import share
 
@@ -77,8 +86,8 @@ logging.disable_progress_bar()
 
 RECIPES = {
     "paper": "",
-    "tiny": "--train full --lr 5e-5 --schedule cosine --group 8 --max_new_tokens 24 "
-    "--no_checkpointing --tasks A3 D1 D3",
+    "tiny": "--train full --freeze_vision False --lr 5e-5 --schedule cosine --group 8 "
+    "--max_new_tokens 24 --no_checkpointing --tasks A3 D1 D3",
 }
 # Settings that may differ when a run is resumed: they do not decide the result.
 BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "save_every")
@@ -102,12 +111,12 @@ class Config:
     train: Literal["lora", "full"] = HfArg(
         default="lora", help="lora, beside the linear layers of the language model, or full"
     )
-    lora_rank: int = HfArg(default=256, help="LoRA rank; alpha is twice it; the paper's")
     freeze_vision: bool = HfArg(
-        default=False, help="keep the vision tower as it is; the paper trains it in this stage"
+        default=True, help="keep the vision tower as it is; the paper trains it in this stage"
     )
     prompts: int = HfArg(default=32, help="questions per step, of all processes")
     group: int = HfArg(default=4, help="responses per question; the paper's 4-5")
+    temperature: float = HfArg(default=1.0, help="of the policy: as it answers, so it learns")
     max_new_tokens: int = HfArg(default=256, help="tokens per response at most; the paper's")
     tokens: int = HfArg(default=16384, help="tokens per forward pass at most; bounds memory")
     steps: int = HfArg(default=0, help="rollout steps; 0: one epoch, as in the paper")
@@ -118,13 +127,13 @@ class Config:
     schedule: Literal["cosine", "constant"] = HfArg(
         default="constant", help="after the warm-up: constant, or half a cosine down to zero"
     )
-    warmup: float = HfArg(default=0.05, help="share of the steps in which the learning rate rises")
     dtype: Literal["auto", "bfloat16", "float32"] = HfArg(
         default="auto", help="of the arithmetic; auto: bfloat16 on a GPU that has it"
     )
     checkpointing: bool = HfArg(
         default=True, help="recompute activations: less memory, a third more time"
     )
+    merge: bool = HfArg(default=False, help="with LoRA: write the merged weights besides")
     save_every: int = HfArg(default=20, help="steps between checkpoints to resume from")
     seed: int = HfArg(default=0, help="of the order of questions and of the sampled responses")
 
@@ -138,8 +147,9 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
     tensor([[ 0.8700, -0.8700, -0.8700,  0.8700],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    centred = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
-    return centred / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
+    apart = rewards - rewards[:, :1]  # [Q, G], of equals 0 without a rounding error, as their mean
+    centred = apart - apart.mean(1, keepdim=True)  # [Q, G]
+    return centred / (apart.std(1, keepdim=True) + 1e-4)  # [Q, G]
 
 
 def keep_groups(rewards: torch.Tensor) -> torch.Tensor:
@@ -195,7 +205,8 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
     """Add to each prompt its group of responses, `tokens`, `texts` and `scores`; rewards [Q, G].
 
     Every response token is drawn by a number of its own, which depends on nothing but (seed, step,
-    question): not on the process, nor on what else is in its batch.
+    question): not on the process, nor on what else is in its batch. A response without its end
+    earns nothing, whatever it says so far.
     """
     for prompt in prompts:
         question = prompt["question"]
@@ -205,10 +216,13 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
         prompt["uniforms"] = torch.rand(cfg.group, cfg.max_new_tokens, generator=draw)
     # prompts of like length go together, because a shorter one is padded to the longest
     order = sorted(prompts, key=lambda prompt: len(prompt["ids"]))
+    student.model.eval()  # nothing is recomputed, and the key-value cache is kept
+    ends = end_tokens(student)
     for start in range(0, len(order), ROLLOUT):
         part = order[start : start + ROLLOUT]
         uniforms = torch.cat([prompt["uniforms"] for prompt in part])
-        groups = generate_groups(student, part, cfg.max_new_tokens, cfg.group, uniforms)
+        how = (cfg.group, uniforms, cfg.temperature)
+        groups = generate_groups(student, part, cfg.max_new_tokens, *how)
         for prompt, group in zip(part, groups, strict=True):
             question = prompt["question"]
             task, kind = question["task_type"], question.get("answer_type")
@@ -216,7 +230,9 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
             about = (kind, question.get("options"))
             scores = [reward(task, answer, text, *about)["overall"] for text in texts]
-            prompt |= {"tokens": group, "texts": texts, "scores": scores}
+            cut = [ids[-1] not in ends for ids in group]
+            scores = [min(0.0, s) if c else s for s, c in zip(scores, cut, strict=True)]
+            prompt |= {"tokens": group, "texts": texts, "scores": scores, "cut": cut}
     rewards = torch.tensor([prompt["scores"] for prompt in prompts], dtype=torch.float32)
     return rewards.reshape(-1, cfg.group)
 
@@ -251,79 +267,66 @@ def rows_of(student, prompts: list[dict], gains: torch.Tensor, max_tokens: int) 
     return rows
 
 
-@torch.no_grad()
-def reference_logprobs(student: Student, frozen, rows: list[dict], train: str) -> torch.Tensor:
-    """log p [N] of the response tokens under the reference model, the student that came in."""
-    model, pad = student.model, student.tokenizer.pad_token_id
-    if train == "full":
-        return row_logprobs(frozen, rows, pad)
-    # the trained model without its LoRAs, and with the tower as it was, is the reference model
-    tower = model.model.visual
-    model.model.visual = frozen or tower
-    with without_lora(model):
-        logprob = row_logprobs(model, rows, pad)
-    model.model.visual = tower
-    return logprob
-
-
-def update(student: Student, frozen, parts: list[dict], cfg: Config) -> tuple:
-    """The gradient of the loss over a step, pass by pass: loss, KL and clipped share [3].
+def update(student: Student, came: list, parts: list[dict], cfg: Config) -> tuple:
+    """The gradient of the loss over a step: loss, KL, clipped share and entropy [4].
 
     Also the names of the questions whose log-probability is not finite. Each part holds rows;
-    the first update adds the old and reference log-probabilities of their tokens.
+    the first update adds the old and reference log-probabilities of their tokens. came: of the
+    weights that train a copy from before: with them the model is the reference model.
     """
-    device = student.model.device
-    sums, broken = torch.zeros(3, device=device), []
+    model, pad = student.model.train(), student.tokenizer.pad_token_id  # checkpoints activations
+    how = (pad, cfg.temperature, cfg.dtype == "bfloat16")
+    if cfg.kl and not all("reference" in part for part in parts):
+        exchange(model, came)
+        for part in parts:
+            with torch.no_grad():
+                part["reference"] = row_logprobs(model, part["rows"], *how)  # [N]
+        exchange(model, came)
+    sums, broken = torch.zeros(4, device=model.device), []
     for part in parts:
         rows = part["rows"]
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            logprob = row_logprobs(student.model, rows, student.tokenizer.pad_token_id)  # [N]
-            if "old" not in part:  # these are still the weights that answered
-                part["old"] = part["reference"] = logprob.detach()  # [N]
-                if cfg.kl:
-                    part["reference"] = reference_logprobs(student, frozen, rows, cfg.train)
-        advantage = torch.cat([row["advantage"] for row in rows]).to(device)  # [N]
-        weight = torch.cat([row["weight"] for row in rows]).to(device)  # [N]
+        logprob = row_logprobs(model, rows, *how)  # [N]
+        part.setdefault("old", logprob.detach())  # [N], of the weights that answered
+        part.setdefault("reference", part["old"])  # [N]
+        advantage, weight = (
+            torch.cat([row[name] for row in rows]).to(logprob) for name in ("advantage", "weight")
+        )  # [N]
         given = (logprob, part["old"], part["reference"], advantage, weight)
         terms = grpo_loss(*given, cfg.clip_ratio, cfg.kl)
         terms[0].backward()
-        sums += torch.stack(terms).detach()
+        entropy = -(part["old"] * weight).sum()
+        sums += torch.stack([*terms, entropy]).detach()
         broken += names_of(rows, ~logprob.isfinite())
     dist.all_reduce(sums)
     return sums, broken
 
 
 # --- The training ---
-SHOWN = "reward kl clipped grad_norm length seconds peak_gb"
+SHOWN = "reward kl clipped entropy grad_norm length seconds peak_gb"
+LORA_RANK = 256  # where the student brings no LoRA along; the paper's
+WARMUP = 0.05  # share of the steps in which the learning rate rises
 SHOW_EVERY = 20  # steps between printed rollouts
 
 
-def batches(questions: list[dict], size: int, seed: int):
-    """Endless lists of `size` questions; each epoch has an order of its own."""
-    batch = []
-    for epoch in itertools.count():
-        for i in np.random.default_rng([seed, epoch]).permutation(len(questions)):
-            batch.append(questions[i])
-            if len(batch) == size:
-                yield batch
-                batch = []
-
-
 def measure(prompts: list[dict]) -> dict:
-    """Mean reward, per task too, and tokens per response, of all processes."""
-    lengths, scores = [], {}
+    """What the docstring lists about a step's responses, of all processes."""
+    asked = []
     for prompt in prompts:
-        lengths += [len(tokens) for tokens in prompt["tokens"]]
         task = str(prompt["question"]["task_type"])
-        scores.setdefault(task, []).extend(prompt["scores"])
-    lengths = gather(lengths)
-    if not lengths:  # not one picture of this step opened
-        return {"reward": 0.0, "rewards": {}, "length": 0.0}
-    of_tasks = {}
-    for task, own in gather([*scores.items()]):
-        of_tasks.setdefault(task, []).extend(own)
-    rewards = {task: mean(of_tasks[task]) for task in sorted(of_tasks)}
-    return {"reward": mean(sum(of_tasks.values(), [])), "rewards": rewards, "length": mean(lengths)}
+        asked.append((task, prompt["scores"], prompt["cut"], [*map(len, prompt["tokens"])]))
+    asked = gather(asked)
+    if not asked:  # not one picture of this step opened
+        return dict.fromkeys(("reward", "length", "truncated", "equal", "spread"), 0.0)
+    tasks, scores, cut, lengths = map(np.array, zip(*asked, strict=True))  # [Q], [Q, G], ...
+    means = {
+        "reward": scores,
+        "length": lengths,
+        "truncated": cut,
+        "equal": np.ptp(scores, axis=1) == 0,
+        "spread": scores.std(1, ddof=1),
+    }
+    means = {name: float(values.mean()) for name, values in means.items()}
+    return means | {"rewards": {str(t): float(scores[tasks == t].mean()) for t in np.unique(tasks)}}
 
 
 def log_rollout(folder: Path, step: int, prompt: dict):
@@ -346,21 +349,19 @@ def main(cfg: Config):
         config = {name: value for name, value in asdict(cfg).items() if name not in BY_THE_WAY}
         meta = begin(folder, config, source if read_meta(source) else None)
     dist.barrier()
-    # the student that learns, and what the reference model needs beside it: a copy of all weights,
-    # or where LoRAs can be switched off a copy of the tower
+    # the student that learns, and of its weights that train a copy, which makes it the reference
     place = device if world == 1 else "cpu"
     student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
-    model, frozen = student.model.eval(), None
-    if cfg.kl and not (cfg.train == "lora" and cfg.freeze_vision):
-        frozen = copy.deepcopy(model if cfg.train == "full" else model.model.visual).to(device)
-    choose_trained(model, cfg, device)
-    optimizers = [make_adamw(model.parameters(), cfg.lr)]
-    # the one that answers: itself, or where it is sharded a whole copy on each process, because
-    # responses end when they like
-    rollout_student = student
+    # the one that answers: where it is sharded a whole copy, because responses end when they like
+    model, rollout_student, mirrors = student.model, student, []
     if world > 1:
-        rollout_student = load_student(str(source), dtype, device, ATTENTION, MAX_PIXELS)
-        rollout_weights = rollout_student.model.eval().state_dict()
+        rollout_student = replace(student, model=copy.deepcopy(model).to(device))
+        choose_trained(rollout_student.model, cfg, LORA_RANK)
+        mirrors = trained_weights(rollout_student.model)
+    choose_trained(model, cfg, LORA_RANK)
+    shard(model, device, cfg.dtype)
+    came = [weight.clone() for weight in trained_weights(model)] if cfg.kl else []
+    optimizers = [make_adamw(model.parameters(), cfg.lr)]
     # the questions
     root = Path(cfg.data_root or (run if run in data.parents else data.parent))
     questions = read_questions(data, root)
@@ -372,14 +373,16 @@ def main(cfg: Config):
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")
     first = load_checkpoint(folder, model, optimizers, rank)
-    plan = itertools.islice(batches(questions, cfg.prompts, cfg.seed), first, steps)
+    epochs = range(1 + steps * cfg.prompts // len(questions))
+    orders = [np.random.default_rng([cfg.seed, e]).permutation(questions) for e in epochs]
+    plan = np.concatenate(orders)  # questions, one behind the other
     dummy, norms = dummy_row(student), []
-    for step, batch in enumerate(plan, first):
+    for step in range(first, steps):
         # ask: every process answers its share of the questions, with the weights as they are now
         tick = time.perf_counter()
-        prompts = open_prompts(student, batch[rank::world])
-        for name, tensor in merged_weights(model) if world > 1 else ():
-            rollout_weights[name].copy_(tensor)
+        prompts = open_prompts(student, plan[step * cfg.prompts :][: cfg.prompts][rank::world])
+        for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
+            mirror.copy_(gathered(weight))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             rewards = roll_out(rollout_student, prompts, step, cfg)  # [Q, G]
         rollout_seconds = round(time.perf_counter() - tick, 3)
@@ -390,23 +393,24 @@ def main(cfg: Config):
         # learn
         parts = [{"rows": part} for part in micro_batches(rows, cfg.tokens, PADDED, dummy)]
         for i in range(cfg.updates):
-            sums, broken = update(student, frozen, parts, cfg)
+            sums, broken = update(student, came, parts, cfg)
             clip_gradients(model, folder, step + 1, float(sums[0]), norms, rows, broken)
             if i == 0 and step > first and step % cfg.save_every == 0:  # sound weights: see above
                 save_checkpoint(folder, step, student, optimizers, dtype, rank)
-            take_step(optimizers, cfg, step, steps)
-        loss, kl, clipped = sums.tolist()
-        line = {"step": step + 1, **measure(prompts), "loss": loss, "kl": kl, "clipped": clipped}
+            take_step(optimizers, cfg.schedule, WARMUP * steps, step, steps)
+        line = {"step": step + 1, **measure(prompts)}
+        line |= zip(("loss", "kl", "clipped", "entropy"), sums.tolist(), strict=True)
         line |= {"grad_norm": norms[-1], "rollout_seconds": rollout_seconds}
         line["seconds"] = round(time.perf_counter() - tick, 3)
         if rank == 0:
             log_step(folder, line, SHOWN, steps)
             for prompt in prompts[:1]:
                 log_rollout(folder, step + 1, prompt)
-    save_student(student, folder, dtype, rank)
+    save_student(student, folder, dtype, rank, cfg.merge)
     if rank == 0:
         draw_curves(folder, SHOWN)
         drop_checkpoints(folder)
+        meta["base"] = student.source
         finish(folder, meta, {"steps": steps, "questions": len(questions)}, started)
         print(f"next: python 06_eval.py --run {cfg.run} --checkpoint {cfg.out}")
     dist.destroy_process_group()
@@ -538,19 +542,20 @@ class Student:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
-    source: str  # the folder or hub id that it came from
+    source: str  # the folder or hub id that its base came from
 
 
 def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
     """A Qwen-VL checkpoint by folder or hub id: safetensors only, code of its own is never run.
 
-    Its parts are loaded one by one: AutoProcessor asks for torchvision, which only videos need.
+    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
     register()
     safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
+        base = adapter_config(source)["base_model_name_or_path"]
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **safe
+            base, dtype=dtype, attn_implementation=attention, **safe
         )
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
         wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
@@ -558,23 +563,23 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
             raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
         if hasattr(model.config, "auto_map"):
             raise ValueError("its configuration names code of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        load_adapter(model, source)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
     prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, source)
+    return Student(model.to(device), tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture
 def check_picture(image: Path, root: Path):
     """ValueError where a question may not use this file."""
     if not image.resolve().is_relative_to(root.resolve()):
-        outside = f"{image} lies outside the data root {root}"
-        raise ValueError(f"{outside}: copy it there or set --data_root")
+        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
     if not image.is_file():
         raise ValueError(f"{image} is missing")
 
@@ -582,8 +587,7 @@ def check_picture(image: Path, root: Path):
 def read_questions(path: Path, root: Path) -> list[dict]:
     """Records with `images` resolved inside `root`; unusable ones are named and skipped.
 
-    Each gets a `name`, its line, and `written`, the paths of the file: what is drawn by them does
-    not depend on where the folder lies.
+    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
     """
     questions = []
     for number, record in read_lines(path, "task_type", "messages", "images"):
@@ -634,10 +638,7 @@ PROCESSOR_FILES = """
 
 
 def start_processes(cfg, folder: Path) -> tuple:
-    """(settings, dtype of the weights, rank, number of processes, device); torchrun starts several.
-
-    A model that is frozen beside its LoRA is kept in the dtype of the arithmetic.
-    """
+    """(settings, dtype of the weights, rank, number of processes, device); torchrun: several."""
     device, half = "cpu", False
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -661,20 +662,22 @@ def gather(own: list) -> list:
     return sum(lists, [])
 
 
-def choose_trained(model: torch.nn.Module, cfg, device: str):
-    """In place: train what --train and --freeze_vision say, sharded over the processes (FSDP2)."""
+def choose_trained(model: torch.nn.Module, cfg, rank: int):
+    """In place: train what --train and --freeze_vision say; `rank` of a LoRA that is new."""
     torch.manual_seed(cfg.seed)
+    tower = model.model.visual
     if cfg.train == "lora":
-        model.requires_grad_(False)
-        add_lora(model.model.language_model, cfg.lora_rank, LORA_SCALE * cfg.lora_rank)
-    model.model.visual.requires_grad_(not cfg.freeze_vision)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # a step of 1e-6 is lost in bfloat16's three digits
+        add_lora(model, rank, LORA_SCALE * rank)
+    else:
+        merge_lora(model)
+    if cfg.freeze_vision:
+        tower.requires_grad_(False)
+        tower.forward = torch.no_grad()(tower.forward)  # hooks of checkpointing ask for gradients
+    else:
+        tower.requires_grad_(True).float()  # a step of 1e-6 is lost in bfloat16's three digits
+        tower.in_adapter = True
     if cfg.checkpointing:
         model.activation_checkpointing_enable()
-    if dist.get_world_size() > 1:
-        shard(model, device, cfg.dtype)
 
 
 def make_adamw(params, lr: float) -> torch.optim.AdamW:
@@ -686,19 +689,24 @@ def make_adamw(params, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95))
 
 
-def save_student(student: Student, folder: Path, dtype: torch.dtype, rank: int):
-    """An ordinary checkpoint: merged weights, the processor's files, a LoRA in adapter/."""
-    weights = {}
-    for name, tensor in merged_weights(student.model):  # all processes gather, the first one keeps
+def save_student(student: Student, folder: Path, dtype: torch.dtype, rank: int, merge: bool):
+    """The LoRA in adapter/; weights where there is none, or to `merge` it; the processor."""
+    model, weights = student.model, {}
+    has_lora = save_adapter(model, folder / "adapter", student.source, writes=rank == 0)
+    moved = merge_lora(model) if merge else 0.0
+    for name, tensor in model.state_dict().items() if merge or not has_lora else ():
+        tensor = gathered(tensor)
         if rank == 0:
             weights[name] = tensor.to(dtype).cpu()
-    if student.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    save_adapter(student.model, folder / "adapter", student.source, writes=rank == 0)
     if rank == 0:
         for left in folder.glob(".tmp*"):  # what a killed process was writing
             left.unlink()
-        student.model.save_pretrained(folder, state_dict=weights)
+        if model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        if weights:
+            model.save_pretrained(folder, state_dict=weights)
+        if merge:
+            print(f"merged: {moved:.1%} of the adapted weights moved; adapter/ lost nothing")
         for name in PROCESSOR_FILES.split():
             file = cached_file(student.source, name, _raise_exceptions_for_missing_entries=False)
             if file:
@@ -718,7 +726,7 @@ def save_checkpoint(folder: Path, step: int, student: Student, optimizers: list,
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         (part / "state").mkdir(parents=True)
-    save_student(student, part, dtype, rank)
+    save_student(student, part, dtype, rank, merge=False)
     writer = HuggingFaceStorageWriter(str(part / "state"), save_distributed=True)
     dcp.save(training_state(student.model, optimizers), storage_writer=writer)
     if rank == 0:
@@ -768,11 +776,10 @@ def clip_gradients(model, folder: Path, step: int, loss: float, norms: list, row
     stop(f"{why}; its questions: {folder}/diverged.json; last checkpoint: {saved}; lower --lr")
 
 
-def take_step(optimizers: list, cfg, step: int, steps: int) -> float:
+def take_step(optimizers: list, schedule: str, warmup: float, step: int, steps: int) -> float:
     """One step at the learning rates of the schedule; returns their share of the peak."""
-    warmup = cfg.warmup * steps
     share = min(1.0, (step + 1) / (warmup + 1))
-    if cfg.schedule == "cosine":  # half a period, down to zero
+    if schedule == "cosine":  # half a period, down to zero
         angle = math.pi * max(0, step - warmup) / max(1, steps - warmup)
         share *= 0.5 * (1 + math.cos(angle))
     for optimizer in optimizers:
@@ -789,12 +796,9 @@ def log_step(folder: Path, line: dict, shown: str, steps: int):
     line["peak_gb"] = round((torch.cuda.max_memory_allocated() or host) / 1e9, 2)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    words = [f"step {line['step']:>5}/{steps} "]
-    for name in shown.split():
-        if name in line:
-            words.append(f"{name} {line[name]:<9.4g}")
+    words = [f"{name} {line[name]:<9.4g}" for name in shown.split() if name in line]
     eta_min = line["seconds"] * (steps - line["step"]) / 60
-    print(*words, f"ETA {eta_min:.1f} min", flush=True)
+    print(f"step {line['step']:>5}/{steps} ", *words, f"ETA {eta_min:.1f} min", flush=True)
 
 
 def draw_curves(folder: Path, shown: str):

@@ -72,6 +72,7 @@ from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokeniz
 from transformers.hf_argparser import HfArg
 
 from kernels import prepare, register
+from kernels.lora import adapter_config, load_adapter
 from kernels.prefill import generate
 from kernels.rows import encode_question
 
@@ -1525,19 +1526,20 @@ class Student:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
-    source: str  # the folder or hub id that it came from
+    source: str  # the folder or hub id that its base came from
 
 
 def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
     """A Qwen-VL checkpoint by folder or hub id: safetensors only, code of its own is never run.
 
-    Its parts are loaded one by one: AutoProcessor asks for torchvision, which only videos need.
+    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
     register()
     safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
+        base = adapter_config(source)["base_model_name_or_path"]
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, **safe
+            base, dtype=dtype, attn_implementation=attention, **safe
         )
         wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
         wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
@@ -1545,23 +1547,23 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
             raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
         if hasattr(model.config, "auto_map"):
             raise ValueError("its configuration names code of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        load_adapter(model, source)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
     prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, source)
+    return Student(model.to(device), tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture
 def check_picture(image: Path, root: Path):
     """ValueError where a question may not use this file."""
     if not image.resolve().is_relative_to(root.resolve()):
-        outside = f"{image} lies outside the data root {root}"
-        raise ValueError(f"{outside}: copy it there or set --data_root")
+        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
     if not image.is_file():
         raise ValueError(f"{image} is missing")
 
@@ -1569,8 +1571,7 @@ def check_picture(image: Path, root: Path):
 def read_questions(path: Path, root: Path) -> list[dict]:
     """Records with `images` resolved inside `root`; unusable ones are named and skipped.
 
-    Each gets a `name`, its line, and `written`, the paths of the file: what is drawn by them does
-    not depend on where the folder lies.
+    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
     """
     questions = []
     for number, record in read_lines(path, "task_type", "messages", "images"):

@@ -109,8 +109,7 @@ world-check: runs/world/1_trajectories/meta.json
 # Rests: base/ knows the rooms of commit 0372315, where `make base-check` repeats its first losses.
 base-check: runs/base/3_qa/meta.json
 	rm -rf runs/base/4_check
-	$(BASE) --out 4_check --until 200
-	$(PY) tests/same_losses.py base runs/base/4_check
+	$(PY) tests/same_losses.py base runs/base/4_check $(BASE) --out 4_check
 
 # Rates of the simulator, and of SFT with and without shared prefixes (after make demo).
 bench: $(VENV)/ready

@@ -1,7 +1,7 @@
 """Decoding on a key-value cache with room: the forward passes that write a response.
 
 A dynamic cache copies all keys to append one; a layer here owns room for the next tokens and writes
-them into place. One prompt serves several responses: its rows are repeated in the copy.
+them into place. A prompt may serve several responses: its rows are repeated in the copy.
 Shapes: B responses, T cached tokens, H heads, D head width, V vocabulary.
 """
 
@@ -38,12 +38,6 @@ class LayerWithRoom(DynamicLayer):
         return self.keys, self.values
 
 
-def cache_with_room(cache, rows: torch.Tensor, tokens: int):
-    """The prefilled `cache` of transformers, in place, with `rows` of its rows and room."""
-    cache.layers = [LayerWithRoom(layer, rows, min(tokens, ROOM)) for layer in cache.layers]
-    return cache
-
-
 def left_padded(pieces: list[dict], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids [B, T], mask [B, T], positions [3, B, T] of {ids, positions} that end in one column."""
     B, T = len(pieces), max(len(piece["ids"]) for piece in pieces)
@@ -67,6 +61,12 @@ def pick(logits: torch.Tensor, uniform: torch.Tensor | None, temperature: float)
     return torch.searchsorted(below, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
+def end_tokens(student) -> list[int]:
+    """What ends a response: Qwen's generation_config names two tokens, its tokenizer one."""
+    named = student.model.generation_config.eos_token_id
+    return [student.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+
+
 @torch.no_grad()
 def decode(
     model,
@@ -74,13 +74,13 @@ def decode(
     logits: torch.Tensor,  # [B, V] of the first token
     mask: torch.Tensor,  # [B, T] of the cached tokens, 0 for padding
     position: torch.Tensor,  # [B] of the first token
-    stop_token: int,
+    stop_tokens: list[int],
     pad: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     uniforms: torch.Tensor | None = None,  # [B, max_new_tokens] in 0..1; None: greedy
 ) -> list[list[int]]:
-    """B responses as token ids, each with its stop token where that was reached.
+    """B responses as token ids, each with the stop token that was reached.
 
     Every token has a random number of its own, so a response does not depend on its batch. Picture
     tokens are never chosen: the next forward pass would look for a picture behind them.
@@ -95,7 +95,7 @@ def decode(
         uniform = None if uniforms is None else uniforms[:, len(tokens)]
         token = pick(logits, uniform, temperature)
         tokens.append(token.masked_fill(done, pad))
-        done |= token == stop_token
+        done |= sum(token == stop for stop in stop_tokens).bool()
         if done.all() or len(tokens) == max_new_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -109,32 +109,6 @@ def decode(
         logits, position = out.logits[:, -1], position + 1
     responses = []
     for row in torch.stack(tokens, 1).tolist():
-        end = row.index(stop_token) + 1 if stop_token in row else len(row)
-        responses.append(row[:end])
+        ends = [row.index(stop) + 1 for stop in stop_tokens if stop in row]
+        responses.append(row[: min(ends, default=len(row))])
     return responses
-
-
-@torch.no_grad()
-def generate_groups(student, prompts: list[dict], max_new_tokens: int, samples=1, uniforms=None):
-    """`samples` responses per prompt, as token ids: every prompt is encoded once.
-
-    prompts {ids, positions, pixels, grids}; uniforms [prompts x samples, max_new_tokens].
-    """
-    model, tokenizer = student.model, student.tokenizer
-    pad, device = tokenizer.pad_token_id, model.device
-    ids, mask, positions = (x.to(device) for x in left_padded(prompts, pad))
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        pixel_values=torch.cat([prompt["pixels"] for prompt in prompts]).to(device),
-        image_grid_thw=torch.cat([prompt["grids"] for prompt in prompts]).to(device),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)  # [B]
-    cache = cache_with_room(out.past_key_values, rows, max_new_tokens)
-    logits, mask, position = out.logits[rows, -1], mask[rows], positions.amax((0, 2))[rows] + 1
-    eos, draw = tokenizer.eos_token_id, {"uniforms": uniforms}
-    said = decode(model, cache, logits, mask, position, eos, pad, max_new_tokens, **draw)
-    return [said[i : i + samples] for i in range(0, len(said), samples)]

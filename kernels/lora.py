@@ -1,16 +1,14 @@
 """Low-rank adaptation (Hu et al. 2021): y = W x + (alpha / rank) B A x, with W frozen.
 
-The layer, and what becomes of it: put beside every linear layer, merged into W, saved for peft.
+The layer, and what becomes of it: put beside every linear layer, merged into W, saved and loaded.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 
@@ -38,23 +36,27 @@ class LoRA(torch.nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-def add_lora(module: torch.nn.Module, rank: int, alpha: float):
-    """Put a LoRA beside every linear layer of `module`, in place."""
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            module.set_submodule(name, LoRA(layer, rank, alpha))
+def add_lora(model: torch.nn.Module, rank: int, alpha: float):
+    """Train, in place, only LoRAs: those that are there, or new ones in the language model."""
+    if not any(isinstance(layer, LoRA) for layer in model.modules()):
+        for name, layer in list(model.model.language_model.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                model.model.language_model.set_submodule(name, LoRA(layer, rank, alpha))
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora_" in name)
 
 
-@contextmanager
-def without_lora(model: torch.nn.Module):
-    """Inside, the model is the one that its LoRAs were put beside."""
-    layers = [module for module in model.modules() if isinstance(module, LoRA)]
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
-    yield
-    for layer, scale in zip(layers, scales, strict=True):
-        layer.scale = scale
+def trained_weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The weights that train, where sharded this process's part of them."""
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def exchange(model: torch.nn.Module, kept: list[torch.Tensor]):
+    """In place: the weights that train and those that are kept beside change their places."""
+    for weight, other in zip(trained_weights(model), kept, strict=True):
+        now = weight.clone()
+        weight.copy_(other)
+        other.copy_(now)
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
@@ -63,47 +65,79 @@ def gathered(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of the plain model, one by one: LoRAs merged into W, shards gathered."""
-    modules = dict(model.named_modules())
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            continue
-        tensor = gathered(tensor)
-        lora = modules.get(owner.removesuffix(".base"))
-        if isinstance(lora, LoRA):
-            name = name.replace(".base.", ".")
-            if leaf == "weight":
-                update = gathered(lora.lora_B).float() @ gathered(lora.lora_A).float() * lora.scale
-                tensor = (tensor.float() + update).to(tensor.dtype)
-        yield name, tensor
+def merge_lora(model: torch.nn.Module) -> float:
+    """In place: LoRAs become part of the W that they stand beside; the share of W that moved."""
+    moved, number = 0, 0
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoRA):
+            weight = layer.base.weight  # FSDP shards it as lora_B: by rows
+            merged = weight.float() + layer.lora_B @ layer.lora_A * layer.scale
+            moved += int(gathered((merged.to(weight.dtype) != weight).sum()))
+            number += weight.numel()
+            weight.copy_(merged)
+            model.set_submodule(name, layer.base)
+    return moved / max(1, number)
 
 
-def save_adapter(model: torch.nn.Module, folder: Path, base: str, writes: bool):
-    """The LoRAs in the format of the peft package, beside `base`; nothing where there are none.
+# --- Files, in the format of the peft package ---
+PREFIX = "base_model.model."  # of every tensor's name
+TOWER = PREFIX + "model.visual."  # is whole in an adapter where it was trained beside the LoRAs
 
-    Every process gathers, the one that `writes` keeps.
+
+def save_adapter(model: torch.nn.Module, folder: Path, base: str, writes: bool) -> bool:
+    """LoRAs, with a tower trained beside them, in float32; False without. All processes gather."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRA)}
+    whole, tensors = getattr(model.model.visual, "in_adapter", False), {}
+    for name, p in model.named_parameters() if layers else ():
+        key = PREFIX + name + ".weight" * (".lora_" in name)
+        if ".lora_" in name or (whole and key.startswith(TOWER)):
+            tensors[key] = gathered(p.detach()).float().cpu()
+    if layers and writes:
+        lora = next(iter(layers.values()))
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
+            "r": len(lora.lora_A),
+            "lora_alpha": lora.scale * len(lora.lora_A),
+            "target_modules": [*layers],
+            "modules_to_save": ["model.visual"] if whole else None,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return bool(layers)
+
+
+def adapter_config(source: str) -> dict:
+    """That of the adapter/ in a stage's folder; of another folder or hub id only what to load."""
+    if not Path(source, "adapter").is_dir():
+        return {"base_model_name_or_path": source, "peft_type": None}
+    return json.loads(Path(source, "adapter/adapter_config.json").read_text())
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, source: str):
+    """Put the adapter/ of the folder, if any, beside the language model: in place, in float32.
+
+    It may be peft's. ValueError where it is of another kind or does not fit.
     """
-    tensors = {}
-    for name, p in model.named_parameters():
-        if name.endswith((".lora_A", ".lora_B")):
-            tensors[f"base_model.model.{name}.weight"] = gathered(p.detach()).cpu()
-    layers = [module for module in model.modules() if isinstance(module, LoRA)]
-    if not layers or not writes:
+    config, strange = adapter_config(source), []
+    other = [name for name in ("use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config["peft_type"] is None:
         return
-    rank = layers[0].lora_A.shape[0]
-    names = "|".join(sorted({name.split(".")[-3] for name in tensors}))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": layers[0].scale * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": rf".*language_model.*\.({names})",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if config["peft_type"] != "LORA" or other:
+        raise ValueError(f"adapter/ is no plain LoRA: {config['peft_type']} {' '.join(other)}")
+    left = load_file(Path(source, "adapter/adapter_model.safetensors"))
+    model.model.visual.in_adapter = any(key.startswith(TOWER) for key in left)
+    for name, layer in list(model.named_modules()):
+        if f"{PREFIX}{name}.lora_A.weight" in left and "language_model" in name:
+            model.set_submodule(name, LoRA(layer, config["r"], config["lora_alpha"]))
+    for name, p in model.named_parameters():
+        tensor = left.pop(PREFIX + name + ".weight" * (".lora_" in name), None)
+        if tensor is not None and tensor.shape == p.shape and tensor.isfinite().all():
+            p.data = tensor.float()
+        elif tensor is not None or ".lora_" in name:
+            strange.append(name)
+    if left or strange:
+        raise ValueError(f"adapter/: missing, misshapen or unknown: {[*strange, *left][:3]}")

@@ -13,7 +13,7 @@ Shapes: B prompts, T tokens, V vocabulary. A prompt: ids [T], positions [3, T], 
 
 import torch
 
-from kernels.decode import ROOM, LayerWithRoom, decode, left_padded
+from kernels.decode import ROOM, LayerWithRoom, decode, end_tokens, left_padded
 from kernels.rows import common_prefix
 
 
@@ -43,8 +43,7 @@ def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[l
     draw: temperature and random numbers [B, max_new_tokens] of `decode`; without them the response
     is the likeliest one. All heads end in one column, and so do all tails.
     """
-    model, tokenizer = student.model, student.tokenizer
-    pad, device = tokenizer.pad_token_id, model.device
+    model, pad, device = student.model, student.tokenizer.pad_token_id, student.model.device
 
     def piece(prompt, start, end):
         return {"ids": prompt["ids"][start:end], "positions": prompt["positions"][:, start:end]}
@@ -74,5 +73,12 @@ def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[l
     cache.layers = [LayerWithRoom(layer, rows, room) for layer in cache.layers]
     logits, cache, mask = forward(tails, mask[rows], past_key_values=cache)
     position = torch.stack([prompt["positions"].max() + 1 for prompt in prompts]).to(device)
-    eos = tokenizer.eos_token_id
-    return decode(model, cache, logits, mask, position, eos, pad, max_new_tokens, *draw)
+    stops = end_tokens(student)
+    return decode(model, cache, logits, mask, position, stops, pad, max_new_tokens, *draw)
+
+
+def generate_groups(student, prompts, max_new_tokens, samples=1, uniforms=None, temperature=1.0):
+    """`samples` responses per prompt, which is encoded once; uniforms [prompts x samples, ...]."""
+    each = [prompt for prompt in prompts for _ in range(samples)]
+    said = generate(student, each, max_new_tokens, temperature, uniforms)
+    return [said[i : i + samples] for i in range(0, len(said), samples)]

@@ -96,22 +96,12 @@ class PatchEmbedding(torch.nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-def patches_in_one_product(model):
-    """Turn the vision tower's patch embedding into a matrix product, in place; weights stay."""
-    model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
-
-
-def windows_in_one_launch(model):
-    """Let the vision tower call us once per layer, with cu_seqlens, not once per window in a loop.
-
-    transformers passes cu_seqlens to implementations whose name holds "flash", so the tower's
-    configuration gets our second name.
-    """
-    model.model.visual.config._attn_implementation = "world2vlm_flash"
-
-
 def prepare(model, attention: str):
-    """What a loaded Qwen-VL model needs to be fast; its weights and outputs stay as they are."""
-    patches_in_one_product(model)
+    """What a loaded Qwen-VL model needs to be fast, in place; weights and outputs stay as they are.
+
+    The patch embedding becomes a matrix product, and the tower calls our attention once per layer,
+    with cu_seqlens, not once per window: so transformers does for names that hold "flash".
+    """
+    model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
     if attention == "world2vlm":
-        windows_in_one_launch(model)
+        model.model.visual.config._attn_implementation = "world2vlm_flash"

@@ -230,7 +230,7 @@ def names_of(rows: list[dict], marked: torch.Tensor) -> list[str]:
     return sorted({name for name, mark in zip(names, marked.tolist(), strict=True) if mark})
 
 
-def answer_logprobs(model, inputs: dict, where: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def answer_logprobs(model, inputs: dict, where, tokens, temperature: float) -> torch.Tensor:
     """log p [N] of `tokens` [N] whose predictors stand at `where` [2, N].
 
     Logits exist at answer positions only, and LOGITS of them at a time: the backward pass computes
@@ -238,7 +238,7 @@ def answer_logprobs(model, inputs: dict, where: torch.Tensor, tokens: torch.Tens
     """
 
     def of_chunk(hidden, tokens):
-        logprobs = model.lm_head(hidden).float().log_softmax(-1)
+        logprobs = (model.lm_head(hidden).float() / temperature).log_softmax(-1)
         return logprobs.gather(-1, tokens[:, None])[:, 0]
 
     hidden = model.model(**inputs, use_cache=False).last_hidden_state  # [B, T, width]
@@ -251,12 +251,15 @@ def answer_logprobs(model, inputs: dict, where: torch.Tensor, tokens: torch.Tens
 
 
 def shard(model, device: str, dtype: str):
-    """FSDP2, in place: every process holds a part of each layer and gathers it when it is needed.
+    """FSDP2, in place: each of several processes holds a part of a layer, and gathers it for use.
 
     Gradients are summed over the processes. answer_logprobs becomes a method, because a sharded
     model gathers its weights around methods that it knows.
     """
+    if dist.get_world_size() == 1:
+        return
     how = {"mesh": init_device_mesh(device.split(":")[0], (dist.get_world_size(),))}
+    how["reshard_after_forward"] = True  # of the root, too: 05 exchanges weights between passes
     if dtype == "bfloat16":  # gradients travel in float32, and rotary angles are left as they are
         how["mp_policy"] = MixedPrecisionPolicy(
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -269,8 +272,8 @@ def shard(model, device: str, dtype: str):
     register_fsdp_forward_method(model, "answer_logprobs")
 
 
-def row_logprobs(model, rows: list[dict], pad: int) -> torch.Tensor:
-    """log p, float32 [N], of every answer token of the rows, in their order."""
+def row_logprobs(model, rows: list[dict], pad: int, temperature=1.0, half=False) -> torch.Tensor:
+    """log p, float32 [N], of every answer token of the rows, in order; half: with autocast."""
     if model.config._attn_implementation == "world2vlm":
         inputs, where, tokens = pack(rows)
     else:
@@ -280,4 +283,5 @@ def row_logprobs(model, rows: list[dict], pad: int) -> torch.Tensor:
     device = model.device
     inputs = {name: x.to(device) if hasattr(x, "to") else x for name, x in inputs.items()}
     score = getattr(model, "answer_logprobs", partial(answer_logprobs, model))
-    return score(inputs, where.to(device), tokens.to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return score(inputs, where.to(device), tokens.to(device), temperature)

@@ -216,10 +216,10 @@ def theirs(stage: str, run: Path, data: str, steps: int, settings: dict):
 
 def our_command(stage: str, run: Path, data: str, steps: int, frozen: bool) -> list:
     # --tokens 4096: as many as TRL's rows, the fastest of those tried
-    flags = f"--out ours --student checkpoint --train full --lr {LR} --warmup 0 --tokens 4096 "
+    flags = f"--out ours --student checkpoint --train full --lr {LR} --tokens 4096 "
     flags += f"--save_every 1000000 --checkpointing False --freeze_vision {frozen} "
     if stage == "sft":
-        flags += f"--batch {QUESTIONS} --schedule constant --val_share 0"
+        flags += f"--batch {QUESTIONS} --schedule constant --warmup 0 --val_share 0"
     else:
         flags += f"--prompts {PROMPTS} --group {GROUP} --max_new_tokens {NEW_TOKENS} --kl {KL}"
     script = next(ROOT.glob("04*.py" if stage == "sft" else "05*.py"))

@@ -1,12 +1,18 @@
-"""python tests/same_losses.py LOGGED AGAIN: the losses of a run's first steps are those logged.
+"""python tests/same_losses.py LOGGED AGAIN [COMMAND]: a run's first losses are those logged.
+
+COMMAND makes AGAIN; it is ended after STEPS steps.
 
 On the processor that made the log they are equal; another one rounds otherwise, and training makes
 the difference grow: 2 % are allowed.
 """
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
+
+STEPS = 200
 
 
 def losses(folder: str) -> list[float]:
@@ -14,7 +20,18 @@ def losses(folder: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+def begin(command: list[str], folder: str):
+    """Run the command until it has logged STEPS steps."""
+    process, log = subprocess.Popen(command), Path(folder, "metrics.jsonl")
+    while process.poll() is None and (not log.is_file() or len(losses(folder)) < STEPS):
+        time.sleep(1)
+    process.terminate()
+    process.wait()
+
+
 if __name__ == "__main__":
+    if sys.argv[3:]:
+        begin(sys.argv[3:], sys.argv[2])
     again = losses(sys.argv[2])
     logged = losses(sys.argv[1])[: len(again)]
     off = [abs(b / a - 1) for a, b in zip(logged, again, strict=True)]

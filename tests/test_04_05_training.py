@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, lines, load, script, write_lines, write_questions
 from safetensors.torch import load_file
 
-from kernels.decode import generate_groups
+from kernels.prefill import generate_groups
 
 sft, refine = load("04"), load("05")
 TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3"]
@@ -120,7 +120,7 @@ def test_checkpoint_and_adapter_give_the_same_answers_in_a_fresh_process(run):
 
     The base answers otherwise.
     """
-    lora = "--out 4_lora --student 4_base --lora_rank 8 --lr 3e-2 --steps 8 --val_share 0"
+    lora = "--out 4_lora --student 4_base --lora_rank 8 --lr 3e-2 --steps 8 --val_share 0 --merge"
     script("04", "--run", run, *lora.split())
     student = sft.load_student(str(run / "4_lora"), torch.float32, "cpu", "eager", 10**6)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)
@@ -171,14 +171,9 @@ def test_killed_and_resumed_run_goes_on_with_the_same_losses(run, undisturbed, s
     one_line(script(stage, *settings, "--seed", 7, check=False), "seed was 0, now 7")
 
 
-def test_a_run_that_left_off_goes_on_and_its_log_and_weights_bear_their_hashes(run, undisturbed):
-    """--until leaves off as a kill would. meta.json names the command and the hashes."""
-    out, settings = run / "4_until", arguments(run, "04", "4_until")
-    assert "left off after step 2" in script("04", *settings, "--until", 2).stdout
-    assert not meta(out)["finished"] and logged(out) == undisturbed["04"][:2]
-    script("04", *settings)
-    assert logged(out) == undisturbed["04"]
-    assert "--out 4_until" in meta(out)["command"]
+def test_the_command_and_the_hashes_of_log_and_weights_are_in_meta(run, undisturbed):
+    out = run / "04_plain"
+    assert "--out 04_plain" in meta(out)["command"]
     sums = meta(out)["sha256"]
     assert {*sums} == {"model.safetensors", "metrics.jsonl"}
     for name, digest in sums.items():
@@ -210,10 +205,44 @@ def test_two_processes_train_to_the_same_loss(run, undisturbed, stage):
     script(stage, *arguments(run, stage, out), processes=2)
     assert np.allclose(logged(run / out), undisturbed[stage], atol=1e-4)
     if stage == "05":
+        for name in ("truncated", "equal", "spread", "entropy"):
+            assert np.allclose(logged(run / out, name), logged(run / "05_plain", name), atol=1e-3)
         rewards = (logged(run / folder, "reward") for folder in (out, "05_plain"))
         assert np.allclose(*rewards, atol=1e-4)
     again = script(stage, *arguments(run, stage, out), processes=2)  # all processes end in peace
     assert again.stdout.count("nothing to do") == 1
+
+
+FEW = {
+    "04": "--steps 4 --batch 3 --val_share 0",
+    "05": "--steps 4 --prompts 2 --group 3 --max_new_tokens 6 --kl 0.1",
+}
+
+
+@pytest.fixture(scope="session")
+def broken_pictures(run):
+    """A question file of which every other picture list holds a file that is no picture."""
+    (run / "no_picture.png").write_text("not a picture")
+    records = lines(run / "3_qa/sft.jsonl")
+    for record in records:
+        if int(record["scene_id"][1:]) % 2:
+            record["images"] = [record["images"][0], "no_picture.png"]
+    write_lines(run / "3_qa/broken.jsonl", records)
+    return "3_qa/broken.jsonl"
+
+
+@pytest.mark.parametrize("stage", FEW)
+def test_a_process_without_rows_keeps_step_with_the_others(run, broken_pictures, stage):
+    """A batch is one group, for two and three processes; some pictures open on none, or one."""
+    usual = ["--run", run, "--student", "4_base", "--data", broken_pictures, *FEW[stage].split()]
+    usual += TINY if stage == "04" else ["--lr", 1e-3]
+    found = []
+    for processes in (1, 2, 3):
+        out = f"{stage}_few{processes}"
+        done = script(stage, *usual, "--out", out, processes=processes)
+        assert "skipped" in done.stderr and "Traceback" not in done.stderr
+        found.append(logged(run / out))
+    assert np.allclose(found[0], found[1], atol=1e-4) and np.allclose(found[0], found[2], atol=1e-4)
 
 
 def test_small_micro_batches_and_no_sharing_give_the_same_losses(run, undisturbed):
@@ -272,11 +301,10 @@ def test_a_second_file_fills_its_share_of_every_batch(run):
     files = [[[{}] * 3] * 50, [[{}] * 2] * 9]
     cfg = sft.Config(batch=100)
     mixed = sft.mixed_batches(files, cfg)
-    for _ in range(5):
-        sizes = [len(group) for group in next(mixed)]
-        assert (sizes.count(3), sizes.count(2)) == (29, 8)  # the first whole groups of 85 and 15
+    sizes = [len(group) for _ in range(6) for group in next(mixed)]
+    assert (sizes.count(3), sizes.count(2)) == (170, 45)  # whole groups of 6 x 85 and 6 x 15
     plain = sft.mixed_batches(files[:1], cfg)
-    assert [len(group) for group in next(plain)] == [3] * 34
+    assert [len(next(plain)) for _ in range(3)] == [34, 33, 33]
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(run, tmp_path):

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_a_bad_question_does_not_take_its_neighbours_along(run, capsys):
 def test_the_draws_of_05_do_not_depend_on_where_the_run_lies(monkeypatch):
     refine, drawn = load("05"), []
 
-    def generate(student, prompts, tokens, samples, uniforms):
+    def generate(student, prompts, tokens, samples, uniforms, temperature):
         drawn.append(uniforms)
         raise InterruptedError  # no response is needed
 
@@ -200,7 +201,7 @@ def test_the_draws_of_05_do_not_depend_on_where_the_run_lies(monkeypatch):
     for images in (["/here/2_views/a.png"], ["/there/2_views/a.png"]):
         question = {"messages": [], "written": ["2_views/a.png"], "images": images}
         with pytest.raises(InterruptedError):
-            refine.roll_out(None, [{"question": question, "ids": [1]}], 3, refine.Config())
+            refine.roll_out(Mock(), [{"question": question, "ids": [1]}], 3, refine.Config())
     assert (drawn[0] == drawn[1]).all()
 
 

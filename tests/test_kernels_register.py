@@ -117,9 +117,10 @@ def test_decoding_on_a_cache_with_room(pair, questions):
     found = []
     for student in pair:
         out = student.model(**inputs, use_cache=True)
-        cache = decode.cache_with_room(out.past_key_values, torch.arange(len(questions)), 6)
+        cache, rows = out.past_key_values, torch.arange(len(questions))
+        cache.layers = [decode.LayerWithRoom(layer, rows, 6) for layer in cache.layers]
         logits = out.logits[:, -1]
-        found.append(decode.decode(student.model, cache, logits, mask, position, stop, pad, 6))
+        found.append(decode.decode(student.model, cache, logits, mask, position, [stop], pad, 6))
     assert found[0] == found[1]
 
 
