@@ -44,6 +44,10 @@ def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[l
     is the likeliest one. All heads end in one column, and so do all tails.
     """
     model, pad, device = student.model, student.tokenizer.pad_token_id, student.model.device
+    half = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    if half and not torch.is_autocast_enabled(device.type):  # adapters beside it are float32
+        with torch.autocast(device.type, torch.bfloat16):
+            return generate(student, prompts, max_new_tokens, *draw)
 
     def piece(prompt, start, end):
         return {"ids": prompt["ids"][start:end], "positions": prompt["positions"][:, start:end]}

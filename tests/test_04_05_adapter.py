@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kernels.lora import LoRA, merge_lora
+from kernels.prefill import generate
 from kernels.rows import row_logprobs
 
 sft, refine, evaluation = load("04"), load("05"), load("06")
@@ -87,6 +88,13 @@ def test_06_loads_what_05_learned(run, tmp_path, family, frozen):
     again = logprobs(loaded(evaluation, out), rows)
     assert (again - trained).abs().max() < 1e-3 and (trained - before).abs().max() > 1e-5
     assert abs(kept(before, trained, again) - 1) < 0.05
+    # and on a GPU, where the base stays in bfloat16 beside float32 adapters
+    half, questions = (
+        loaded(evaluation, out, torch.bfloat16),
+        refine.read_questions(run / "3_qa/grpo.jsonl", run),
+    )
+    prompts = refine.open_prompts(half, questions[:3])
+    assert len(generate(half, prompts, 4)) == 3
     for name, p in student.model.named_parameters():
         p.data = p.data if ".lora_" in name else p.data.bfloat16()
     assert merge_lora(student.model) < 0.1
