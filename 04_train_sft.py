@@ -424,7 +424,9 @@ def main(cfg: Config):
         draw_curves(folder, SHOWN)
         drop_checkpoints(folder)
         made = {"steps": steps, "questions": asked + len(validation), "parameters trained": trained}
-        finish(folder, meta | {"base": student.source} | fingerprint(folder), made, started)
+        if (folder / "adapter").is_dir():
+            meta["base"] = student.source
+        finish(folder, meta | fingerprint(folder), made, started)
         print(f"next: python 05_train_refine.py --run {cfg.run}")
     dist.destroy_process_group()
 

@@ -410,7 +410,8 @@ def main(cfg: Config):
     if rank == 0:
         draw_curves(folder, SHOWN)
         drop_checkpoints(folder)
-        meta["base"] = student.source
+        if (folder / "adapter").is_dir():
+            meta["base"] = student.source
         finish(folder, meta, {"steps": steps, "questions": len(questions)}, started)
         print(f"next: python 06_eval.py --run {cfg.run} --checkpoint {cfg.out}")
     dist.destroy_process_group()

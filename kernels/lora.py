@@ -26,13 +26,12 @@ class LoRA(torch.nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2)  # [N, in]
         y = self.base(rows)
-        if self.scale:
-            low = F.linear(rows, self.lora_A) * self.scale  # [N, rank], where scaling is cheap
-            if torch.is_grad_enabled():
-                # Summed inside the product: y is all of full width that is written.
-                y.addmm_(low, self.lora_B.to(y.dtype).T)
-            else:
-                y += F.linear(low, self.lora_B)  # whose cast autocast keeps for the next token
+        low = F.linear(rows, self.lora_A) * self.scale  # [N, rank], where scaling is cheap
+        if torch.is_grad_enabled():
+            # Summed inside the product: y is all of full width that is written.
+            y.addmm_(low, self.lora_B.to(y.dtype).T)
+        else:
+            y += F.linear(low, self.lora_B)  # whose cast autocast keeps for the next token
         return y.unflatten(0, x.shape[:-1])
 
 

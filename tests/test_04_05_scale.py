@@ -135,8 +135,7 @@ def test_what_trains_is_float32_and_what_is_frozen_stays_small(run, tmp_path):
     kinds = {(p.requires_grad, p.dtype) for p in student.model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
     rows = refine.rows_of(student, answered_prompts(student, run), torch.ones(2, 3), 10**6)
-    with torch.autocast("cpu", torch.bfloat16):
-        logprobs(student, rows).sum().backward()
+    row_logprobs(student.model, rows, student.tokenizer.pad_token_id, half=True).sum().backward()
     weight = student.model.model.visual.blocks[0].mlp.linear_fc1.weight
     before = weight.clone()
     trained = [p for p in student.model.parameters() if p.requires_grad]

@@ -53,7 +53,7 @@ def write_exam(rooms, views: list[dict]):
 def quick(monkeypatch):
     """02 in this process instead of a new one, which takes seconds to begin."""
 
-    def here(command, stdout, pass_fds):
+    def here(command, stdout, pass_fds, env):
         stage = load("02")
         monkeypatch.setattr(sys, "argv", command[1:] + ["--workers", "1"])
         stage.run(stage.main, stage.Config)
