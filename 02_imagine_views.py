@@ -104,50 +104,38 @@ class Config:
     recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="folder of the run, for 1_trajectories and 2_views")
     teacher: list[str] = HfArg(
-        default_factory=lambda: ["simulator"],
-        help="rows of TEACHERS; a trajectory goes to the first one that can take it",
+        default_factory=lambda: ["simulator"], help="rows of TEACHERS; the first that can is taken"
     )
     keep: Literal["keyframes", "ends", "all"] = HfArg(
-        default="keyframes",
-        help="frames kept: keyframes (0 and the one after each action), ends (first, last) or all",
+        default="keyframes", help="frames kept: 0 and that after each action, 0 and the last, all"
     )
     seed: int = HfArg(default=0, help="of the noise of generative teachers; the others draw none")
     shard: str = HfArg(
         default="0/1",
-        help="i/n: make trajectories i, i+n, i+2n, ... (of pictures with --gain 0); the last shard "
-        "to end completes the folder; torchrun divides it further",
+        help="i/n: make scenes i, i+n, i+2n, ...; the last shard to end completes the folder; "
+        "torchrun divides it further",
     )
     workers: int = HfArg(
         default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="processes, of each process of torchrun; results are the same",
     )
     device: str = HfArg(
-        default="auto",
-        help="of networks: auto, cpu, cuda, cuda:1, ...; bfloat16 on cuda, float32 on a CPU",
+        default="auto", help="of networks: auto, cpu, cuda:1, ...; bfloat16 on cuda, else float32"
     )
-    steps: int = HfArg(
-        default=0,
-        help="denoising steps; 0: the teacher's own (svc 50, sana-wm 60, cosmos3 30, base/world 4)",
-    )
-    guidance: float = HfArg(
-        default=0.0, help="factor; 0: the teacher's own (svc 4, sana-wm 5, cosmos3 1)"
-    )
+    steps: int = HfArg(default=0, help="denoising steps; 0: the teacher's own, see its class")
+    guidance: float = HfArg(default=0.0, help="guidance scale; 0: the teacher's own")
     compile: bool = HfArg(default=False, help="svc: torch.compile; pays after a few trajectories")
-    offload: bool = HfArg(
-        default=False, help="sana-wm, cosmos3: only the network at work is on the GPU"
-    )
+    offload: bool = HfArg(default=False, help="sana-wm, cosmos3: one network at a time on the GPU")
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
     depth: str = HfArg(
         default="", help="warp: metric depth checkpoint for photographs without a file (folder, id)"
     )
     fill: str = HfArg(
         default="",
-        help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
-        "pipeline of diffusers (folder, hub id); empty: they stay grey",
+        help="warp: what paints the holes: in rooms what `make world` writes, for photographs an "
+        "inpainting pipeline of diffusers (folder, hub id); empty: they stay grey",
     )
-    heldout_teacher: str = HfArg(
-        default="", help="of scenes held out, such as simulator; empty: that of the others"
-    )
+    heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
     svc_vae: str = HfArg(
         default="Manojb/stable-diffusion-2-1-base",  # a copy: stabilityai's own is gone
@@ -160,9 +148,7 @@ class Config:
     svc_px: int = HfArg(
         default=576, help="short side of its frames; both are multiples of 64, near the picture's"
     )
-    svc_frames: int = HfArg(
-        default=0, help="frames per call at least, more of the last camera; its authors' 21"
-    )
+    svc_frames: int = HfArg(default=0, help="frames per call at least: the authors pad to 21")
     svc_window: int = HfArg(default=MAX_FRAMES, help="frames per call; fewer need less memory")
     sana: str = HfArg(
         default="Efficient-Large-Model/SANA-WM_bidirectional-diffusers",
@@ -172,16 +158,11 @@ class Config:
         default_factory=lambda: [704, 1280],
         help="height and width of its frames, multiples of 32 from 64 up; trained at 704 1280",
     )
-    cosmos: str = HfArg(
-        default="nvidia/Cosmos3-Edge", help="hub id or folder of a Cosmos3OmniPipeline"
-    )
-    cosmos_tier: Literal[256, 480, 720] = HfArg(
-        default=480, help="a row of CANVASES, from which the one most like the picture is taken"
-    )
+    cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
+    cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
     gain: float = HfArg(
-        default=1.0,
-        help="metres that a generative teacher moves for one asked; 0: measured on each picture",
+        default=1.0, help="metres that a teacher moves for one asked; 0: measured on each picture"
     )
 
 
@@ -924,11 +905,9 @@ class Warp(Teacher):
     move with their pixels: a box is that of what the view shows, with --fill of the whole object
     where some of it shows."""
 
-    exact = True
-
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        self.generates = bool(cfg.fill)
+        self.generates, self.exact = bool(cfg.fill), True
 
     @cached_property
     def fill(self) -> Fill:
@@ -1063,8 +1042,8 @@ class Fill:
         """Views uint8 [n,H,W,3] with holes bool [n,H,W] -> whole ones. name: for the noise."""
         painted, frames = widen(holes).numpy(), frames.copy()
         for i in np.flatnonzero(painted.any((1, 2))).tolist():
-            random = random_numbers(self.cfg.seed, *name, "fill", i)
-            made = self.paint(frames[i], painted[i], random)
+            key = (self.cfg.seed, *name, "fill", i)
+            made = self.paint(frames[i], painted[i], random_numbers(*key))
             frames[i] = np.where(painted[i][..., None], made, frames[i])
         return frames
 
@@ -1077,13 +1056,13 @@ class Fill:
         return ((made[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
 
     def pipeline(self, frame, painted, random):
-        (height, width), options = painted.shape, {"num_inference_steps": self.cfg.steps or 30}
+        height, width = painted.shape
         beyond = ((0, -height % 64), (0, -width % 64))  # its latents are smaller, halved thrice
         image = Image.fromarray(np.pad(frame, (*beyond, (0, 0)), mode="edge"))
         mask = Image.fromarray(np.pad(painted, beyond))
-        if self.cfg.guidance:
-            options["guidance_scale"] = self.cfg.guidance
-        options |= {"width": image.width, "height": image.height, "generator": random}
+        options = {"width": image.width, "height": image.height, "generator": random}
+        options |= {"num_inference_steps": self.cfg.steps or 30}
+        options |= {"guidance_scale": self.cfg.guidance} if self.cfg.guidance else {}
         made = self.model(prompt=PROMPT, image=image, mask_image=mask, **options).images[0]
         return np.asarray(made)[:height, :width]
 
@@ -1128,9 +1107,8 @@ class Pan(Teacher):
         photo = load_photo(Path(trajectory["anchor"]))
         if not trajectory["panorama"]:
             # brought to the frames' pixels per degree, so that nothing flickers
-            half, whole = (
-                math.tan(math.radians(fov / 2)) for fov in (trajectory["fov_x_deg"], fov_deg)
-            )
+            fovs_deg = trajectory["fov_x_deg"], fov_deg
+            half, whole = (math.tan(math.radians(fov / 2)) for fov in fovs_deg)
             width = round(trajectory["width"] * whole / half)
             size = width, round(width * photo.shape[0] / photo.shape[1])
             photo = load_photo(Path(trajectory["anchor"]), size)
@@ -1150,11 +1128,9 @@ class Pan(Teacher):
                 u, v = panorama_place(rays, width, height)
                 u = u % width + 1
             else:
-                around = photo
-                u, v, _ = (
-                    intrinsics(width, height, fov_deg) @ np.reshape(rays, (3, -1)) / rays[2].ravel()
-                )
-                u, v = (place.reshape(rays[2].shape) for place in (u, v))
+                around, focal_px = photo, intrinsics(width, height, fov_deg)[0, 0]
+                u = focal_px * rays[0] / rays[2] + width / 2
+                v = focal_px * rays[1] / rays[2] + height / 2
             frames.append((sample(around.astype(np.float32), u, v) + 0.5).astype(np.uint8))
         return Views(np.stack(frames), K)
 
@@ -1322,9 +1298,8 @@ def svc_inputs(latents, vectors, frames, c2w, K):
 
 
 class Generative(Teacher):
-    """What the next three share. An anchor is a picture uint8 [h,w,3] and a name, for the noise:
-    the photograph in its own size, or the room's frame 0 drawn as large as the frames,
-    whose height and width are `size`."""
+    """An anchor is a picture uint8 [h,w,3] and a name, for the noise: the photograph in its own
+    size, or the room's frame 0 drawn as large as the frames, whose height and width are `size`."""
 
     generates = True
 
@@ -1456,7 +1431,7 @@ class Svc(Generative):
         wh = picture.shape[1::-1]
         own_K = torch.tensor(intrinsics(*wh, fov_x_deg_of(K)))  # in pixels of the picture
         K = fit_intrinsics(own_K, wh, WH)
-        fov_x_deg = 2 * math.degrees(math.atan(WH[0] / 2 / float(K[0, 0])))
+        shown_K = intrinsics(*WH, fov_x_deg_of(K))
         K = (K / torch.tensor([*WH, 1])[:, None]).to(device)
         fitted = fit_picture(picture, WH).to(device)
         latents = vae.encode(fitted[None]).latent_dist.mean * 0.18215
@@ -1485,9 +1460,7 @@ class Svc(Generative):
         frames = ((frames + 1) / 2 * 255).clamp(0, 255).byte().cpu().numpy()
         settings = {"model": cfg.svc, "vae": cfg.svc_vae, "vae_sha256": vae_sha256}
         settings |= {"size": WH, "steps": steps, "guidance": guidance, "frames": window}
-        return Views(
-            frames[:-1], intrinsics(*WH, fov_x_deg), sharpest=frames[-1], settings=settings
-        )
+        return Views(frames[:-1], shown_K, sharpest=frames[-1], settings=settings)
 
 
 def resample(c2w, max_step_m=0.05, max_step_deg=1.2, group=8):
@@ -1810,17 +1783,13 @@ def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Conf
 
 def covisible(kept: list[int], c2w, keyframes: list[int], K, depths) -> list:
     """[[i, j, share of frame j that frame i shows], ...] for key frames i < j; null: unknown."""
-    found = []
-    for i, j in itertools.combinations(range(len(kept)), 2):
-        if not {kept[i], kept[j]} <= {*keyframes}:
-            continue
-        pose = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]]
-        share = None
+    found, every = [], max(1, min(size_of(K)) // 84)  # 84 x 84 points are enough
+    small = intrinsics(*(len(range(0, side, every)) for side in size_of(K)), fov_x_deg_of(K))
+    at_keys = [i for i, frame in enumerate(kept) if frame in keyframes]
+    for i, j in itertools.combinations(at_keys, 2):
+        pose, share = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]], None
         if depths is not None or np.abs(pose[:3, 3]).max() < 1e-6:
-            every = max(1, min(size_of(K)) // 84)
             few = [None, None] if depths is None else depths[[i, j], ::every, ::every]
-            width, height = (len(range(0, side, every)) for side in size_of(K))
-            small = intrinsics(width, height, fov_x_deg_of(K))
             share = round(share_shown(*few, pose, small), 3)
         found.append([kept[i], kept[j], share])
     return found
@@ -1943,19 +1912,11 @@ def nerfstudio(c2w, K, kept: list[int]) -> dict:
     flipped = (c2w[kept] * [1, -1, -1, 1] + 0.0).tolist()  # + 0.0: no "-0.0" in the file
     width, height = size_of(K)
     focal_px, cx, cy = map(float, focal_and_centre(K))
-    return {
-        "camera_model": "OPENCV",
-        "fl_x": focal_px,
-        "fl_y": focal_px,
-        "cx": cx,
-        "cy": cy,
-        "w": width,
-        "h": height,
-        "frames": [
-            {"file_path": f"{frame:03d}.png", "transform_matrix": pose}
-            for frame, pose in zip(kept, flipped, strict=True)
-        ],
-    }
+    camera = {"camera_model": "OPENCV", "fl_x": focal_px, "fl_y": focal_px, "cx": cx, "cy": cy}
+    camera |= {"w": width, "h": height, "frames": []}
+    for frame, pose in zip(kept, flipped, strict=True):
+        camera["frames"].append({"file_path": f"{frame:03d}.png", "transform_matrix": pose})
+    return camera
 
 
 def measure_gain(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
@@ -1966,8 +1927,8 @@ def measure_gain(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
     try:
         if not (trajectory["room"] or cfg.depth or depth_file(trajectory, cfg).is_file()):
             raise Unusable("no depth (--depth)")
-        anchor = teacher.anchor(trajectory)
-        views = teacher.imagine(anchor, c2w, intrinsics_of(trajectory), ends)
+        given = teacher.anchor(trajectory), c2w, intrinsics_of(trajectory), ends
+        views = teacher.imagine(*given)
         (before, after), K, depths = small_depths(trajectory, views, c2w, ends, cfg)
         gain, match, rival = measure_move(before, after, depths[0], c2w[-1], K)
         # Far away all moves look alike.
@@ -1997,8 +1958,8 @@ def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
     kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
     asked, gain = c2w.copy(), gain_of(trajectory, teacher, cfg)
     asked[:, :3, 3] /= gain.get("gain", 1.0)
-    anchor = teacher.anchor(trajectory)
-    views = teacher.imagine(anchor, asked, intrinsics_of(trajectory), kept)
+    K, keyframes = intrinsics_of(trajectory), trajectory["keyframes"]
+    views = teacher.imagine(teacher.anchor(trajectory), asked, K, kept)
     folder = folder_of(trajectory)
     files = [f"{folder}/{frame:03d}.png" for frame in kept]
     for file, picture in zip(files, views.frames, strict=True):
@@ -2008,7 +1969,6 @@ def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
         small = small_depths(trajectory, views, c2w, kept, cfg)
         _, K, depths = small
     camera = nerfstudio(c2w, views.K, kept)
-    keyframes = trajectory["keyframes"]
     save(Path(cfg.run, folder, "transforms.json"), json.dumps(camera))
     record = trajectory | {
         "width": camera["w"],
@@ -2046,9 +2006,8 @@ WORKER = {}  # of a process of the pool
 
 
 def start_worker(one):
-    """`one` makes the views of a job; it is inherited, for networks sent with every job would be
-    slow, and lie elsewhere in memory, where sums round otherwise. One thread each. A worker dies
-    with its parent: those of a killed run would write beside those of its rerun."""
+    """`one` makes the views of a job. It is inherited: networks sent along are slow, and sums round
+    otherwise there. A worker of a killed run, which its rerun would meet, dies with its parent."""
     WORKER["one"] = one
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -2150,13 +2109,6 @@ def plan(teachers: dict, cfg: Config):
     return jobs, {"unusable": unusable, "left out": left_out.total()}
 
 
-def share_of(jobs: list, shard: int, shards: int, cfg: Config) -> list:
-    """Every shards-th job, or all jobs of every shards-th picture where its gain is measured."""
-    keys = [i if cfg.gain else job[0]["scene_id"] for i, job in enumerate(jobs)]
-    mine = {*list(dict.fromkeys(keys))[shard::shards]}
-    return [job for job, key in zip(jobs, keys, strict=True) if key in mine]
-
-
 def contact_sheet(records: list[dict], run: Path, rows: int = 12, px: int = 200) -> Image.Image:
     """Trajectories of all kinds of action, one per row, a failed one first: what was asked, then
     up to five of the kept frames with their boxes."""
@@ -2232,14 +2184,14 @@ def main(cfg: Config):
     teachers = {name: TEACHERS[name](cfg) for name in names}
     ways = ("run", "recipe", "shard", "workers", "offload", "compile")  # with the same result
     settings = {key: value for key, value in asdict(cfg).items() if key not in ways}
-    folder = run / "2_views"
-    jobs, counts = plan(teachers, cfg)
+    folder, (jobs, counts) = run / "2_views", plan(teachers, cfg)
     if not (folder / "meta.json").is_file():
         load_networks(teachers)  # their faults are said before anything is begun
     with alone(folder):
         meta = begin(folder, settings, run / "1_trajectories", f"_{shard}_of_{shards}")
-
-    share = share_of(jobs, shard, shards, cfg)
+    scenes = [*dict.fromkeys(trajectory["scene_id"] for trajectory, _ in jobs)]
+    mine = {*scenes[shard::shards]}  # whole scenes: a picture is read, and measured, once
+    share = [job for job in jobs if job[0]["scene_id"] in mine]
     todo = [job for job in share if not (run / folder_of(job[0]) / "view.json").is_file()]
     if len(todo) < len(share):
         print(f"{len(share) - len(todo)} of {len(share)} trajectories are there already")
@@ -2254,9 +2206,7 @@ def main(cfg: Config):
             place = run / folder_of(trajectory)
             missing += not ((place / "view.json").is_file() or (place / "skipped.json").is_file())
         if missing:
-            print(
-                f"shard {shard}/{shards} done; {missing} trajectories of other shards are missing"
-            )
+            print(f"shard {shard}/{shards} is done; {missing} trajectories of others are missing")
         elif read_meta(folder)["finished"]:
             print(f"{folder} was completed by another shard")
         else:

@@ -136,8 +136,8 @@ class Config:
     )
     near_miss_box: int = HfArg(
         default=0,
-        help="a D4 answered no shows any object at least so far to the side, thousandths: an "
-        "easier lesson, which boxes alone may answer; 0: another object of the same label",
+        help="a D4 answered no shows any object so far to the side, thousandths: an easier lesson, "
+        "which boxes alone may answer; 0: another object of the same label",
     )
     grpo_per_task: int = HfArg(default=125, help="questions per task in grpo.jsonl (paper: 125)")
     detector: str = HfArg(
@@ -268,9 +268,8 @@ def see(path, entries, holes, fov_x_deg, cfg):
         sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA
         sure = entry.get("score", 1) >= cfg.min_score
         if clear and sized and sure:
-            bearing_deg = entry.get("bearing_deg", bearing_of(exact, fov_x_deg))
-            distance_m = entry.get("distance_m") or 0
-            usable[key] = Seen(label, box, float(distance_m), float(bearing_deg))
+            bearing_deg = float(entry.get("bearing_deg", bearing_of(exact, fov_x_deg)))
+            usable[key] = Seen(label, box, float(entry.get("distance_m") or 0), bearing_deg)
     return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes))
 
 
@@ -385,7 +384,6 @@ def load_detector(cfg):
         stop(f"--detector {name}: {str(error).splitlines()[0]}")
     if zero_shot and not wanted:
         stop(f"--detector {name} is zero-shot: name what to look for with --detector_labels")
-    names = model.config.id2label
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.inference_mode()
@@ -397,7 +395,9 @@ def load_detector(cfg):
             inputs["text"] = after["text_labels"] = [wanted]
         outputs = model(**processor(**inputs, return_tensors="pt").to(model.device))
         (found,) = post_process(outputs, target_sizes=[(1000, 1000)], **after)
-        labels = found.get("text_labels") or map(names.get, found["labels"].tolist())
+        labels = found.get("text_labels") or map(
+            model.config.id2label.get, found["labels"].tolist()
+        )
         boxes = found["boxes"].round().clamp(0, 1000).int().tolist()
         detections = []
         for label, box, score in zip(labels, boxes, found["scores"].tolist(), strict=True):
@@ -509,7 +509,7 @@ class Survey:
     """What the questions about one view must know of all views."""
 
     def __init__(self, cfg, views):
-        self.cfg, self.dropped = cfg, Counter()
+        self.cfg, self.caps, self.dropped = cfg, read_caps(cfg.caps), Counter()
         self.motions = defaultdict(list)
         # moves and turns of pairs that are asked about: others would tell what is false
         self.steps = defaultdict(list)
@@ -519,6 +519,8 @@ class Survey:
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
             actions, pictures, frames = view["actions"], view["pictures"], view["keyframes"]
+            for name, value in actions:
+                largest[name in TURNS] = max(value, largest[name in TURNS])
             for picture in filter(None, pictures):
                 self.labels[view["source"]].update(picture.counts)
                 for one in picture.usable.values():
@@ -528,8 +530,6 @@ class Survey:
                 for kind in {False, not pictures[0].usable.keys().isdisjoint(pictures[-1].usable)}:
                     for name, value in actions:
                         self.steps[kind, len(actions), name in TURNS].append((name, value))
-        for name, value in sorted(action for view in views for action in view["actions"]):
-            largest[name in TURNS] = max(value, largest[name in TURNS])
         for view in sorted(views, key=lambda view: view["traj_id"]):
             self.starts[view["start"]].append(view)
         self.facing.sort()
@@ -690,9 +690,8 @@ def four_boxes(draw, pair, true, words):
 
 def four_lengths(draw, truth):
     """Four lengths, each 1.4 times the one before, of any of which the right one may be."""
-    true_m, place = float(truth.split()[0]), draw.randrange(4)
-    others = [f"{true_m * 1.4 ** (k - place):.1f}" for k in range(4) if k != place]
-    options = [truth, *(f"{float(length):g} meters" for length in others)]
+    true_m, first = float(truth.split()[0]), draw.randrange(-3, 1)
+    options = [f"{round(true_m * 1.4**k, 1):g} meters" for k in range(first, first + 4)]
     return options if len({*options}) == 4 else None
 
 
@@ -917,7 +916,7 @@ def ask_picture(pair, task, most):
 
     Not after one move forward or backward: the nearest or the furthest of the four would be it.
     """
-    if len(pair.actions) == 1 and pair.actions[0][0] in ("forward", "backward"):
+    if [name for name, _ in pair.actions] in (["forward"], ["backward"]):
         return
     begin = ["Image 1 is the start.", "The camera now sees image 1."]
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
@@ -954,8 +953,8 @@ def ask_whether_there(shown, task, most):
         return
     draw = shown.draw
     picture = shown.before
-    known = sorted(shown.survey.labels[shown.view["source"]])
-    absent = [label for label in known if not same_kind(label, picture.counts)]
+    known = shown.survey.labels[shown.view["source"]]
+    absent = sorted(label for label in known if not same_kind(label, picture.counts))
     here = sorted({one.label for one in picture.usable.values()})
     for label in mixed(draw, here, absent, most):
         answer = "yes" if label in here else "no"
@@ -1055,8 +1054,7 @@ PICTURE_TASKS = {
     "E1": Task(TURN, "inverse", 0.5, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
-YES_NO_TASKS = {task for task, row in TASKS.items() if row.answer[0] == "yes_no"}
-BALANCED = YES_NO_TASKS | {"E2"}
+BALANCED = {task for task, row in TASKS.items() if row.answer[0] in ("yes_no", "relation")}
 # what cannot be answered where the pictures share too little
 COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
 FORMATS = ("open", "choice")
@@ -1087,7 +1085,6 @@ def read_caps(pairs):
 def ask_all(views, survey):
     """Yield all candidates of all views; balancing drops some later."""
     cfg = survey.cfg
-    caps = read_caps(cfg.caps)
     for view in tqdm(views, desc="questions", unit="trajectory"):
         kept = [k for k, picture in enumerate(view["pictures"]) if picture]
         if cfg.pairs == "ends":
@@ -1105,7 +1102,7 @@ def ask_all(views, survey):
                 continue
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
             for task, row in tasks.items():
-                most = caps[task]
+                most = survey.caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
                 asked = row.ask(shown, task, int(most))
@@ -1139,19 +1136,20 @@ def draw_questions(questions, most=None):
     return [q for q in questions if id(q) in keep]
 
 
+def trains(cfg, task):
+    """Whether --tasks and --directions ask for a task; static ones are of both directions."""
+    own = "both" if TASKS[task].direction == "static" else TASKS[task].direction
+    return task in cfg.tasks and (cfg.directions == own or "both" in (own, cfg.directions))
+
+
 def make_files(survey, questions):
     """File name -> its questions. The ablation settings do not reach heldout.jsonl."""
-    cfg = survey.cfg
-    files = {"static": [], "sft": [], "heldout": []}
+    cfg, files = survey.cfg, {"static": [], "sft": [], "heldout": []}
     for q in questions:
-        direction = TASKS[q.task].direction
-        trained = q.task in cfg.tasks and cfg.sources in (q.view["source"], "both")
         if q.view["split"] == "heldout":
             files["heldout"].append(q)
-        elif trained and direction == "static":
-            files["static"].append(q)
-        elif trained and cfg.directions in (direction, "both"):
-            files["sft"].append(q)
+        elif trains(cfg, q.task) and cfg.sources in (q.view["source"], "both"):
+            files["static" if TASKS[q.task].direction == "static" else "sft"].append(q)
     for name, candidates in files.items():
         files[name] = draw_questions(candidates)
         lost = Counter(q.task for q in candidates) - Counter(q.task for q in files[name])
@@ -1164,12 +1162,9 @@ def make_files(survey, questions):
 def name_empty(survey, files):
     """One line on stderr for each task that was asked for and came out empty, and for heldout."""
     made = {q.task for q in files["sft"] + files["static"]}
-    for task, most in read_caps(survey.cfg.caps).items():
-        direction = TASKS[task].direction
-        wanted = direction == "static" or survey.cfg.directions in ("both", direction)
-        if wanted and most and task in {*survey.cfg.tasks} - made:
-            needs = f"it needs {TASKS[task].needs}"
-            print(f"no question of {task} to train on: {needs}", file=sys.stderr)
+    for task, row in TASKS.items():
+        if task not in made and survey.caps[task] and trains(survey.cfg, task):
+            print(f"no question of {task} to train on: it needs {row.needs}", file=sys.stderr)
     if not files["heldout"]:
         why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
         print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
@@ -1207,9 +1202,7 @@ def examples(questions, run):
     page = Image.new("RGB", (4 * WIDE_PX, -(-len(chosen) // 4) * TALL_PX), "white")
     font = ImageFont.load_default(14)
     for number, q in enumerate(chosen):
-        row, column = divmod(number, 4)
-        left = column * WIDE_PX + 10
-        top = row * TALL_PX + 10
+        left, top = number % 4 * WIDE_PX + 10, number // 4 * TALL_PX + 10
         side = min(SIDE_PX, (WIDE_PX - 10) // len(q.images) - 4)
         truth = write(q.truth)
         boxes = re.findall(r"\[\d[^]]*\]", q.words + truth)
@@ -1221,8 +1214,8 @@ def examples(questions, run):
                 ImageDraw.Draw(picture).rectangle(corners.tolist(), outline=colour, width=2)
             page.paste(picture, (left + k * (side + 4), top))
         words = textwrap.fill(f"{q.task}  " + q.prompt.replace("<image>", ""), 76)
-        place = (left, top + side + 4)
-        ImageDraw.Draw(page).text(place, f"{words}\n\n{q.answer}", "black", font)
+        words += f"\n\n{q.answer}"
+        ImageDraw.Draw(page).text((left, top + side + 4), words, "black", font)
     png = io.BytesIO()
     page.save(png, "PNG")
     return png.getvalue()
@@ -1255,8 +1248,8 @@ def main(cfg: Config):
         save(folder / f"{name}.jsonl", "".join(lines))
         counts[name] = Counter(sorted(q.task for q in questions))
 
-    card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts}
-    card["dropped"] = +survey.dropped
+    card = {"views": {"used": len(views), "skipped": skipped}}
+    card |= {"counts": counts, "dropped": +survey.dropped}
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
     save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
     finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
