@@ -360,9 +360,12 @@ def prepare_room(room: dict) -> Room:
     owners = np.array(owners, np.uint8)
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
-    pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[:4], rng.integers(2, 14, 2)] * TEXELS**2
+    # One wallpaper, and another on the accent wall that every other room has.
+    paper = (np.arange(4) == rng.integers(8)).astype(int)  # of each wall
+    pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[paper], rng.integers(2, 14, 2)] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
     rgb = rng.uniform(100, 215, (6, 1)) + rng.uniform(-35, 35, (6, 3))  # paler than objects
+    rgb[:4] = rgb[paper]
     rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.
     tone = 1 + CONTRAST[:, None, None] * np.linspace(-0.5, 0.35, 256)[:, None]
@@ -971,6 +974,7 @@ class Warp(Teacher):
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
 
 FILL_STEPS = 4
+FILL_NOISE = 0.5  # its deviation: at 1, the noise's own clouds of color stayed in few steps
 FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
 
@@ -1049,7 +1053,7 @@ class Fill:
 
     @torch.inference_mode()
     def network(self, frame, painted, random):
-        noise = torch.randn((1, 3, *painted.shape), generator=random).to(self.device)
+        noise = FILL_NOISE * torch.randn((1, 3, *painted.shape), generator=random).to(self.device)
         warped = to_unit(torch.from_numpy(frame)).permute(2, 0, 1)[None].to(self.device)
         painted = torch.from_numpy(painted)[None, None].float().to(self.device)
         made = fill_sample(self.model, noise, warped, painted, self.cfg.steps or FILL_STEPS)

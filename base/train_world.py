@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import shlex
@@ -41,7 +40,8 @@ LEVELS = {"down_block_types": ["DownBlock2D"] * 2 + ["AttnDownBlock2D"] * 2}
 LEVELS |= {"up_block_types": ["AttnUpBlock2D"] * 2 + ["UpBlock2D"] * 2}
 WIDTHS = {"block_out_channels": [32, 64, 96, 128], "layers_per_block": 1}
 HEADS = {"attention_head_dim": 16, "norm_num_groups": 16}
-BATCH, LR, WARMUP, DECAY = 32, 1e-3, 100, 0.995
+BATCH, LR, DECAY = 32, 1e-3, 0.995
+WARMUP, COOLDOWN = 100, 0.3  # steps; share of all. The same steps between: more can be asked later
 HOLE_WEIGHT = 4
 SAVE_EVERY = 100
 
@@ -98,7 +98,7 @@ def batch(pairs: np.ndarray, step: int, seed: int):
     warped, truth = (views.to_unit(picture) for picture in (warped, truth))
     painted = views.widen(holes[:, 0])[:, None].float()
     t = torch.from_numpy((np.arange(BATCH) + g.random(BATCH)) / BATCH).float()
-    noise = torch.from_numpy(g.standard_normal(truth.shape, np.float32))
+    noise = views.FILL_NOISE * torch.from_numpy(g.standard_normal(truth.shape, np.float32))
     t_ = t.view(-1, 1, 1, 1)
     return truth, (1 - t_) * truth + t_ * noise, warped, painted, t
 
@@ -167,7 +167,7 @@ def main():
     steps = tqdm(range(first, args.until or args.steps), "steps", initial=first, total=args.steps)
     for step in steps:
         tick = time.perf_counter()
-        rate = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / args.steps)) / 2
+        rate = min(1, (step + 1) / WARMUP, (1 - step / args.steps) / COOLDOWN)
         optimizer.param_groups[0]["lr"] = LR * rate
         loss = loss_of(network, *(x.to(args.device) for x in batch(pairs, step, args.seed)))
         optimizer.zero_grad()

@@ -696,7 +696,7 @@ def test_two_processes_of_torchrun_equal_one_run(done, rooms, tmp_path):
     run = copy_of(rooms, tmp_path)
     told = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2).stdout
     assert contents(run) == contents(done)
-    assert sum(f"shard {i}/2 done" in told for i in (0, 1)) == 1  # the other completed the folder
+    assert sum(f"shard {i}/2 is done" in told for i in (0, 1)) == 1  # the other completed the folder
     again = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2)
     assert again.stdout.count("nothing to do") == 2
     one = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{os.cpu_count() // 2 or 1}'"
@@ -708,7 +708,7 @@ def test_two_processes_of_torchrun_equal_one_run(done, rooms, tmp_path):
 def test_one_shard_alone_leaves_the_folder_unfinished(stage, done, rooms, tmp_path, capsys):
     run = copy_of(rooms, tmp_path)
     stage.main(stage.Config(run=str(run), keep="all", workers=1, shard="1/2"))
-    assert "14 trajectories of other shards are missing" in capsys.readouterr().out
+    assert "14 trajectories of others are missing" in capsys.readouterr().out
     assert not (run / "2_views/views.jsonl").exists()
     assert not json.loads((run / "2_views/meta.json").read_text())["finished"]
     stage.main(stage.Config(run=str(run), keep="all", workers=1, shard="0/2"))
