@@ -696,7 +696,8 @@ def test_two_processes_of_torchrun_equal_one_run(done, rooms, tmp_path):
     run = copy_of(rooms, tmp_path)
     told = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2).stdout
     assert contents(run) == contents(done)
-    assert sum(f"shard {i}/2 is done" in told for i in (0, 1)) == 1  # the other completed the folder
+    # the other completed the folder
+    assert sum(f"shard {i}/2 is done" in told for i in (0, 1)) == 1
     again = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2)
     assert again.stdout.count("nothing to do") == 2
     one = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{os.cpu_count() // 2 or 1}'"
