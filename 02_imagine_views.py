@@ -974,7 +974,6 @@ class Warp(Teacher):
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
 
 FILL_STEPS = 4
-FILL_NOISE = 0.5  # its deviation: at 1, the noise's own clouds of color stayed in few steps
 FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
 
@@ -991,37 +990,37 @@ def to_unit(pictures):
 
 
 def spread(warped, painted):
-    """Views [B,3,H,W] with the mean of the nearest known pixels where painted [B,1,H,W] is 1: from
-    the mean of all, ever finer means replace coarser ones as far as pixels are known (pull-push:
-    Gortler et al. 1996). So walls go on beyond what a small network sees at once.
-    """
-    levels = [torch.cat([warped * (1 - painted), 1 - painted], 1)]
-    while max(levels[-1].shape[-2:]) > 1:
-        sums = 4 * F.avg_pool2d(levels[-1], 2, ceil_mode=True)
-        levels.append(sums / sums[:, 3:].clamp(min=1))
-    found = torch.zeros_like(levels[-1][:, :3])
-    for level in reversed(levels):
-        total, known = level[:, :3], level[:, 3:]
-        found = F.interpolate(found, level.shape[-2:], mode="bilinear")
-        found = total + (1 - known) * found
-    return found
+    """Views [B,3,H,W] whose painted parts, [B,1,H,W], are grown over from what is known, a ring of
+    pixels at a time: walls and floors go on beyond what a small network sees at once."""
+    found = torch.cat([warped, torch.ones_like(painted)], 1) * (1 - painted)
+    for _ in range(max(painted.shape[-2:])):
+        if found[:, 3:].all():
+            break
+        near = 9 * F.avg_pool2d(found, 3, 1, 1)  # sums over known neighbours, and their number
+        near = near / near[:, 3:].clamp(min=1)
+        found = torch.where(found[:, 3:] > 0, found, near)
+    return found[:, :3]
 
 
 def fill_predict(network, noisy, known, painted, t):
     """The clean views [B,3,H,W] that a UNet2DModel sees behind noisy ones at noise share t [B].
 
-    known: warped views, their holes `spread` over; painted [B,1,H,W]: 1 in holes.
+    known: warped views, their holes `spread` over, of which the network says the difference;
+    painted [B,1,H,W]: 1 in holes.
     """
     *_, height, width = noisy.shape
     seen = torch.cat([noisy, known, painted], 1)
     seen = F.pad(seen, (0, -width % 16, 0, -height % 16), mode="replicate")  # four levels of cells
-    clean = network(F.pixel_unshuffle(seen, 2), 1000 * t).sample  # [B,12,h,w]
-    return F.pixel_shuffle(clean, 2)[..., :height, :width]
+    change = network(F.pixel_unshuffle(seen, 2), 1000 * t).sample  # [B,12,h,w]
+    return known + F.pixel_shuffle(change, 2)[..., :height, :width]
 
 
 def fill_sample(network, noise, warped, painted, steps):
-    """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1."""
-    x, levels, known = noise, torch.linspace(1, 0, steps + 1), spread(warped, painted)
+    """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1.
+
+    Small ones first: there it is decided where walls end.
+    """
+    x, levels, known = noise, 1 - torch.linspace(0, 1, steps + 1) ** 2, spread(warped, painted)
     for t, lower in itertools.pairwise(levels.to(noise)):
         clean = fill_predict(network, x, known, painted, t.expand(len(x)))
         x = clean + (x - clean) * lower / t
@@ -1053,7 +1052,7 @@ class Fill:
 
     @torch.inference_mode()
     def network(self, frame, painted, random):
-        noise = FILL_NOISE * torch.randn((1, 3, *painted.shape), generator=random).to(self.device)
+        noise = torch.randn((1, 3, *painted.shape), generator=random).to(self.device)
         warped = to_unit(torch.from_numpy(frame)).permute(2, 0, 1)[None].to(self.device)
         painted = torch.from_numpy(painted)[None, None].float().to(self.device)
         made = fill_sample(self.model, noise, warped, painted, self.cfg.steps or FILL_STEPS)

@@ -48,8 +48,8 @@ import shutil
 import struct
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -66,7 +66,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers import BaseImageProcessor, GenerationConfig, HfArgumentParser
 from transformers import PaddleOCRVLProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -75,8 +75,8 @@ from transformers.utils import cached_file, logging
 
 from kernels import prepare, register
 from kernels.lora import adapter_config, add_lora, gathered, load_adapter, merge_lora, save_adapter
-from kernels.rows import dummy_row, encode_question, micro_batches, names_of, row_logprobs, shard
-from kernels.rows import share
+from kernels.rows import ahead, dummy_row, encode_question, micro_batches, names_of
+from kernels.rows import packs, place, recurrent, row_logprobs, shard, share
 
 logging.disable_progress_bar()
 
@@ -199,28 +199,24 @@ def mixed_batches(files: list[list[list[dict]]], cfg: Config):
         yield sum(parts, [])
 
 
-def rows_of(student: Student, groups: list[list[dict]], cfg: Config) -> list[dict]:
+def rows_of(student: Student, group: list[dict], cfg: Config) -> list[dict]:
     """Rows of packed questions, with the `weight` [N] of their answer tokens in the loss.
 
     A picture that does not open costs its group, by name.
     """
-    rows = []
-    for group in groups:
+    try:
+        pixels, grids = open_pictures(student, group[0]["images"])
+    except (OSError, ValueError) as error:
+        print(f"{len(group)} questions skipped: {error}", file=sys.stderr)
+        return []
+    encoded, rows = [], []
+    for question in group:
         try:
-            pixels, grids = open_pictures(student, group[0]["images"])
-        except (OSError, ValueError) as error:
-            print(f"{len(group)} questions skipped: {error}", file=sys.stderr)
-            continue
-        encoded = []
-        for question in group:
-            try:
-                encoded.append(encode_question(student, question, grids))
-            except ValueError as error:
-                print(f"{question['name']}: skipped, {error}", file=sys.stderr)
-        parts = [encoded] if encoded and cfg.share else [[question] for question in encoded]
-        for part in parts:
-            picture_token = student.model.config.image_token_id
-            rows += share(part, pixels, grids, picture_token, cfg.tokens)
+            encoded.append(encode_question(student, question, grids))
+        except ValueError as error:
+            print(f"{question['name']}: skipped, {error}", file=sys.stderr)
+    for part in [encoded] if encoded and cfg.share else [[question] for question in encoded]:
+        rows += share(part, pixels, grids, student.model.config, cfg.tokens)
     return [row | {"weight": answer_weights(row["owner"], cfg.mean)} for row in rows]
 
 
@@ -231,15 +227,6 @@ def answer_weights(owner: torch.Tensor, mean: str) -> torch.Tensor:
     [0.5, 0.5, 1.0]
     """
     return 1 / torch.bincount(owner)[owner] if mean == "answer" else torch.ones(len(owner))
-
-
-def ahead(items):
-    """Compute the next item in a thread while this one is used: pictures load as batches train."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 # --- The loss ---
@@ -378,9 +365,8 @@ def main(cfg: Config):
 
     source = folder / "tiny" if cfg.student == "tiny" else run / cfg.student
     source = str(source) if source.is_dir() else cfg.student
-    place = device if world == 1 else "cpu"
-    student = load_student(source, dtype, place, ATTENTION, MAX_PIXELS)
-    model = student.model
+    student = load_student(source, dtype, place(device), ATTENTION, MAX_PIXELS)
+    model, make = student.model, partial(rows_of, student, cfg=cfg)
     choose_trained(model, cfg, cfg.lora_rank)
     shard(model, device, cfg.dtype)
     optimizers = make_optimizers(model, cfg)
@@ -390,19 +376,20 @@ def main(cfg: Config):
     asked = sum(map(len, files[0]))
     steps = cfg.steps or math.ceil(asked / (cfg.batch * (1 - REHEARSED * (len(files) - 1))))
     dummy = dummy_row(student)
-    aside = rows_of(student, group_by_pictures(validation)[rank::world], cfg)
-    aside = micro_batches(aside, cfg.tokens, PADDED, dummy)
+    aside = sum(map(make, group_by_pictures(validation)[rank::world]), [])
+    aside = micro_batches(aside, cfg.tokens, not packs(model), dummy)
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {asked:,} questions", flush=True)
     first = load_checkpoint(folder, model, optimizers, rank)
 
     norms = []
     plan = itertools.islice(mixed_batches(files, cfg), first, steps)
-    plan = (rows_of(student, groups[rank::world], cfg) for groups in plan)
-    for step, rows in enumerate(ahead(plan), first):
-        tick, counts = time.perf_counter(), count(model, rows)
+    plan = (groups[rank::world] for groups in plan)
+    for step, made in enumerate(ahead(make, plan, device), first):
+        tick, rows = time.perf_counter(), sum(made, [])
+        counts = count(model, rows)
         model.train()
-        parts = micro_batches(rows, cfg.tokens, PADDED, dummy)
+        parts = micro_batches(rows, cfg.tokens, not packs(model), dummy)
         loss, broken = loss_of(student, parts, cfg, max(1, counts["weight"]), learn=True)
         clip_gradients(model, folder, step + 1, loss, norms, rows, broken)
         if step > first and step % cfg.save_every == 0:  # these weights have just proved sound
@@ -562,8 +549,9 @@ class Muon(torch.optim.Optimizer):
                     update = p.grad.lerp(buffer, group["momentum"])
                     shapes.setdefault(p.shape, []).append((p, update))
             for pairs in shapes.values():
-                updates = self.orthogonal(torch.stack([gathered(update) for _, update in pairs]))
-                for (p, _), update in zip(pairs, updates, strict=True):
+                stack = torch.stack([gathered(update).flatten(1) for _, update in pairs])
+                for (p, _), update in zip(pairs, self.orthogonal(stack), strict=True):
+                    update = update.reshape(p.shape)
                     if isinstance(p, DTensor):  # this process's part of it
                         mesh = p.device_mesh
                         update = distribute_tensor(update, mesh, p.placements, src_data_rank=None)
@@ -731,18 +719,25 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
     A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
     register()
-    safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         base = adapter_config(source)["base_model_name_or_path"]
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention, **safe
-        )
-        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-        wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
-        if wrong:
-            raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
-        if hasattr(model.config, "auto_map"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if hasattr(config, "auto_map"):
             raise ValueError("its configuration names code of its own")
+        if recurrent(config):
+            print(f"{base} has layers with a state: its questions go one by one, as padded rows")
+            attention = "sdpa"
+        how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+        if device == "meta":  # the shapes alone
+            with torch.device(device):
+                model = AutoModelForImageTextToText.from_config(config, **how)
+        else:
+            how |= {"use_safetensors": True, "output_loading_info": True}
+            model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
+            wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+            wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
+            if wrong:
+                raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
         load_adapter(model, source)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
@@ -804,7 +799,6 @@ def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tu
 # --- end: a student ---
 # --- same in 04, 05: training state ---
 ATTENTION = "world2vlm"  # kernels/; or sdpa, eager of transformers: the same, with padding
-PADDED = ATTENTION != "world2vlm"
 MAX_PIXELS = 1_003_520  # of a picture at most, larger ones are scaled down; the paper's
 LORA_SCALE = 2  # alpha / rank; the paper's 512 / 256
 WEIGHT_DECAY = 0.1  # of matrices; the paper's

@@ -53,6 +53,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
@@ -77,8 +78,8 @@ from kernels.decode import end_tokens
 from kernels.lora import adapter_config, add_lora, exchange, gathered, load_adapter, merge_lora
 from kernels.lora import save_adapter, trained_weights
 from kernels.prefill import generate_groups
-from kernels.rows import dummy_row, encode_question, micro_batches, names_of, row_logprobs, shard
-from kernels.rows import share
+from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
+from kernels.rows import packs, place, recurrent, row_logprobs, shard, share
 
 logging.disable_progress_bar()
 
@@ -185,20 +186,17 @@ def grpo_loss(
 ROLLOUT = 32  # questions generated together; bounds memory
 
 
-def open_prompts(student: Student, questions: list[dict]) -> list[dict]:
-    """Questions -> prompts without answers. A picture that does not open costs its question."""
-    prompts = []
-    for question in questions:
-        try:
-            pixels, grids = open_pictures(student, question["images"])
-            encoded = encode_question(student, question, grids)
-        except (OSError, ValueError) as error:
-            print(f"{question['name']}: skipped, {error}", file=sys.stderr)
-            continue
-        ids = encoded["ids"][: encoded["prompt"]]
-        prompt = {"ids": ids, "positions": encoded["positions"][:, : len(ids)]}
-        prompts.append(prompt | {"pixels": pixels, "grids": grids, "question": question})
-    return prompts
+def open_prompt(student: Student, question: dict) -> dict | None:
+    """A question's prompt, without its answer; None where a picture does not open: it is named."""
+    try:
+        pixels, grids = open_pictures(student, question["images"])
+        encoded = encode_question(student, question, grids)
+    except (OSError, ValueError) as error:
+        print(f"{question['name']}: skipped, {error}", file=sys.stderr)
+        return None
+    ids = encoded["ids"][: encoded["prompt"]]
+    prompt = {"ids": ids, "positions": encoded["positions"][:, : len(ids)]}
+    return prompt | {"pixels": pixels, "grids": grids, "question": question}
 
 
 def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> torch.Tensor:
@@ -245,7 +243,7 @@ def rows_of(student, prompts: list[dict], gains: torch.Tensor, max_tokens: int) 
     mean over responses of the mean over their tokens.
     """
     rows, number = [], sum(gather([len(prompt["tokens"]) for prompt in prompts]))
-    picture_token = student.model.config.image_token_id
+    config = student.model.config
     for prompt, gain in zip(prompts, gains.tolist(), strict=True):
         asked = {"prompt": len(prompt["ids"]), "name": prompt["question"]["name"]}
         responses = []
@@ -259,7 +257,7 @@ def rows_of(student, prompts: list[dict], gains: torch.Tensor, max_tokens: int) 
                 "weight": 1 / (len(tokens) * number),
             }
             responses.append(asked | response)
-        rows += share(responses, prompt["pixels"], prompt["grids"], picture_token, max_tokens)
+        rows += share(responses, prompt["pixels"], prompt["grids"], config, max_tokens)
     for row in rows:
         for name in ("advantage", "weight"):
             of_responses = torch.tensor([response[name] for response in row["questions"]])
@@ -350,13 +348,14 @@ def main(cfg: Config):
         meta = begin(folder, config, source if read_meta(source) else None)
     dist.barrier()
     # the student that learns, and of its weights that train a copy, which makes it the reference
-    place = device if world == 1 else "cpu"
-    student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
+    student = load_student(str(source), dtype, place(device), ATTENTION, MAX_PIXELS)
     # the one that answers: where it is sharded a whole copy, because responses end when they like
     model, rollout_student, mirrors = student.model, student, []
     if world > 1:
-        rollout_student = replace(student, model=copy.deepcopy(model).to(device))
+        rollout_student = replace(student, model=copy.deepcopy(model))
         choose_trained(rollout_student.model, cfg, LORA_RANK)
+        hand_out(rollout_student.model, device)
+        [rollout_student.model.generation_config] = gather([model.generation_config][rank:])
         mirrors = trained_weights(rollout_student.model)
     choose_trained(model, cfg, LORA_RANK)
     shard(model, device, cfg.dtype)
@@ -375,12 +374,12 @@ def main(cfg: Config):
     first = load_checkpoint(folder, model, optimizers, rank)
     epochs = range(1 + steps * cfg.prompts // len(questions))
     orders = [np.random.default_rng([cfg.seed, e]).permutation(questions) for e in epochs]
-    plan = np.concatenate(orders)  # questions, one behind the other
-    dummy, norms = dummy_row(student), []
-    for step in range(first, steps):
+    plan = np.concatenate(orders)[: steps * cfg.prompts].reshape(steps, cfg.prompts)  # of questions
+    plan = plan[first:, rank::world]
+    dummy, norms, make = dummy_row(student), [], partial(open_prompt, student)
+    for step, prompts in enumerate(ahead(make, plan, device), first):
         # ask: every process answers its share of the questions, with the weights as they are now
-        tick = time.perf_counter()
-        prompts = open_prompts(student, plan[step * cfg.prompts :][: cfg.prompts][rank::world])
+        tick, prompts = time.perf_counter(), [prompt for prompt in prompts if prompt]
         for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
             mirror.copy_(gathered(weight))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -391,7 +390,9 @@ def main(cfg: Config):
         learned = list(itertools.compress(prompts, kept))
         rows = rows_of(student, learned, advantages(rewards)[kept], cfg.tokens)
         # learn
-        parts = [{"rows": part} for part in micro_batches(rows, cfg.tokens, PADDED, dummy)]
+        parts = [
+            {"rows": part} for part in micro_batches(rows, cfg.tokens, not packs(model), dummy)
+        ]
         for i in range(cfg.updates):
             sums, broken = update(student, came, parts, cfg)
             clip_gradients(model, folder, step + 1, float(sums[0]), norms, rows, broken)
@@ -552,18 +553,25 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
     A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
     register()
-    safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         base = adapter_config(source)["base_model_name_or_path"]
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention, **safe
-        )
-        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-        wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
-        if wrong:
-            raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
-        if hasattr(model.config, "auto_map"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if hasattr(config, "auto_map"):
             raise ValueError("its configuration names code of its own")
+        if recurrent(config):
+            print(f"{base} has layers with a state: its questions go one by one, as padded rows")
+            attention = "sdpa"
+        how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+        if device == "meta":  # the shapes alone
+            with torch.device(device):
+                model = AutoModelForImageTextToText.from_config(config, **how)
+        else:
+            how |= {"use_safetensors": True, "output_loading_info": True}
+            model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
+            wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+            wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
+            if wrong:
+                raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
         load_adapter(model, source)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
@@ -625,7 +633,6 @@ def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tu
 # --- end: a student ---
 # --- same in 04, 05: training state ---
 ATTENTION = "world2vlm"  # kernels/; or sdpa, eager of transformers: the same, with padding
-PADDED = ATTENTION != "world2vlm"
 MAX_PIXELS = 1_003_520  # of a picture at most, larger ones are scaled down; the paper's
 LORA_SCALE = 2  # alpha / rank; the paper's 512 / 256
 WEIGHT_DECAY = 0.1  # of matrices; the paper's

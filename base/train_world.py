@@ -3,14 +3,17 @@
 A view is warped to another camera by its exact depth (teacher `warp` of stage 2); a U-Net paints
 the holes. It is trained by flow matching and predicts the clean view x from a noisy one:
 
-    x_t = (1 - t) x + t noise,   L = mean w (x - net(x_t, warped, holes, t))^2
+    x_t = (1 - t) x + t noise,   L = mean over holes of (x - known - net(x_t, known, holes, t))^2
 
-with t uniform in 0..1, w = 1, and 4 in holes. The loss is on x, not on the velocity (x - noise),
-which would weigh the last touches 1 / t^2 times as much: few steps must paint walls first. Stage 2
-holds the sampler and how the network sees a view.
+with `known` the warped view, its holes grown over from their edges. The loss is on x, not on the
+velocity (noise - x), which would weigh the last touches 1 / t^2 times as much: few steps must paint
+walls first. For the same reason t = 1 - u^2, u uniform in 0..1: little noise shows x itself, and
+nothing is learned there about going on with a wall. Stage 2 holds the sampler and how the network
+sees a view.
 
 Reads   RUN/1_trajectories (make world: 2,500 rooms that no other recipe draws)
-Writes  RUN/pairs.npy, uint8 [n, H, W, 7]: warped view, holes, true view, both ways of every path
+Writes  RUN/pairs.npy, uint8 [n, H, W, 7]: warped view, its holes grown over, what is painted, true
+        view, both ways of every path
         RUN/world/: step.pt to resume from, metrics.jsonl, then a UNet2DModel folder and meta.json
 
     python base/train_world.py --run runs/world
@@ -40,9 +43,8 @@ LEVELS = {"down_block_types": ["DownBlock2D"] * 2 + ["AttnDownBlock2D"] * 2}
 LEVELS |= {"up_block_types": ["AttnUpBlock2D"] * 2 + ["UpBlock2D"] * 2}
 WIDTHS = {"block_out_channels": [32, 64, 96, 128], "layers_per_block": 1}
 HEADS = {"attention_head_dim": 16, "norm_num_groups": 16}
-BATCH, LR, DECAY = 32, 1e-3, 0.995
+BATCH, LR, MUON_LR, DECAY = 32, 1e-3, 0.01, 0.995
 WARMUP, COOLDOWN = 100, 0.3  # steps; share of all. The same steps between: more can be asked later
-HOLE_WEIGHT = 4
 SAVE_EVERY = 100
 
 
@@ -76,6 +78,16 @@ def pairs_of(job) -> np.ndarray:
     return np.stack(made)
 
 
+def grown_over(job) -> np.ndarray:
+    """The same as the network sees it: known view, painted, true view."""
+    torch.set_num_threads(1)
+    warped, holes, truth = torch.from_numpy(pairs_of(job)).permute(0, 3, 1, 2).split((3, 1, 3), 1)
+    painted = views.widen(holes[:, 0])[:, None]
+    known = views.spread(views.to_unit(warped), painted.float())
+    known = ((known + 1) * 127.5).round().clamp(0, 255).byte()
+    return torch.cat([known, painted.byte(), truth], 1).permute(0, 2, 3, 1).numpy()
+
+
 def load_pairs(run: Path) -> np.ndarray:
     """All pairs, made once: [n, H, W, 7] on disk."""
     path = run / "pairs.npy"
@@ -83,7 +95,7 @@ def load_pairs(run: Path) -> np.ndarray:
         lines = (run / "1_trajectories/trajectories.jsonl").read_text().splitlines()
         jobs = [(run, json.loads(line)) for line in lines]
         with multiprocessing.Pool() as pool:
-            made = pool.imap(pairs_of, jobs, 32)
+            made = pool.imap(grown_over, jobs, 32)
             pairs = np.concatenate([*tqdm(made, "pairs", len(jobs))])
         np.save(path.with_suffix(".part.npy"), pairs)
         os.replace(path.with_suffix(".part.npy"), path)
@@ -91,24 +103,22 @@ def load_pairs(run: Path) -> np.ndarray:
 
 
 def batch(pairs: np.ndarray, step: int, seed: int):
-    """A step's pairs and noise -> true, noisy, warped views [B,3,H,W], painted [B,1,H,W], t [B]."""
+    """A step's pairs and noise -> true, noisy, known views [B,3,H,W], painted [B,1,H,W], t [B]."""
     g = np.random.default_rng([seed, step])
     part = torch.from_numpy(pairs[np.sort(g.choice(len(pairs), BATCH, False))])
-    warped, holes, truth = part.permute(0, 3, 1, 2).split((3, 1, 3), 1)
-    warped, truth = (views.to_unit(picture) for picture in (warped, truth))
-    painted = views.widen(holes[:, 0])[:, None].float()
-    t = torch.from_numpy((np.arange(BATCH) + g.random(BATCH)) / BATCH).float()
-    noise = views.FILL_NOISE * torch.from_numpy(g.standard_normal(truth.shape, np.float32))
+    known, painted, truth = part.permute(0, 3, 1, 2).split((3, 1, 3), 1)
+    known, truth = (views.to_unit(picture) for picture in (known, truth))
+    t = torch.from_numpy(1 - ((np.arange(BATCH) + g.random(BATCH)) / BATCH) ** 2).float()
+    noise = torch.from_numpy(g.standard_normal(truth.shape, np.float32))
     t_ = t.view(-1, 1, 1, 1)
-    return truth, (1 - t_) * truth + t_ * noise, warped, painted, t
+    return truth, (1 - t_) * truth + t_ * noise, known, painted.float(), t
 
 
-def loss_of(network, truth, noisy, warped, painted, t):
+def loss_of(network, truth, noisy, known, painted, t):
     """L of the equation above."""
     with torch.autocast(noisy.device.type, torch.bfloat16):
-        x = views.fill_predict(network, noisy, views.spread(warped, painted), painted, t).float()
-    weight = 1 + (HOLE_WEIGHT - 1) * painted
-    return (weight * (x - truth) ** 2).mean()
+        x = views.fill_predict(network, noisy, known, painted, t).float()
+    return (painted * (x - truth) ** 2).sum() / (3 * painted.sum())
 
 
 def page(run: Path, world: Path) -> Image.Image:
@@ -149,10 +159,18 @@ def main():
 
     torch.manual_seed(args.seed)
     network = UNet2DModel(in_channels=28, out_channels=12, **LEVELS, **WIDTHS, **HEADS)
+    torch.nn.init.zeros_(network.conv_out.weight)  # at first it says what is known
     network = network.to(args.device, memory_format=torch.channels_last)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    optimizer = torch.optim.AdamW(network.parameters(), LR, betas=(0.9, 0.99), weight_decay=0.01)
-    parts = {"network": network, "average": average, "optimizer": optimizer}
+    matrices, others = [], []
+    for name, p in network.named_parameters():
+        inner = p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))
+        (matrices if inner else others).append(p)
+    optimizers = [
+        torch.optim.AdamW(others, LR, betas=(0.9, 0.99), weight_decay=0.01),
+        stage("04_train_sft").Muon(matrices, MUON_LR, 0.01),
+    ]
+    parts = {"network": network, "average": average, "adamw": optimizers[0], "muon": optimizers[1]}
     print(f"{len(pairs):,} pairs, {sum(p.numel() for p in network.parameters()):,} parameters")
     first = 0
     if (folder / "step.pt").is_file():
@@ -168,12 +186,14 @@ def main():
     for step in steps:
         tick = time.perf_counter()
         rate = min(1, (step + 1) / WARMUP, (1 - step / args.steps) / COOLDOWN)
-        optimizer.param_groups[0]["lr"] = LR * rate
+        for optimizer, peak in zip(optimizers, (LR, MUON_LR), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
         loss = loss_of(network, *(x.to(args.device) for x in batch(pairs, step, args.seed)))
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update_parameters(network)
         line = {"step": step + 1, "loss": loss.item(), "lr": LR * rate}
         line["seconds"] = round(time.perf_counter() - tick, 3)

@@ -135,7 +135,7 @@ def load_adapter(model: torch.nn.Module, source: str):
     for name, p in model.named_parameters():
         tensor = left.pop(PREFIX + name + ".weight" * (".lora_" in name), None)
         if tensor is not None and tensor.shape == p.shape and tensor.isfinite().all():
-            p.data = tensor.float()
+            p.data = tensor.float().to(p.device)
         elif tensor is not None or ".lora_" in name:
             strange.append(name)
     if left or strange:

@@ -14,7 +14,7 @@ Shapes: B prompts, T tokens, V vocabulary. A prompt: ids [T], positions [3, T], 
 import torch
 
 from kernels.decode import ROOM, LayerWithRoom, decode, end_tokens, left_padded
-from kernels.rows import common_prefix
+from kernels.rows import common_prefix, recurrent
 
 
 def shared_heads(prompts: list[dict], picture_token: int) -> list[tuple[list[int], int]]:
@@ -60,22 +60,28 @@ def generate(student, prompts: list[dict], max_new_tokens: int, *draw) -> list[l
         out = model(**inputs, use_cache=True, logits_to_keep=1, **more)
         return out.logits[:, -1], out.past_key_values, mask
 
-    firsts, tails, rows = [], [{}] * len(prompts), [0] * len(prompts)
-    for row, (members, n) in enumerate(shared_heads(prompts, model.config.image_token_id)):
-        first = prompts[members[0]]
-        firsts.append(first | piece(first, 0, n))
-        for b in members:
-            tails[b], rows[b] = piece(prompts[b], n, None), row
+    def read(prompts, ends):
+        """The same for the first ends[i] tokens of each prompt, with its pictures."""
+        pieces = [piece(prompt, 0, end) for prompt, end in zip(prompts, ends, strict=True)]
+        pixels = torch.cat([prompt["pixels"] for prompt in prompts]).to(device)
+        grids = torch.cat([prompt["grids"] for prompt in prompts]).to(device)
+        nothing = torch.zeros(len(prompts), 0, dtype=torch.long, device=device)
+        return forward(pieces, nothing, pixel_values=pixels, image_grid_thw=grids)
 
-    pixels = torch.cat([first["pixels"] for first in firsts]).to(device)
-    grids = torch.cat([first["grids"] for first in firsts]).to(device)
-    nothing = torch.zeros(len(firsts), 0, dtype=torch.long, device=device)
-    _, cache, mask = forward(firsts, nothing, pixel_values=pixels, image_grid_thw=grids)
-
-    rows = torch.tensor(rows, device=device)
-    room = max(len(tail["ids"]) for tail in tails) + min(max_new_tokens, ROOM)
-    cache.layers = [LayerWithRoom(layer, rows, room) for layer in cache.layers]
-    logits, cache, mask = forward(tails, mask[rows], past_key_values=cache)
+    if recurrent(model.config):
+        logits, cache, mask = read(prompts, [None] * len(prompts))
+    else:
+        heads, tails = shared_heads(prompts, model.config.image_token_id), [{}] * len(prompts)
+        rows = torch.zeros(len(prompts), dtype=torch.long)
+        for row, (members, n) in enumerate(heads):
+            for b in members:
+                tails[b], rows[b] = piece(prompts[b], n, None), row
+        firsts, ends = zip(*((prompts[members[0]], n) for members, n in heads), strict=True)
+        _, cache, mask = read(firsts, ends)
+        rows = rows.to(device)
+        room = max(len(tail["ids"]) for tail in tails) + min(max_new_tokens, ROOM)
+        cache.layers = [LayerWithRoom(layer, rows, room) for layer in cache.layers]
+        logits, cache, mask = forward(tails, mask[rows], past_key_values=cache)
     position = torch.stack([prompt["positions"].max() + 1 for prompt in prompts]).to(device)
     stops = end_tokens(student)
     return decode(model, cache, logits, mask, position, stops, pad, max_new_tokens, *draw)

@@ -15,7 +15,9 @@ A row is a dict:  ids [T], positions [3, T], segment [T] (0 the prefix, k questi
 """
 
 import itertools
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MethodType
 
@@ -28,6 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Segments
@@ -70,7 +73,8 @@ def encode_question(student, record: dict, grids: torch.Tensor) -> dict:
                 content.append({"type": "text", "text": part})
         chat.append({"role": turn["role"], "content": content})
     tokenizer, picture_token = student.tokenizer, student.model.config.image_token_id
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    how = {"add_generation_prompt": True, "enable_thinking": False}  # the answer comes at once
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, **how)
     texts = [prompt, answer["content"] + tokenizer.eos_token]
     asked, answered = tokenizer(texts, add_special_tokens=False)["input_ids"]
     if asked.count(picture_token) != len(grids) or picture_token in answered:
@@ -81,28 +85,32 @@ def encode_question(student, record: dict, grids: torch.Tensor) -> dict:
     return {"ids": ids, "positions": positions, "prompt": len(ids) - len(answered), "name": name}
 
 
+def recurrent(config) -> bool:
+    """Do layers carry a state from token to token (Qwen3.5's three of four)? No mask hides it from
+    a token behind, so nothing can share a prefix or be packed: sdpa, and padded rows."""
+    return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+
+
 def share(
-    questions: list[dict],
-    pixels: torch.Tensor,
-    grids: torch.Tensor,
-    picture_token: int,
-    max_tokens: int,
+    questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, config, max_tokens: int
 ) -> list[dict]:
     """Encoded questions {ids, positions, prompt, name} about the same pictures -> rows.
 
-    The prefix is the longest run of tokens with which all prompts begin. Where it lacks a picture
-    every question gets a row of its own; a row over max_tokens is split.
+    The prefix is the longest run of tokens with which all prompts begin. Where it lacks a picture,
+    or the model of `config` is recurrent, every question gets a row of its own; a row over
+    max_tokens is split.
     """
     prefix = common_prefix(questions)
     lengths = itertools.accumulate((len(q["ids"]) - prefix for q in questions), initial=prefix)
     fit = max(1, sum(length <= max_tokens for length in lengths) - 1)
-    if (questions[0]["ids"][prefix:] == picture_token).any():
+    apart = (questions[0]["ids"][prefix:] == config.image_token_id).any() or recurrent(config)
+    if apart and len(questions) > 1:
         parts = [[question] for question in questions]
     elif fit < len(questions):
         parts = [questions[:fit], questions[fit:]]
     else:
         return [join(questions, prefix) | {"pixels": pixels, "grids": grids}]
-    return [row for part in parts for row in share(part, pixels, grids, picture_token, max_tokens)]
+    return [row for part in parts for row in share(part, pixels, grids, config, max_tokens)]
 
 
 def common_prefix(questions: list[dict]) -> int:
@@ -203,6 +211,11 @@ def dummy_row(student) -> dict:
     return row | {"weight": nothing, "advantage": nothing}
 
 
+def packs(model) -> bool:
+    """Do rows go one behind the other? The attentions of transformers need them padded."""
+    return model.config._attn_implementation == "world2vlm"
+
+
 def micro_batches(rows: list[dict], max_tokens: int, padded: bool, dummy: dict) -> list[list[dict]]:
     """Rows, longest first, cut into forward passes of at most max_tokens; a longer one goes alone.
 
@@ -222,6 +235,24 @@ def micro_batches(rows: list[dict], max_tokens: int, padded: bool, dummy: dict) 
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return parts + [[dummy]] * (int(number) - len(parts))
+
+
+def ahead(make, steps, device: str):
+    """Per step the list of make(item) for its items, made while the step before is learned from.
+
+    Threads suffice, because pictures are opened and scaled outside of Python; one on a CPU, which
+    has its hands full.
+    """
+    own = (os.cpu_count() or 1) // dist.get_world_size()
+    threads = 1 if device == "cpu" else min(8, max(1, own))
+    with ThreadPoolExecutor(threads) as pool:
+        coming = None
+        for items in itertools.chain(steps, [None]):
+            made, coming = coming, None
+            if items is not None:
+                coming = [pool.submit(make, item) for item in items]
+            if made is not None:
+                yield [one.result() for one in made]
 
 
 def names_of(rows: list[dict], marked: torch.Tensor) -> list[str]:
@@ -250,11 +281,35 @@ def answer_logprobs(model, inputs: dict, where, tokens, temperature: float) -> t
     return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
+def place(device: str) -> str:
+    """Where weights are loaded: the first of several processes reads them, the others "meta"."""
+    if dist.get_world_size() == 1:
+        return device
+    return "meta" if dist.get_rank() else "cpu"
+
+
+def hand_out(module, device: str):
+    """In place, on `device`: the first process's tensors, where they are not sharded yet."""
+
+    def handed(x):
+        if isinstance(x, DTensor):
+            return x
+        x = torch.empty_like(x, device=device) if x.is_meta else x.to(device)
+        dist.broadcast(x, 0)
+        return x
+
+    module._apply(handed)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    return module
+
+
 def shard(model, device: str, dtype: str):
     """FSDP2, in place: each of several processes holds a part of a layer, and gathers it for use.
 
-    Gradients are summed over the processes. answer_logprobs becomes a method, because a sharded
-    model gathers its weights around methods that it knows.
+    Only the first has read the weights; it hands them out layer by layer. Gradients are summed over
+    the processes. answer_logprobs becomes a method, because a sharded model gathers its weights
+    around methods that it knows.
     """
     if dist.get_world_size() == 1:
         return
@@ -265,7 +320,7 @@ def shard(model, device: str, dtype: str):
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for layer in [*model.model.language_model.layers, *model.model.visual.blocks, model]:
-        fully_shard(layer, **how)
+        fully_shard(hand_out(layer, device), **how)
         layer.set_gradient_divide_factor(1.0)
         layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.answer_logprobs = MethodType(answer_logprobs, model)
@@ -274,7 +329,7 @@ def shard(model, device: str, dtype: str):
 
 def row_logprobs(model, rows: list[dict], pad: int, temperature=1.0, half=False) -> torch.Tensor:
     """log p, float32 [N], of every answer token of the rows, in order; half: with autocast."""
-    if model.config._attn_implementation == "world2vlm":
+    if packs(model):
         inputs, where, tokens = pack(rows)
     else:
         inputs, where, tokens = pad_rows(rows, pad, model.dtype)

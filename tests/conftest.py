@@ -120,12 +120,13 @@ def far_apart(x: torch.Tensor, axis: int, folder: Path) -> torch.Tensor:
     return file.as_strided(x.shape, strides, 2**31).copy_(x)
 
 
-def tiny_qwen25(run: Path, folder: Path, attention: str):
-    """The other family: a random Qwen2.5-VL with windows, the rest from the tiny student."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+def tiny_qwen(run: Path, folder: Path, attention: str, family: str):
+    """Another family: a random Qwen2.5-VL with windows, or a Qwen3.5 with layers that carry a
+    state; tokenizer and processor from the tiny student."""
+    import transformers
 
     sft = load("04")
-    if not (folder / "qwen25").is_dir():
+    if not (folder / family).is_dir():
         student = sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6)
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
@@ -134,21 +135,31 @@ def tiny_qwen25(run: Path, folder: Path, attention: str):
         text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         vision = {"depth": 2, "hidden_size": 80, "intermediate_size": 48, "num_heads": 1}
         vision |= {"patch_size": 14, "temporal_patch_size": 1, "out_hidden_size": 128}
-        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        if family == "qwen2.5":
+            name = "Qwen2_5_VL"
+            vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        else:
+            name = "Qwen3_5"
+            rope |= {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
+            text |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"]}
+            text |= {f"linear_{what}_head_dim": 16 for what in ("key", "value")}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
         ids = {name: getattr(student.model.config, name) for name in names}
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+        config = getattr(transformers, f"{name}Config")
+        config = config(text_config=text, vision_config=vision, **ids)
         torch.manual_seed(0)
-        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder / "qwen25")
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        model.save_pretrained(folder / family)
         for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
-            shutil.copy(run / "4_base" / name, folder / "qwen25" / name)
-        shutil.copy(run / "4_base/chat_template.jinja", folder / "qwen25")
-    return sft.load_student(str(folder / "qwen25"), torch.float32, "cpu", attention, 10**6)
+            shutil.copy(run / "4_base" / name, folder / family / name)
+        shutil.copy(run / "4_base/chat_template.jinja", folder / family)
+    return sft.load_student(str(folder / family), torch.float32, "cpu", attention, 10**6)
 
 
 def student_of(run: Path, folder: Path, family: str = "qwen3", attention: str = "world2vlm"):
-    """The tiny student of the fixture `run`, or a Qwen2.5-VL of its size in `folder`."""
-    if family == "qwen2.5":
-        return tiny_qwen25(run, folder, attention)
+    """The tiny student of the fixture `run`, or one of another family and its size in `folder`."""
+    if family != "qwen3":
+        return tiny_qwen(run, folder, attention, family)
     return load("04").load_student(str(run / "4_base"), torch.float32, "cpu", attention, 10**6)
 
 

@@ -19,7 +19,7 @@ from kernels.prefill import generate
 from kernels.rows import row_logprobs
 
 sft, refine, evaluation = load("04"), load("05"), load("06")
-FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
+FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5", "qwen3.5"])
 LORA = {"train": "lora", "checkpointing": False, "dtype": "float32", "seed": 0, "kl": 0.0}
 
 
@@ -44,7 +44,7 @@ def loaded(module, folder, dtype=torch.float32):
 
 def rows_of(student, run):
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:2]
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     texts = ("turn left 40 degrees", "turn right 20 degrees")
     tokens = [student.tokenizer(text + "<|im_end|>")["input_ids"] for text in texts]
     prompts = [prompt | {"tokens": tokens} for prompt in prompts]
@@ -93,7 +93,7 @@ def test_06_loads_what_05_learned(run, tmp_path, family, frozen):
         loaded(evaluation, out, torch.bfloat16),
         refine.read_questions(run / "3_qa/grpo.jsonl", run),
     )
-    prompts = refine.open_prompts(half, questions[:3])
+    prompts = [refine.open_prompt(half, one) for one in questions[:3]]
     assert len(generate(half, prompts, 4)) == 3
     for name, p in student.model.named_parameters():
         p.data = p.data if ".lora_" in name else p.data.bfloat16()
@@ -293,12 +293,12 @@ PreTrainedModel.from_pretrained = classmethod(counted)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_05_reads_the_weights_once_in_every_process(run, tmp_path, processes):
+def test_05_reads_the_weights_once_in_one_process(run, tmp_path, processes):
     (tmp_path / "sitecustomize.py").write_text(COUNTING)
     counts = {"PYTHONPATH": str(tmp_path), "LOADS": str(tmp_path / "loads")}
     flags = f"--out 5_loads{processes} --student 4_base --steps 1 --prompts 2 --max_new_tokens 4"
     script("05", "--run", run, *flags.split(), processes=processes, env=os.environ | counts)
-    assert (tmp_path / "loads").read_text() == "x" * processes
+    assert (tmp_path / "loads").read_text() == "x"
 
 
 def test_full_training_starts_from_the_merged_weights(run, tmp_path):

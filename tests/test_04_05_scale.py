@@ -34,7 +34,7 @@ ROAD = [
     "--student",
     "4_base",
 ]
-FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
+FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5", "qwen3.5"])
 
 
 def settings(**more):
@@ -48,7 +48,8 @@ def groups_of(run):
 
 
 def rows_of(student, groups, shared=True, mean="token"):
-    return sft.rows_of(student, groups, SimpleNamespace(share=shared, tokens=10**6, mean=mean))
+    cfg = SimpleNamespace(share=shared, tokens=10**6, mean=mean)
+    return sum((sft.rows_of(student, group, cfg) for group in groups), [])
 
 
 def logprobs(student, rows):
@@ -153,7 +154,7 @@ def answered_prompts(student, run):
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:2]
     texts = ("turn left 40 degrees", "turn right 20 degrees", "")
     tokens = [student.tokenizer(text + "<|im_end|>")["input_ids"] for text in texts]
-    return [prompt | {"tokens": tokens} for prompt in refine.open_prompts(student, questions)]
+    return [refine.open_prompt(student, one) | {"tokens": tokens} for one in questions]
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -271,7 +272,7 @@ def test_a_rollout_draws_at_its_temperature(run, tmp_path, monkeypatch):
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1]
     for temperature in (1.0, 0.01):
         cfg = refine.Config(group=6, max_new_tokens=4, temperature=temperature)
-        prompts = refine.open_prompts(student, questions)
+        prompts = [refine.open_prompt(student, one) for one in questions]
         refine.roll_out(student, prompts, 0, cfg)
         seen.append(prompts[0]["tokens"])
     (greedy,) = generate_groups(student, prompts, 4)
@@ -295,7 +296,7 @@ def test_an_answer_cut_off_earns_nothing_and_both_end_tokens_end_one(run, tmp_pa
     long = student.tokenizer("word " * 60)["input_ids"]
     answers = [right + [ends[0]], right + [ends[1]], right, long]
     monkeypatch.setattr(refine, "generate_groups", lambda *_: [answers])
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     rewards = refine.roll_out(student, prompts, 0, refine.Config(group=4))
     assert rewards.tolist() == [[1, 1, 0, -1]]
 
@@ -308,7 +309,7 @@ def test_every_end_token_of_the_generation_config_ends_a_response(run, tmp_path,
     likely, head = student.tokenizer.convert_tokens_to_ids(end), student.model.lm_head
     head.register_forward_hook(lambda *a: a[2].index_fill(-1, torch.tensor([likely]), 1e4))
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1]
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     assert generate_groups(student, prompts, 4) == [[[likely]]]
     assert load("06").generate(student, prompts, 4) == [[likely]]
 
@@ -449,5 +450,6 @@ def test_any_qwen_vl_folder_trains_refines_and_answers(run, tmp_path, family):
     assert not all(torch.equal(before[name], after[name]) for name in before)
     refined = refine.load_student(str(folders[1]), torch.float32, "cpu", "world2vlm", 10**6)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:2]
-    assert len(generate_groups(refined, refine.open_prompts(refined, questions), 4)) == 2
+    prompts = [refine.open_prompt(refined, one) for one in questions]
+    assert len(generate_groups(refined, prompts, 4)) == 2
     assert (folders[1] / "curves.png").is_file()

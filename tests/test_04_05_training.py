@@ -124,7 +124,7 @@ def test_checkpoint_and_adapter_give_the_same_answers_in_a_fresh_process(run):
     script("04", "--run", run, *lora.split())
     student = sft.load_student(str(run / "4_lora"), torch.float32, "cpu", "eager", 10**6)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     ours = [response for (response,) in generate_groups(student, prompts, 10)]
     assert fresh_answers(run / "4_lora", run) == ours
     assert fresh_answers(run / "4_lora", run, run / "4_base") == ours

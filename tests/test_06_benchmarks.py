@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load, tiny_qwen25
+from conftest import load, tiny_qwen
 from PIL import Image
 from test_06_eval import evaluate, write
 
@@ -539,13 +539,13 @@ def test_eighteen_questions_about_a_video_come_five_times_faster_than_one_by_one
 
 
 @pytest.mark.parametrize(
-    "family, attention", [("qwen3", "world2vlm"), ("qwen3", "sdpa"), ("qwen25", "world2vlm")]
+    "family, attention", [("qwen3", "world2vlm"), ("qwen3", "sdpa"), ("qwen2.5", "world2vlm")]
 )
 def test_shared_prefill_answers_as_alone(run, tmp_path, family, attention):
     """Groups of one, two and three questions about one and two pictures, in one batch; sampled
     too. One text is longer than the room of a layer."""
-    if family == "qwen25":
-        student = tiny_qwen25(run, tmp_path, attention)
+    if family == "qwen2.5":
+        student = tiny_qwen(run, tmp_path, attention, "qwen2.5")
     else:
         source = str(run / "4_base")
         student = evaluation.load_student(source, torch.float32, "cpu", attention, 10**6)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import lines, load, tiny_qwen25, write_questions
+from conftest import lines, load, tiny_qwen, write_questions
 from PIL import Image
 from test_06_eval import evaluate, write
 from torch.utils.flop_counter import FlopCounterMode
@@ -307,11 +307,11 @@ def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
     assert evaluation.origin(broken, rooms) is None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen25"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
 def test_counted_operations_are_those_of_the_profiler(run, tmp_path, family):
     """An answer of 1 and of 6 tokens, two pictures of different sizes; torch counts what ran."""
-    if family == "qwen25":
-        student = tiny_qwen25(run, tmp_path, "eager")
+    if family == "qwen2.5":
+        student = tiny_qwen(run, tmp_path, "eager", "qwen2.5")
     else:
         source = str(run / "4_base")
         student = evaluation.load_student(source, torch.float32, "cpu", "eager", 10**6)

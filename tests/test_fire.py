@@ -185,7 +185,7 @@ def test_a_bad_question_does_not_take_its_neighbours_along(run, capsys):
     user, answer = two["messages"]
     user = user | {"content": user["content"] + "<|image_pad|>"}
     pair = [one, two | {"messages": [user, answer]}]
-    rows = sft.rows_of(student, [pair], sft.Config())
+    rows = sft.rows_of(student, pair, sft.Config())
     assert sum(len(row["questions"]) for row in rows) == 1
     assert "picture tokens of its own" in capsys.readouterr().err
 

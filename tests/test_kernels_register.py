@@ -11,7 +11,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import load, tiny_qwen25, write_questions
+from conftest import load, tiny_qwen, write_questions
 from PIL import Image
 
 from kernels import decode, rows
@@ -26,7 +26,9 @@ def pair(request, run, tmp_path_factory):
     """The same student twice: (eager, world2vlm)."""
     folder = tmp_path_factory.mktemp("pair")
     if request.param == "qwen2.5":
-        return [tiny_qwen25(run, folder, attention) for attention in ("eager", "world2vlm")]
+        return [
+            tiny_qwen(run, folder, attention, "qwen2.5") for attention in ("eager", "world2vlm")
+        ]
     options = (str(run / "4_base"), torch.float32, "cpu")
     return [sft.load_student(*options, attention, 10**6) for attention in ("eager", "world2vlm")]
 
@@ -79,8 +81,7 @@ def rows_of(student, folder):
     for paths, group in groups.items():
         pixels, grids = sft.open_pictures(student, paths)
         encoded = [rows.encode_question(student, question, grids) for question in group]
-        picture_token = student.model.config.image_token_id
-        made += rows.share(encoded, pixels, grids, picture_token, 10**6)
+        made += rows.share(encoded, pixels, grids, student.model.config, 10**6)
     assert [int(row["owner"].max()) + 1 for row in made] == [2, 2]
     return made
 
@@ -277,7 +278,7 @@ def test_what_it_cannot_do_is_an_error():
 def test_the_patch_embedding_as_a_product_is_the_convolution(run, tmp_path, family):
     """Outputs and gradients, and a deep copy keeps weights of its own."""
     if family == "qwen2.5":
-        student = tiny_qwen25(run, tmp_path, "eager")
+        student = tiny_qwen(run, tmp_path, "eager", "qwen2.5")
     else:
         student = sft.load_student(str(run / "4_base"), torch.float32, "cpu", "eager", 10**6)
     proj = student.model.model.visual.patch_embed.proj

@@ -13,7 +13,8 @@ from kernels.prefill import generate_groups
 from kernels.rows import encode_question, micro_batches, pack, pad_rows, share
 
 sft, refine = load("04"), load("05")
-FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
+FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5", "qwen3.5"])
+SHARING = pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
 
 
 def groups_of(run):
@@ -22,7 +23,7 @@ def groups_of(run):
 
 def rows_of(student, groups, shared=True, max_tokens=10**6):
     cfg = SimpleNamespace(share=shared, tokens=max_tokens, mean="token")
-    return sft.rows_of(student, groups, cfg)
+    return sum((sft.rows_of(student, group, cfg) for group in groups), [])
 
 
 def logprobs(student, rows):
@@ -70,7 +71,7 @@ def about(folder) -> list[dict]:
 # --- shared prefixes ---
 
 
-@FAMILIES
+@SHARING
 def test_shared_prefix_keeps_loss_and_gradients(run, tmp_path, family):
     student = student_of(run, tmp_path, family, "eager")
     shared, alone = (rows_of(student, groups_of(run), way) for way in (True, False))
@@ -121,7 +122,7 @@ def test_batched_logprobs_equal_those_of_each_alone(run, tmp_path):
     for question in about(tmp_path):
         pixels, grids = sft.open_pictures(student, question["images"])
         encoded = encode_question(student, question, grids)
-        rows += share([encoded], pixels, grids, student.model.config.image_token_id, 10**6)
+        rows += share([encoded], pixels, grids, student.model.config, 10**6)
     alone = torch.cat([logprobs(student, [row]) for row in rows])
     assert torch.allclose(logprobs(student, rows), alone, atol=1e-4)
 
@@ -129,7 +130,23 @@ def test_batched_logprobs_equal_those_of_each_alone(run, tmp_path):
 # --- packing ---
 
 
-@FAMILIES
+def test_layers_with_a_state_read_every_question_alone(run, tmp_path, capsys):
+    """In one padded pass and one by one as transformers reads them: the same log-probabilities."""
+    student = student_of(run, tmp_path, "qwen3.5")
+    assert capsys.readouterr().out.count("one by one, as padded rows") == 1
+    rows = rows_of(student, groups_of(run)[:4])
+    assert {len(row["questions"]) for row in rows} == {1} and len(rows) > 4
+    found, expected = logprobs(student, rows), []
+    for row in rows:
+        ids = row["ids"][None]
+        seen = {"pixel_values": row["pixels"], "image_grid_thw": row["grids"]}
+        seen["mm_token_type_ids"] = (ids == student.model.config.image_token_id).int()
+        told = student.model(input_ids=ids, **seen).logits[0].log_softmax(-1)
+        expected.append(told[row["source"], row["ids"][row["target"]]])
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
+
+
+@SHARING
 def test_packed_equals_padded(run, tmp_path, family):
     """All groups in one row without padding, against rows padded to the longest under a mask."""
     results = []
@@ -193,12 +210,13 @@ def never_generated(config) -> list[int]:
     return [config.image_token_id, config.video_token_id, config.vision_start_token_id]
 
 
-def test_batched_generation_equals_transformers_generate(run, tmp_path):
-    student = student_of(run, tmp_path, attention="eager")
+@pytest.mark.parametrize("family", ["qwen3", "qwen3.5"])
+def test_batched_generation_equals_transformers_generate(run, tmp_path, family):
+    student = student_of(run, tmp_path, family, "eager")
     write_questions(tmp_path / "one.jsonl", tmp_path, scenes=3, pictures=1, per_scene=1, seed=5)
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:3]
     questions += refine.read_questions(tmp_path / "one.jsonl", tmp_path)
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     for prompt, (response,) in zip(prompts, generate_groups(student, prompts, 12), strict=True):
         types = (prompt["ids"] == student.model.config.image_token_id).int()[None]
         theirs = student.model.generate(
@@ -217,7 +235,7 @@ def test_batched_generation_equals_transformers_generate(run, tmp_path):
 def test_sampled_responses_follow_the_distribution_and_their_own_numbers(run, tmp_path):
     student = student_of(run, tmp_path, attention="eager")
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)[:2]
-    prompts = refine.open_prompts(student, questions)
+    prompts = [refine.open_prompt(student, one) for one in questions]
     uniforms = torch.rand(2 * 4000, 1, generator=torch.Generator().manual_seed(0))
     together = generate_groups(student, prompts, 1, 4000, uniforms)
     alone = generate_groups(student, prompts[1:], 1, 4000, uniforms[4000:])
@@ -236,7 +254,7 @@ def test_sampled_responses_follow_the_distribution_and_their_own_numbers(run, tm
 def test_left_padded_generation_is_that_of_each_alone_and_of_the_update(run, tmp_path):
     """The tokens that come out have, in the packed rows of the update, the highest probability."""
     student = student_of(run, tmp_path)
-    prompts = refine.open_prompts(student, about(tmp_path))
+    prompts = [refine.open_prompt(student, one) for one in about(tmp_path)]
     together = generate_groups(student, prompts, 6)
     assert together == [generate_groups(student, [prompt], 6)[0] for prompt in prompts]
     for prompt, tokens in zip(prompts, together, strict=True):
@@ -255,6 +273,6 @@ def test_a_picture_token_in_a_response_never_reaches_the_model(run, tmp_path):
     head, pad = student.model.lm_head.weight, student.model.config.image_token_id
     with torch.no_grad():
         head[pad] += 10 * head.abs().max()  # the picture token is the likeliest by far
-    prompts = refine.open_prompts(student, refine.read_questions(run / "3_qa/grpo.jsonl", run)[:1])
+    prompts = [refine.open_prompt(student, refine.read_questions(run / "3_qa/grpo.jsonl", run)[0])]
     (responses,) = generate_groups(student, prompts, 5, 4, torch.rand(4, 5))
     assert all(pad not in response for response in responses)
