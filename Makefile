@@ -19,8 +19,8 @@ GRPO_STEPS   ?= 100
 # Two busy cores train twice as fast when idle threads sleep instead of spinning.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo miniature test-time-baseline ablations base base-check world world-check bench bench-kernels \
-	compile-kernels peers fire lint same shortcuts test clean
+.PHONY: demo miniature test-time-baseline ablations base base-check world world-check bench gpu \
+	bench-kernels compile-kernels peers fire lint same shortcuts test clean
 
 SAMPLE  = $(PY) 01_sample_trajectories.py --run $(RUN) --rooms $(ROOMS) --recipe
 IMAGINE = $(PY) 02_imagine_views.py --run $(RUN) --recipe
@@ -117,6 +117,14 @@ bench: $(VENV)/ready
 	rm -rf $(RUN)/bench_shared $(RUN)/bench_alone
 	$(SFT) first --out bench_shared --steps 30 --val_share 0
 	$(SFT) first --out bench_alone --steps 30 --val_share 0 --no_share
+
+# All figures of one card in nine minutes: kernels, training, rollout, svc; GPU_PARTS="sft svc": these
+# parts; SEVA=folder: a checkout of svc's authors' code to time beside ours. Nothing is installed: it
+# takes the first python3 whose torch finds a GPU.
+GPU_PYTHON = $(shell for python in $(PYTHON) $(PY); do \
+	$$python -c "import torch; assert torch.cuda.is_available()" 2> /dev/null && echo $$python && break; done)
+gpu:
+	@$(or $(GPU_PYTHON),$(PYTHON)) tests/gpu/measure.py $(GPU_PARTS) $(if $(SEVA),--seva $(SEVA))
 
 # Every kernel: times beside the floor and the baselines (on a GPU); compiled for four cards without one.
 bench-kernels: $(VENV)/ready

@@ -186,7 +186,7 @@ def temporal(name, sizes, tiny) -> Operation:
     return Operation(name, sizes, tiny, runs, cost, {"rearrange, SDPA": 3.0}, step_bytes=11 / 4)
 
 
-def windows(name, sizes, tiny) -> Operation:
+def windows(name, sizes, tiny, target=None) -> Operation:
     """The vision tower: N windows of equal length in one row, q and k already rotated.
 
     Baseline: transformers' sdpa path, which calls SDPA once per window.
@@ -221,7 +221,7 @@ def windows(name, sizes, tiny) -> Operation:
         copies = 4 * S * n.H * n.D  # the windows of o are joined
         return size, 4 * n.H * n.D * S * n.S, {"transformers sdpa": size + copies}
 
-    return Operation(name, sizes, tiny, runs, cost, {"transformers sdpa": 5.0})
+    return Operation(name, sizes, tiny, runs, cost, {"transformers sdpa": target} if target else {})
 
 
 def prefix(name, sizes, tiny) -> Operation:
@@ -350,7 +350,7 @@ def rays(name, sizes, tiny) -> Operation:
 # heads of 64 at full, half, quarter resolution; it samples with guidance, so B = 2 where frames are
 # attended to. Qwen2.5-VL-7B: 28 query and 4 key heads of 128; a picture of 1280 tokens is 5120
 # patches, which see each other in windows of 64 (8 x 8) in most layers of the tower, whose heads
-# are 16 of 80. Two pictures: 2560 tokens, 160 windows.
+# are 16 of 80, and all of their picture's in 4 of 32. Two pictures: 2560 tokens, 160 windows.
 # Tiny: sizes that differ within an operation, so that two axes that changed places do not fit.
 LONG, TINY = Sizes(B=1, H=16, S=8192, D=128), Sizes(B=2, H=3, S=10, D=32)
 SVC = {
@@ -375,6 +375,12 @@ OPERATIONS = [
         "windows Qwen2.5-VL tower",
         Sizes(N=160, S=64, H=16, D=80),
         Sizes(N=3, S=4, H=2, D=32),
+        5.0,
+    ),
+    windows(
+        "pictures Qwen2.5-VL tower",
+        Sizes(N=2, S=5120, H=16, D=80),
+        Sizes(N=2, S=7, H=2, D=32),
     ),
     prefix(
         "prefix 2560 + 8 x 64",
@@ -468,14 +474,25 @@ def measure(operation: Operation, backward: bool) -> dict[str, float]:
 # The table
 
 
+def work_of(operation: Operation, sizes: Sizes, backward: bool) -> tuple[float, float]:
+    """Bytes and operations, forward or with the backward."""
+    size, operations, _ = operation.cost(sizes)
+    return (size * operation.step_bytes, operations * 3.5) if backward else (size, operations)
+
+
+def floor_of(size: float, operations: float, card: str) -> float:
+    """The least ms that a card of CARDS needs."""
+    peak, bandwidth = CARDS[card]
+    return 1e3 * max(operations / peak, size / bandwidth)
+
+
 def lines_of(operation: Operation, card: str | None, times, backward=False) -> list[dict]:
     """The operation's lines of the table, one per baseline, as {column: cell}.
 
     card: a key of CARDS, None for an unknown one; times: ms per contestant, None: not measured.
     """
-    size, operations, baseline_bytes = operation.cost(operation.sizes)
-    if backward:
-        size, operations = size * operation.step_bytes, operations * 3.5
+    baseline_bytes = operation.cost(operation.sizes)[2]
+    size, operations = work_of(operation, operation.sizes, backward)
     first = {
         "operation": operation.name,
         "MB": f"{size / 1e6:,.1f}",
@@ -483,8 +500,7 @@ def lines_of(operation: Operation, card: str | None, times, backward=False) -> l
         "floor (ms)": "unknown card",
     }
     if card:
-        peak, bandwidth = CARDS[card]
-        floor_ms = 1e3 * max(operations / peak, size / bandwidth)
+        floor_ms = floor_of(size, operations, card)
         first["floor (ms)"] = f"{floor_ms:.4f}"
     if times:
         ours = times["ours"]
