@@ -360,8 +360,7 @@ def prepare_room(room: dict) -> Room:
     owners = np.array(owners, np.uint8)
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
-    # One wallpaper, and another on the accent wall that every other room has.
-    paper = (np.arange(4) == rng.integers(8)).astype(int)  # of each wall
+    paper = (np.arange(4) == rng.integers(8)) + 0  # 1: the accent wall of every other room
     pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[paper], rng.integers(2, 14, 2)] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
     rgb = rng.uniform(100, 215, (6, 1)) + rng.uniform(-35, 35, (6, 3))  # paler than objects
@@ -1017,9 +1016,7 @@ def fill_predict(network, noisy, known, painted, t):
 
 def fill_sample(network, noise, warped, painted, steps):
     """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1.
-
-    Small ones first: there it is decided where walls end.
-    """
+    Small ones first: there it is decided where walls end."""
     x, levels, known = noise, 1 - torch.linspace(0, 1, steps + 1) ** 2, spread(warped, painted)
     for t, lower in itertools.pairwise(levels.to(noise)):
         clean = fill_predict(network, x, known, painted, t.expand(len(x)))

@@ -66,17 +66,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers import BaseImageProcessor, GenerationConfig, HfArgumentParser
 from transformers import PaddleOCRVLProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
-from kernels import prepare, register
+from kernels import load_model
 from kernels.lora import adapter_config, add_lora, gathered, load_adapter, merge_lora, save_adapter
 from kernels.rows import ahead, dummy_row, encode_question, micro_batches, names_of
-from kernels.rows import packs, place, recurrent, row_logprobs, shard, share
+from kernels.rows import packs, row_logprobs, shard, share
 
 logging.disable_progress_bar()
 
@@ -215,7 +215,10 @@ def rows_of(student: Student, group: list[dict], cfg: Config) -> list[dict]:
             encoded.append(encode_question(student, question, grids))
         except ValueError as error:
             print(f"{question['name']}: skipped, {error}", file=sys.stderr)
-    for part in [encoded] if encoded and cfg.share else [[question] for question in encoded]:
+    parts = [encoded] if encoded else []
+    if not cfg.share:  # the same loss, at several times the cost
+        parts = [[question] for question in encoded]
+    for part in parts:
         rows += share(part, pixels, grids, student.model.config, cfg.tokens)
     return [row | {"weight": answer_weights(row["owner"], cfg.mean)} for row in rows]
 
@@ -365,7 +368,10 @@ def main(cfg: Config):
 
     source = folder / "tiny" if cfg.student == "tiny" else run / cfg.student
     source = str(source) if source.is_dir() else cfg.student
-    student = load_student(source, dtype, place(device), ATTENTION, MAX_PIXELS)
+    place = device
+    if world > 1:  # the first reads the weights for all
+        place = "meta" if rank else "cpu"
+    student = load_student(source, dtype, place, ATTENTION, MAX_PIXELS)
     model, make = student.model, partial(rows_of, student, cfg=cfg)
     choose_trained(model, cfg, cfg.lora_rank)
     shard(model, device, cfg.dtype)
@@ -718,26 +724,9 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
 
     A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
-    register()
     try:
         base = adapter_config(source)["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if hasattr(config, "auto_map"):
-            raise ValueError("its configuration names code of its own")
-        if recurrent(config):
-            print(f"{base} has layers with a state: its questions go one by one, as padded rows")
-            attention = "sdpa"
-        how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        if device == "meta":  # the shapes alone
-            with torch.device(device):
-                model = AutoModelForImageTextToText.from_config(config, **how)
-        else:
-            how |= {"use_safetensors": True, "output_loading_info": True}
-            model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
-            wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-            wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
-            if wrong:
-                raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
+        model = load_model(base, dtype, device, attention)
         load_adapter(model, source)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
@@ -746,8 +735,7 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, base)
+    return Student(model, tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture

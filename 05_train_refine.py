@@ -68,18 +68,18 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
-from kernels import prepare, register
+from kernels import load_model
 from kernels.decode import end_tokens
 from kernels.lora import adapter_config, add_lora, exchange, gathered, load_adapter, merge_lora
 from kernels.lora import save_adapter, trained_weights
 from kernels.prefill import generate_groups
 from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
-from kernels.rows import packs, place, recurrent, row_logprobs, shard, share
+from kernels.rows import packs, row_logprobs, shard, share
 
 logging.disable_progress_bar()
 
@@ -306,6 +306,13 @@ WARMUP = 0.05  # share of the steps in which the learning rate rises
 SHOW_EVERY = 20  # steps between printed rollouts
 
 
+def in_random_order(questions: list[dict], steps: int, cfg: Config) -> np.ndarray:
+    """The questions of each step, [steps, prompts]; each epoch has an order of its own."""
+    epochs = range(1 + steps * cfg.prompts // len(questions))
+    orders = [np.random.default_rng([cfg.seed, e]).permutation(questions) for e in epochs]
+    return np.concatenate(orders)[: steps * cfg.prompts].reshape(steps, cfg.prompts)
+
+
 def measure(prompts: list[dict]) -> dict:
     """What the docstring lists about a step's responses, of all processes."""
     asked = []
@@ -348,7 +355,10 @@ def main(cfg: Config):
         meta = begin(folder, config, source if read_meta(source) else None)
     dist.barrier()
     # the student that learns, and of its weights that train a copy, which makes it the reference
-    student = load_student(str(source), dtype, place(device), ATTENTION, MAX_PIXELS)
+    place = device
+    if world > 1:  # the first reads the weights for all
+        place = "meta" if rank else "cpu"
+    student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
     # the one that answers: where it is sharded a whole copy, because responses end when they like
     model, rollout_student, mirrors = student.model, student, []
     if world > 1:
@@ -372,14 +382,12 @@ def main(cfg: Config):
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")
     first = load_checkpoint(folder, model, optimizers, rank)
-    epochs = range(1 + steps * cfg.prompts // len(questions))
-    orders = [np.random.default_rng([cfg.seed, e]).permutation(questions) for e in epochs]
-    plan = np.concatenate(orders)[: steps * cfg.prompts].reshape(steps, cfg.prompts)  # of questions
-    plan = plan[first:, rank::world]
+    plan = in_random_order(questions, steps, cfg)[first:, rank::world]
     dummy, norms, make = dummy_row(student), [], partial(open_prompt, student)
     for step, prompts in enumerate(ahead(make, plan, device), first):
         # ask: every process answers its share of the questions, with the weights as they are now
-        tick, prompts = time.perf_counter(), [prompt for prompt in prompts if prompt]
+        tick = time.perf_counter()
+        prompts = [prompt for prompt in prompts if prompt]
         for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
             mirror.copy_(gathered(weight))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -552,26 +560,9 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
 
     A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
-    register()
     try:
         base = adapter_config(source)["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if hasattr(config, "auto_map"):
-            raise ValueError("its configuration names code of its own")
-        if recurrent(config):
-            print(f"{base} has layers with a state: its questions go one by one, as padded rows")
-            attention = "sdpa"
-        how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        if device == "meta":  # the shapes alone
-            with torch.device(device):
-                model = AutoModelForImageTextToText.from_config(config, **how)
-        else:
-            how |= {"use_safetensors": True, "output_loading_info": True}
-            model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
-            wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-            wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
-            if wrong:
-                raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
+        model = load_model(base, dtype, device, attention)
         load_adapter(model, source)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
@@ -580,8 +571,7 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, base)
+    return Student(model, tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture

@@ -67,14 +67,14 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
-from kernels import prepare, register
+from kernels import load_model
 from kernels.lora import adapter_config, load_adapter
 from kernels.prefill import generate
-from kernels.rows import encode_question, recurrent
+from kernels.rows import encode_question
 
 TRAIN = "3_qa/sft.jsonl 3_qa/static.jsonl"
 TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --blank False"
@@ -1534,26 +1534,9 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
 
     A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
     """
-    register()
     try:
         base = adapter_config(source)["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if hasattr(config, "auto_map"):
-            raise ValueError("its configuration names code of its own")
-        if recurrent(config):
-            print(f"{base} has layers with a state: its questions go one by one, as padded rows")
-            attention = "sdpa"
-        how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        if device == "meta":  # the shapes alone
-            with torch.device(device):
-                model = AutoModelForImageTextToText.from_config(config, **how)
-        else:
-            how |= {"use_safetensors": True, "output_loading_info": True}
-            model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
-            wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
-            wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
-            if wrong:
-                raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
+        model = load_model(base, dtype, device, attention)
         load_adapter(model, source)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
@@ -1562,8 +1545,7 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
         stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    prepare(model, attention)
-    return Student(model.to(device), tokenizer, image_processor, base)
+    return Student(model, tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture

@@ -41,7 +41,7 @@ try:
 except ImportError:  # macOS, Windows: the reference still runs on the CPU
     triton, jit = None, lambda kernel: kernel
 
-# Pixels per program, 4 per thread; for both the launch and `compile_cases`.
+# Pixels per program, 4 per thread; for the launch and ahead of time.
 BLOCK = 512
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -235,14 +235,3 @@ def plucker_rays(w2c, K, height: int, width: int):
     origin = origin.reshape(-1, 3).contiguous()
     out = PluckerRays.apply(M, origin, height, width)
     return out.view(*w2c.shape[:-2], 6, height, width)
-
-
-def compile_cases() -> list[tuple]:
-    """What to compile ahead of time: (name, kernel, argument types, constants, options)."""
-    types = dict.fromkeys(("M", "origin", "out", "dout", "partial"), "*fp32")
-    types |= {"pixels": "i32", "width": "i32"}
-    kernels = {"forward": rays_forward, "backward": rays_backward}
-    return [
-        (f"rays {direction} fp32", kernel, types, {"BLOCK": BLOCK}, OPTIONS)
-        for direction, kernel in kernels.items()
-    ]

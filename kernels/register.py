@@ -1,8 +1,6 @@
 """The attention of this package under the name "world2vlm", for every model of transformers.
 
-    register()                                                            # once per process
-    model = AutoModelForImageTextToText.from_pretrained(..., attn_implementation="world2vlm")
-    prepare(model, "world2vlm")
+    model = load_model("Qwen/Qwen2.5-VL-7B-Instruct", torch.bfloat16, "cuda", "world2vlm")
 
 transformers asks a mask function once per forward pass and hands its result to every layer's
 attention function. Ours hands on which keys are padding, as segment ids, because a kernel needs no
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import Segments, attention
+from kernels.rows import recurrent
 
 
 def padding_mask(
@@ -105,3 +104,32 @@ def prepare(model, attention: str):
     model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
     if attention == "world2vlm":
         model.model.visual.config._attn_implementation = "world2vlm_flash"
+
+
+def load_model(base: str, dtype, device: str, attention: str):
+    """A Qwen-VL checkpoint, by folder or hub id, with this attention; "meta": its shapes alone.
+
+    Weights come from safetensors only, code of its own is never run. ValueError: it is not whole.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    register()
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if hasattr(config, "auto_map"):
+        raise ValueError("its configuration names code of its own")
+    if recurrent(config):
+        print(f"{base} has layers with a state: its questions go one by one, as padded rows")
+        attention = "sdpa"
+    how = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    if device == "meta":
+        with torch.device(device):
+            model = AutoModelForImageTextToText.from_config(config, **how)
+    else:
+        how |= {"use_safetensors": True, "output_loading_info": True}
+        model, report = AutoModelForImageTextToText.from_pretrained(base, **how)
+        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        wrong += [name for name, w in model.named_parameters() if not w.isfinite().all()]
+        if wrong:
+            raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
+    prepare(model, attention)
+    return model.to(device)

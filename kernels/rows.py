@@ -247,10 +247,8 @@ def ahead(make, steps, device: str):
     threads = 1 if device == "cpu" else min(8, max(1, own))
     with ThreadPoolExecutor(threads) as pool:
         coming = None
-        for items in itertools.chain(steps, [None]):
-            made, coming = coming, None
-            if items is not None:
-                coming = [pool.submit(make, item) for item in items]
+        for items in itertools.chain(steps, [()]):
+            made, coming = coming, [pool.submit(make, item) for item in items]
             if made is not None:
                 yield [one.result() for one in made]
 
@@ -279,13 +277,6 @@ def answer_logprobs(model, inputs: dict, where, tokens, temperature: float) -> t
         return of_chunk(hidden, tokens)
     chunks = zip(hidden.split(size), tokens.split(size), strict=True)
     return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
-
-
-def place(device: str) -> str:
-    """Where weights are loaded: the first of several processes reads them, the others "meta"."""
-    if dist.get_world_size() == 1:
-        return device
-    return "meta" if dist.get_rank() else "cpu"
 
 
 def hand_out(module, device: str):

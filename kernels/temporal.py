@@ -227,7 +227,7 @@ def temporal_backward(
 
 
 def _settings(T: int, D: int, dtype: torch.dtype) -> tuple[dict, dict]:
-    """The kernels' constants and launch options, for both the launch and `compile_cases`."""
+    """The kernels' constants and launch options, for the launch and ahead of time."""
     if dtype == torch.float32:
         # No tensor cores in full float32, so products between pixels do cost: the smallest tile
         # that holds T frames. More than 32 frames of more than 64 numbers spill registers: correct,
@@ -327,28 +327,3 @@ def temporal_attention(q, k, v, num_frames: int, *, scale=None, head_width: int 
         raise ValueError("Triton's interpreter errs in bfloat16: use float16 or float32 there")
     scale = D**-0.5 if scale is None else float(scale)
     return TemporalAttention.apply(*views, num_frames, scale).view(q.shape)
-
-
-CASES = [  # element type, frames, head width
-    ("bf16", torch.bfloat16, 21, 64),
-    ("fp16", torch.float16, 21, 80),
-    ("bf16", torch.bfloat16, 64, 128),
-    ("fp32", torch.float32, 21, 64),
-]
-
-
-def compile_cases() -> list[tuple]:
-    """What to compile ahead of time: (name, kernel, argument types, constants, options)."""
-    kernels = {"forward": temporal_forward, "backward": temporal_backward}
-    numbers = {"S": "i32", "H": "i32", "pixels": "i32", "scale": "fp32"}
-    for tensor in ("q", "k", "v", "dout"):
-        for dimension in ("frame", "pixel", "head"):
-            numbers[f"{tensor}_{dimension}"] = "i32"
-    cases = []
-    for short, dtype, T, D in CASES:
-        tensors = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{short}")
-        constants, options = _settings(T, D, dtype)
-        for direction, kernel in kernels.items():
-            name = f"temporal {direction} {short} T={T} D={D}"
-            cases.append((name, kernel, tensors | numbers, constants, options))
-    return cases

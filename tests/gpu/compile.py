@@ -18,10 +18,10 @@ Exit status 1, with a line each, if a case does not compile or cannot be launche
 memory, if a forward kernel spills, or if a 16-bit forward attention or temporal kernel has no wgmma
 on sm_90.
 
-A case is (name, kernel, argument types, constants, options), from `compile_cases()` of a kernel
-file. Pointers are taken to be divisible by 16, as torch allocates them; an integer is where its
-type says so ("i32:16", as in triton's own ahead-of-time tool). A launch specialises both the same
-way; without it loads cannot be vectors, and the figures would be those of another kernel.
+A case of cases.py is (name, kernel, argument types, constants, options). Pointers are taken to be
+divisible by 16, as torch allocates them; an integer is where its type says so ("i32:16", as in
+triton's own ahead-of-time tool). A launch specialises both the same way; without it loads cannot be
+vectors, and the figures would be those of another kernel.
 """
 
 import argparse
@@ -38,9 +38,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # kernels/
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent)]  # kernels/, cases.py
+all_cases = importlib.import_module("cases").all_cases
 
-FILES = ("attention", "temporal", "rays")
 # name: (backend, architecture, threads in a warp, most shared memory of one program in bytes). The
 # last from the CUDA C++ programming guide, "technical specifications per compute capability" (163
 # and 227 KB), and the CDNA 3 instruction set guide (64 KB).
@@ -57,17 +58,6 @@ MATRIX = {
     "mfma": r"\bv_s?mfma",
 }
 COLUMNS = ("kernel", "target", "registers", "spilled", "shared", "matrix")
-
-
-def all_cases() -> dict[str, tuple]:
-    """Every case of every kernel file: {name: (kernel, argument types, constants, options)}."""
-    cases = {}
-    for file in FILES:
-        for name, *rest in importlib.import_module(f"kernels.{file}").compile_cases():
-            if name in cases:
-                raise ValueError(f"two cases are named {name!r}: name what tells them apart")
-            cases[name] = rest
-    return cases
 
 
 def report_of(command: list[str], content: bytes, suffix: str) -> str:

@@ -222,7 +222,8 @@ def run_sft(run: Run):
 
     def measure_step(what, groups, share=True, padded=False, recompute=True, targets=None) -> float:
         """Questions per second; the defaults are what 04 does."""
-        rows = sft.rows_of(student, groups, replace(cfg, share=share))
+        way = replace(cfg, share=share)
+        rows = sum((sft.rows_of(student, group, way) for group in groups), [])
         model.train(recompute)  # a layer recomputes its activations in training mode only
 
         def step():
@@ -266,7 +267,7 @@ def run_grpo(run: Run):
     prompts, rewards = [], []
 
     def read():
-        prompts[:] = refine.open_prompts(student, questions)
+        prompts[:] = [refine.open_prompt(student, question) for question in questions]
 
     def roll_out():
         half = cfg.dtype == "bfloat16"
@@ -276,7 +277,7 @@ def run_grpo(run: Run):
     def update():
         gains = refine.advantages(torch.stack(rewards))
         rows = refine.rows_of(student, prompts, gains, cfg.tokens)
-        parts = refine.micro_batches(rows, cfg.tokens, refine.PADDED, dummy)
+        parts = refine.micro_batches(rows, cfg.tokens, not refine.packs(model), dummy)
         parts = [{"rows": part} for part in parts]
         sums, broken = refine.update(student, came, parts, cfg)
         refine.clip_gradients(model, folder, 1, float(sums[0]), [], rows, broken)
