@@ -1015,9 +1015,8 @@ def fill_predict(network, noisy, known, painted, t):
 
 
 def fill_sample(network, noise, warped, painted, steps):
-    """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1.
-    Small ones first: there it is decided where walls end."""
-    x, levels, known = noise, 1 - torch.linspace(0, 1, steps + 1) ** 2, spread(warped, painted)
+    """Views [B,3,H,W] from noise: Euler steps of the flow x_t = (1 - t) x + t noise, from t = 1."""
+    x, levels, known = noise, torch.linspace(1, 0, steps + 1), spread(warped, painted)
     for t, lower in itertools.pairwise(levels.to(noise)):
         clean = fill_predict(network, x, known, painted, t.expand(len(x)))
         x = clean + (x - clean) * lower / t

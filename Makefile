@@ -103,7 +103,7 @@ world: runs/world/1_trajectories/meta.json
 
 world-check: runs/world/1_trajectories/meta.json
 	rm -rf runs/world/check
-	$(WORLD) --out check --until 125
+	$(WORLD) --out check --until 175
 	$(PY) tests/same_losses.py base/world runs/world/check
 
 # Rests: base/ knows the rooms of commit 0372315, where `make base-check` repeats its first losses.
