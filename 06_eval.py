@@ -1,31 +1,30 @@
 """Evaluate a student on questions about rooms that no training file holds, and on benchmarks.
 
 Every question is asked twice: with its pictures, and with grey ones of the same size (the blind
-baseline), which shows what language alone can guess. Beside both stands the best constant answer:
-per score, the one of the 50 most frequent training answers that does best on these very questions.
-The questions about one scene share its pictures, so that a bootstrap draws whole scenes:
+baseline), which shows what language alone can guess. Beside both stand the best constant answer
+(per score, of the 50 most frequent true ones) and, of choices, "always the first" and
+"always the last". Questions about one scene share its pictures: intervals and tests draw scenes.
 
-    score = mean_i s(answer_i, truth_i)     interval = its quantiles 2.5 % and 97.5 % in 1,000 draws
+    score = mean_i s(answer_i, truth_i)    difference: signs of whole scenes flipped, then Holm
 
 Scores: motion: direction right, and the error (meters between displacements, degrees between signed
 angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
-scores 0, its error is that of the worst true answer of its task. --coupled TEACHER is the test-time
-baseline, which asks the world model while answering.
+scores 0, its error is that of the worst true answer of its task. --questions_out writes an exam for
+another engine, --answers grades what that said. The test-time baseline, which asks the world model
+while answering, is tests/coupled.py.
 
 Reads   RUN/3_qa/heldout.jsonl or any file of that format (--questions), or a benchmark's own files:
         {"task_type": "A2", "answer_type": "motion", "images": ["2_views/room_7/t001/000.png", ...],
          "messages": [{"role": "user", "content": "<image><image>Which way did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "scene_id": "room_7", ...}
-Writes  RUN/6_eval/TAG/samples.jsonl, results.json, report.html, accuracy_cost.svg; imagined/ (the
-        runs in which 02 imagined for --coupled); RUN/6_eval/compare.json (--compare A B: B minus A)
-        {"number": 12, "task_type": "A2", "question": "...", "truth": "turn right 30 degrees",
-         "response": "turn right 20 degrees", "blank_response": "turn left 60 degrees",
-         "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, "reward": 0.968}, ...}
+Writes  RUN/6_eval/TAG/samples.jsonl, results.json, report.html, accuracy_cost.svg;
+        RUN/6_eval/compare_A_B.json (--compare A B)
+        {"number": 12, "task_type": "A2", "truth": "turn right 30 degrees", "response": "turn right
+         20 degrees", "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, ...}, ...}
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
-    python 06_eval.py --run runs/big --benchmark vsi-bench --data ~/VSI-Bench --protocol lmms-eval
-    python 06_eval.py --run runs/demo --checkpoint base --coupled simulator
+    python 06_eval.py --run runs/big --benchmark vsibench-multiimage --data ~/VSI-Bench
     python 06_eval.py --run runs/demo --compare base refined
 """
 
@@ -37,7 +36,6 @@ import fcntl
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -45,12 +43,12 @@ import re
 import resource
 import shutil
 import struct
-import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -76,8 +74,7 @@ from kernels.lora import adapter_config, load_adapter
 from kernels.prefill import generate
 from kernels.rows import encode_question
 
-TRAIN = "3_qa/sft.jsonl 3_qa/static.jsonl"
-TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --blank False"
+TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
 RECIPES = {
     "paper": "",
     "tiny": f"{TINY} --per_task 600",
@@ -91,30 +88,30 @@ class Config:
     run: str = HfArg(default="runs/demo", help="folder of the run")
     checkpoint: str = HfArg(default="5_refine", help="student: a folder (in the run) or a hub id")
     tag: str = HfArg(default="", help="name of the folder under 6_eval; empty: the checkpoint's")
-    benchmark: str = HfArg(default="heldout", help="heldout, or a public one of PROTOCOLS")
-    data: str = HfArg(default="", help="folder with a benchmark's files as published")
-    protocol: str = HfArg(default="paper", help="how a benchmark is asked: a row of PROTOCOLS")
+    benchmark: str = HfArg(default="heldout", help="a row of EXAMS: heldout or a public one")
+    data: str = HfArg(default="", help="folder with a benchmark's files, or its hub cache")
     questions: str = HfArg(default="3_qa/heldout.jsonl", help="questions, in the run or anywhere")
     data_root: str = HfArg(default="", help="folder of the pictures; empty: as --questions says")
-    train: list[str] = HfArg(default_factory=TRAIN.split, help="their answers are the constants")
     beside: list[str] = HfArg(default_factory=list, help="tags to show in the same table, before")
     tasks: list[str] = HfArg(default_factory=list, help="tasks to ask; empty: all")
     per_task: int = HfArg(default=0, help="questions per task at most, chosen by hash; 0: all")
-    blank: bool = HfArg(default=True, help="ask again with grey pictures; doubles the time")
+    pictures: Literal["both", "shown", "blank"] = HfArg(default="both", help="blank: grey ones")
     batch: int = HfArg(default=64, help="questions answered at a time; lower it to save memory")
     temperature: float = HfArg(default=0.0, help="0: greedy; 1: drawn as GRPO draws")
-    max_new_tokens: int = HfArg(default=0, help="per answer; 0: as the protocol says")
-    shard: str = HfArg(default="0/1", help="i/n: this process asks about every n-th picture list")
-    coupled: str = HfArg(default="", help='a teacher of 02 and its flags, such as "svc --steps 20"')
-    coupled_stated: bool = HfArg(default=False, help="imagine the stated motion: no search")
+    max_new_tokens: int = HfArg(default=0, help="per answer; 0: as EXAMS says")
+    shard: str = HfArg(
+        default="0/1", help="i/n: ask about every n-th picture list; so does torchrun"
+    )
+    questions_out: str = HfArg(default="", help="only write the exam there, for another engine")
+    answers: str = HfArg(default="", help="grade this file of another engine's answers instead")
     compare: list[str] = HfArg(default_factory=list, help="only compare two finished evaluations")
     seed: int = HfArg(default=0, help="of the bootstrap, and of answers that are drawn")
     dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the arithmetic")
 
 
-# How a benchmark is asked. {pictures}: a `picture` each, {i} counts from 1; {options}: a line each;
-# {lettered}: the same as "A. ..."; square: the middle square of a picture, of so many pixels.
-# "paper": World2VLM names benchmarks, but no prompts: these are the benchmarks' own.
+# How an exam is asked. {pictures}: a `picture` each, {i} counts from 1; {options}: a line each;
+# {lettered}: the same as "A. ..."; square: the middle square of a picture, of so many pixels; file:
+# the name of the file with the rows; circular: asked once per order of the choices.
 VSI_WORDS = {
     "choice": """{pictures}These are frames of a video.
 {question}
@@ -162,31 +159,28 @@ in the image to answer the question.
 
 Only output the letter of the correct option and nothing else."""
 LMMS = {"picture": "<image>", "system": "You are a helpful assistant."}
-LMMS |= {"min_pixels": 200704, "max_pixels": 1605632}
-LETTER = LMMS | {"max_new_tokens": 16, "words": {"choice": LETTER_WORDS}, "scorer": "sat letter"}
+LMMS |= {"min_pixels": 200704, "max_pixels": 1605632, "max_new_tokens": 16}
+LETTER = LMMS | {"words": {"choice": LETTER_WORDS}, "scorer": "sat letter"}
 MINDJOURNEY = {"picture": "Image {i}:\n<image>\n", "max_pixels": 1003520, "max_new_tokens": 1024}
 MINDJOURNEY |= {"words": {"choice": MINDJOURNEY_WORDS}, "system": MINDJOURNEY_SYSTEM}
 MINDJOURNEY |= {"scorer": "sat text"}
-PAPER = {"picture": "<image>", "max_pixels": 1003520}
-MINDCUBE = {"max_new_tokens": 4096, "words": {"choice": MINDCUBE_WORDS}, "scorer": "mindcube"}
+MINDCUBE = {"picture": "<image>", "max_pixels": 230400, "max_new_tokens": 4096}
+MINDCUBE |= {"words": {"choice": MINDCUBE_WORDS}, "scorer": "mindcube"}
 NOT_COUNTED = {"not_counted": ["translation"]}  # in the number of its own evaluator
-VSI = {"frames": 32, "max_new_tokens": 16, "words": VSI_WORDS, "scorer": "vsi"}
-PROTOCOLS = {
-    "paper": {
-        "heldout": {"max_pixels": 1003520, "max_new_tokens": 64},  # right answers have 40 at most
-        "sat-real": MINDJOURNEY | {"square": 512},
-        "sat-synthesized": MINDJOURNEY,
-        "vsi-bench": PAPER | VSI,
-        "mindcube": PAPER | MINDCUBE | NOT_COUNTED,
-    },
-    "lmms-eval": {
-        "sat-real": LETTER,
-        "sat-synthesized": LETTER,
-        "vsi-bench": LMMS | VSI,  # its multi-image task
-        "mindcube": LMMS | MINDCUBE,
-    },
-    "mindcube": {"mindcube": PAPER | MINDCUBE | NOT_COUNTED | {"max_pixels": 230400}},
-    "mindjourney": {"sat-real": MINDJOURNEY | {"square": 512}, "sat-synthesized": MINDJOURNEY},
+FRAMES = LMMS | {"frames": 32, "words": VSI_WORDS, "scorer": "vsi", "file": "test[.-]*"}
+VIDEO = FRAMES | {"video": True}  # for engines that read videos: --questions_out, --answers
+REAL, SYNTHESIZED = {"file": "SAT_test.parquet"}, {"file": "SAT_val.parquet", "subset": True}
+EXAMS = {
+    "heldout": {"max_pixels": 1003520, "max_new_tokens": 64},  # right answers have 40 at most
+    "sat-real": LETTER | REAL | {"circular": True},
+    "sat-synthesized": LETTER | SYNTHESIZED | {"circular": True},
+    "sat-real-mindjourney": MINDJOURNEY | REAL | {"square": 512},  # the right choice comes first
+    "sat-synthesized-mindjourney": MINDJOURNEY | SYNTHESIZED,
+    "sat-nvidia": LETTER | {"file": "test*.parquet"},  # nv-njb/SAT, in its own order
+    "vsibench": VIDEO,
+    "vsibench-debiased": VIDEO | {"file": "*debiased*"},
+    "vsibench-multiimage": FRAMES,
+    "mindcube": MINDCUBE | NOT_COUNTED | {"file": "MindCube_tinybench.jsonl"},
 }
 CHOICES = "object_rel_direction_easy object_rel_direction_medium object_rel_direction_hard "
 CHOICES += "object_rel_distance route_planning obj_appearance_order"
@@ -218,31 +212,30 @@ def existing(run: Path, name: str) -> Path:
 # --- questions: {"number", "id", "task_type", "answer_type", "question" (what the user says),
 # "truth", "options", "images" (from the root), "scene_id", "record" (as the student is asked)}
 # Choices of a task that also has open questions are a task of their own, "A2 choice".
-KINDS = ("motion", "motions", "box", "yes_no", "relation", "choice", "meters", "degrees")
 
 
 @contextmanager
-def watch(skipped: Counter, number):
-    """Name and count the question inside where it turns out to be unusable."""
+def watch(skipped: dict, number):
+    """Note the fault of the question inside, under its kind, where it cannot be used."""
     try:
         yield
     except (*BROKEN, ArrowException) as error:  # whatever a wrong row can raise
-        why = f"{type(error).__name__} {str(error)[:200]}"
-        print(f"question {number} skipped, unusable row: {why}", file=sys.stderr)
-        skipped["unusable row"] += 1
+        kind = "missing file" if isinstance(error, FileNotFoundError) else "unusable row"
+        skipped[kind].append(f"question {number}, {type(error).__name__} {str(error)[:200]}")
 
 
 def kind_of(record: dict, answer: str) -> str | None:
     """The type of a record's answer; None where the answer does not have it."""
     said = record.get("answer_type")
-    kind = said if said in KINDS else ANSWER_TYPES.get(record["task_type"])
+    kind = said if said in [*PARSERS] else ANSWER_TYPES.get(record["task_type"])
     return kind if kind and reward(None, answer, answer, kind)["overall"] > 1 - 1e-9 else None
 
 
-def read_heldout(path: Path, root: Path, skipped: Counter):
+def read_heldout(path: Path, root: Path, skipped: dict):
     """Questions of our own format, in file order."""
     records = read_questions(path, root)  # which names unusable lines
-    skipped["unusable line"] += len(path.read_bytes().splitlines()) - len(records)
+    lost = len(path.read_bytes().splitlines()) - len(records)
+    skipped["unusable line"] += ["named above"] * lost
     for number, record in enumerate(records, 1):
         with watch(skipped, number):
             *turns, last = record["messages"]
@@ -253,78 +246,118 @@ def read_heldout(path: Path, root: Path, skipped: Counter):
             images = [Path(image).resolve() for image in record["images"]]
             images = [str(image.relative_to(root.resolve())) for image in images]
             task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
-            question = {"number": number, "id": number, "task_type": task, "answer_type": kind}
+            question = {"number": number, "id": str(number), "task_type": task, "answer_type": kind}
             question["question"] = "\n".join(turn["content"] for turn in turns)
             options = [*map(str, record.get("options") or [])]
             question |= {"truth": truth, "options": options, "images": images}
             question["scene_id"] = str(record.get("scene_id", f"question {number}"))
-            yield question | {"difficulty": record.get("difficulty"), "record": record}
+            yield question | {"record": record}
 
 
 def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]:
-    """Of each task (or of `tasks`) at most `per_task` questions (0: all), the first by hash."""
+    """Of each task (or of `tasks`) at most `per_task` questions (0: all), the first by hash.
+
+    The orders of one row's choices stay together.
+    """
+    groups = defaultdict(list)
+    for question in questions:
+        groups[question.get("group", question["number"])].append(question)
     kept, counts, keys = [], Counter(), ("task_type", "question", "number")
-    for question in sorted(questions, key=lambda one: digest(*(one[key] for key in keys))):
-        task = question["task_type"]
+    for group in sorted(groups.values(), key=lambda own: digest(*(own[0][key] for key in keys))):
+        task = group[0]["task_type"]
         counts[task] += 1
         asked = not tasks or task in tasks or task.removesuffix(" choice") in tasks
         if asked and (not per_task or counts[task] <= per_task):
-            kept.append(question)
+            kept += group
     return sorted(kept, key=lambda question: question["number"])
 
 
 # --- benchmarks, as they are published: one function each
-def published_rows(path: Path, skipped: Counter, *keys: str):
-    rows = [row for _, row in read_lines(path, *keys)]
-    skipped["malformed line"] += len(path.read_bytes().splitlines()) - len(rows)
-    return enumerate(rows)
+def find_file(data: Path, pattern: str) -> Path:
+    """The file with the rows, in the folder or in a hub cache's newest snapshot, behind links."""
+    snapshots = sorted(data.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime)
+    for folder, _, names in os.walk([data, *snapshots][-1], followlinks=True):
+        if matching := sorted(name for name in names if fnmatch(name, pattern)):
+            return Path(folder) / matching[0]
+    stop(f"no {pattern} under {data}: --data wants the benchmark's files, its zips unpacked there")
 
 
-def in_words(protocol: dict, root: Path, question: dict) -> dict:
-    """The question with its record, in the protocol's words."""
+def locate(root: Path, name: str) -> Path:
+    """A file that a row names, without leaving the data; links in there are the user's own."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} leads out of the data")
+    if not (root / name).is_file():
+        raise FileNotFoundError(f"{name} is missing")
+    return root / name
+
+
+def published_rows(path: Path, skipped: dict, *keys: str):
+    """(number, row) of a JSONL or parquet file; rows without `keys` are left out."""
+    if path.suffix == ".jsonl":
+        rows = [row for _, row in read_lines(path, *keys)]
+        lost = len(path.read_bytes().splitlines()) - len(rows)
+        skipped["malformed line"] += ["named above"] * lost
+        yield from enumerate(rows)
+        return
+    try:
+        batches = ParquetFile(path).iter_batches(64)
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+    except (OSError, ArrowException) as error:
+        stop(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again")
+
+
+def in_words(exam: dict, root: Path, question: dict) -> dict:
+    """The question with its record, in the exam's words."""
     options, images = question["options"], question["images"]
-    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    pictures = [protocol["picture"].format(i=i) for i in range(1, len(images) + 1)]
-    words = protocol["words"][VSI_TYPES.get(question["task_type"], "choice")].format(
-        pictures="".join(pictures),
+    shown = 1 if "video" in exam else len(images)  # a video has one mark
+    words = exam["words"][VSI_TYPES.get(question["task_type"], "choice")].format(
+        pictures="".join(exam["picture"].format(i=i) for i in range(1, shown + 1)),
         question=question["question"].strip(),
         options="\n".join(options),
-        lettered="\n".join(lettered),
+        lettered="\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)),
     )
-    turns = {"system": protocol.get("system"), "user": words, "assistant": question["truth"]}
+    turns = {"system": exam.get("system"), "user": words, "assistant": question["truth"]}
     messages = [{"role": role, "content": text} for role, text in turns.items() if text]
     record = {"messages": messages, "images": [str(root / image) for image in images]}
     return question | {"answer_type": None, "record": record}
 
 
-def read_sat(benchmark: str, data: Path, protocol: dict, root: Path, skipped: Counter):
-    """SAT: SAT_test.parquet is SAT-Real, 500 rows of SAT_val.parquet are SAT-Synthesized."""
-    path = data / ("SAT_test.parquet" if benchmark == "sat-real" else "SAT_val.parquet")
-    folder = Path("6_eval/pictures") / benchmark
-    try:
-        file = ParquetFile(path)
-        rows = (row for batch in file.iter_batches(64) for row in batch.to_pylist())
-        wanted = range(file.metadata.num_rows)
-        if benchmark == "sat-synthesized":
-            bits = np.frombuffer(base64.b64decode(SAT_SYNTHESIZED), np.uint8)
-            wanted = np.flatnonzero(np.unpackbits(bits)).tolist()
-            skipped["missing row"] += sum(row >= file.metadata.num_rows for row in wanted)
-        for number, row in enumerate(rows):
-            if number not in wanted:
-                continue
-            with watch(skipped, number):
-                options, truth, images = row["answers"], row["correct_answer"], []
-                letter = LETTERS[options.index(truth)]
-                for picture in row["image_bytes"]:
-                    stored = store_picture(picture["bytes"], root / folder, protocol.get("square"))
-                    images.append(str(folder / stored))
-                question = {"number": number, "id": str(number), "options": options}
+def read_sat(exam: dict, path: Path, root: Path, skipped: dict):
+    """SAT: SAT_test.parquet is SAT-Real, 500 rows of SAT_val.parquet are SAT-Synthesized.
+
+    The right choice is the first of every row. So a circular exam asks once per order of the
+    choices, from one that a hash picks: whoever repeats a position is right once per row.
+    """
+    folder, last = Path("6_eval/pictures/sat"), -1
+    bits = np.frombuffer(base64.b64decode(SAT_SYNTHESIZED), np.uint8)
+    wanted = set(np.flatnonzero(np.unpackbits(bits)).tolist()) if exam.get("subset") else None
+    for last, row in published_rows(path, skipped):
+        if wanted and last not in wanted:
+            continue
+        with watch(skipped, last):
+            choices, images = row["answers"], []
+            right = row.get("correct_answer_idx")
+            right = choices.index(row["correct_answer"]) if right is None else int(right)
+            for picture in row["image_bytes"]:
+                stored = store_picture(picture["bytes"], root / folder, exam.get("square"))
+                images.append(str(folder / stored))
+            orders = [list(range(len(choices)))]
+            if exam.get("circular"):
+                first = sorted(orders[0], key=lambda place: digest("order", last, place))
+                orders = [first[turn:] + first[:turn] for turn in orders[0]]
+            for turn, order in enumerate(orders):
+                question = {"number": last, "id": str(last), "options": [choices[i] for i in order]}
                 question |= {"task_type": row["question_type"], "question": row["question"]}
-                question["truth"] = letter if protocol["scorer"] == "sat letter" else truth
-                question |= {"images": images, "scene_id": " ".join(images)}
-                yield in_words(protocol, root, question)
-    except (OSError, ArrowException) as error:
-        stop(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch array/SAT again")
+                letter = LETTERS[order.index(right)]
+                question["truth"] = letter if exam["scorer"] == "sat letter" else choices[right]
+                question |= {"images": images, "scene_id": " ".join(images), "order": order}
+                if exam.get("circular"):
+                    number = last * len(LETTERS) + turn
+                    question |= {"number": number, "id": f"{last}/{turn}", "group": last}
+                yield in_words(exam, root, question)
+    for row in sorted(wanted or ()):
+        if row > last:
+            skipped["missing row"].append(f"row {row} of {path.name}")
 
 
 def store_picture(content: bytes, folder: Path, square: int | None) -> str:
@@ -334,34 +367,32 @@ def store_picture(content: bytes, folder: Path, square: int | None) -> str:
         if not (folder / name).is_file():
             picture = Image.open(io.BytesIO(content)).convert("RGB")
             if square:
-                side = min(picture.size)
-                left, top = ((length - side) // 2 for length in picture.size)
-                picture = picture.crop((left, top, left + side, top + side))
-                picture = picture.resize((square, square), Image.BICUBIC)
+                picture = ImageOps.fit(picture, (square, square), Image.BICUBIC)
             encoded = io.BytesIO()
             picture.save(encoded, "PNG", compress_level=1)
             save(folder / name, encoded.getvalue())
     return name
 
 
-def read_vsi(benchmark: str, data: Path, protocol: dict, root: Path, skipped: Counter):
-    """VSI-Bench: test.jsonl and DATASET/SCENE.mp4; `prompts_of` has the frames cut out."""
+def read_vsi(exam: dict, path: Path, root: Path, skipped: dict):
+    """VSI-Bench: rows in a file and DATASET/SCENE.mp4; `prompts_of` has the frames cut out."""
     keys = ("dataset", "scene_name", "question_type", "question", "ground_truth")
-    for number, row in published_rows(data / "test.jsonl", skipped, *keys):
-        id, task, truth = str(row.get("id", number)), row["question_type"], row["ground_truth"]
+    for number, row in published_rows(path, skipped, *keys):
+        id = str(row.get("id", number))
         with watch(skipped, id):
+            task, truth = row["question_type"], str(row["ground_truth"]).strip()
             options = [re.sub(r"^[A-Z]\.\s*", "", option) for option in row.get("options") or []]
-            numeric, truth = VSI_TYPES[task] == "number", str(truth).strip()
+            numeric = VSI_TYPES[task] == "number"
             if not (float(truth) > 0 if numeric else truth in [*LETTERS[: len(options)]]):
                 raise ValueError(f"{truth[:20]!r} is not an answer")
             scene = f"{row['dataset']}/{row['scene_name']}"
-            video = data / f"{scene}.mp4"
-            check_picture(video, data)
-            folder = f"6_eval/pictures/vsi-bench/{scene}/{protocol['frames']}"
-            images = [f"{folder}/{i:03d}.png" for i in range(protocol["frames"])]
+            video = str(locate(path.parent, f"{scene}.mp4"))
+            folder = f"6_eval/pictures/vsibench/{scene}/{exam['frames']}"
+            images = [f"{folder}/{i:03d}.png" for i in range(exam["frames"])]
             question = {"number": number, "id": id, "task_type": task, "scene_id": scene}
             question |= {"question": row["question"], "options": options, "truth": truth}
-            yield in_words(protocol, root, question | {"images": images, "video": str(video)})
+            question |= {"images": images, "video": video}
+            yield in_words(exam, root, question)
 
 
 def cut_frames(video: str, folder: Path, count: int):
@@ -391,10 +422,8 @@ def cut_frames(video: str, folder: Path, count: int):
         os.replace(part, folder)
 
 
-def read_mindcube(benchmark: str, data: Path, protocol: dict, root: Path, skipped: Counter):
+def read_mindcube(exam: dict, path: Path, root: Path, skipped: dict):
     """MindCube: MindCube_tinybench.jsonl, whose texts hold the options, and pictures."""
-    places = [*data.rglob("MindCube_tinybench.jsonl"), data / "MindCube_tinybench.jsonl"]
-    path = places[0].resolve()
     base = path.parents[1] if path.parent.name == "raw" else path.parent
     for number, row in published_rows(path, skipped, "id", "question", "images"):
         id, truth = str(row["id"]), row.get("gt_answer")
@@ -403,16 +432,73 @@ def read_mindcube(benchmark: str, data: Path, protocol: dict, root: Path, skippe
             options = re.findall(r"\b[A-E]\.\s*(.*?)(?=\s+[A-E]\.\s|\s*\Z)", text, re.S)
             if truth not in [*LETTERS[: len(options)]]:
                 raise ValueError(f"{truth!r} is not an answer")
-            images = [base / image for image in row["images"]]
-            for image in images:
-                check_picture(image, base)
-            scene = str(images[0].parent.relative_to(base))
+            images = [str(locate(base, image)) for image in row["images"]]
+            scene = str(Path(row["images"][0]).parent)
             question = {"number": number, "id": id, "task_type": setting_of(id), "truth": truth}
-            question |= {"question": text, "options": options, "scene_id": scene}
-            yield in_words(protocol, root, question | {"images": list(map(str, images))})
+            question |= {"question": text, "options": options, "scene_id": scene, "images": images}
+            yield in_words(exam, root, question)
 
 
-READERS = {"sat": read_sat, "vsi": read_vsi, "mindcube": read_mindcube}
+READERS = {"sat": read_sat, "vsibench": read_vsi, "mindcube": read_mindcube}
+
+
+# --- answers of other engines
+def write_questions(questions: list[dict], path: Path, video: bool, cfg: Config):
+    """A request per line, as OpenAI's batches and `vllm run-batch` read them, and our own keys."""
+    lines, kind = [], "video_url" if video else "image_url"
+    for question in questions:
+        record, messages = question["record"], []
+        files = iter([question["video"]] if video else record["images"])
+        for turn in record["messages"][:-1]:
+            content = []
+            for part in filter(None, re.split("(<image>)", turn["content"])):
+                url = part == "<image>" and Path(next(files)).resolve().as_uri()
+                shown, text = {"type": kind, kind: {"url": url}}, {"type": "text", "text": part}
+                content.append(shown if url else text)
+            messages.append({"role": turn["role"], "content": content})
+        body = {"model": cfg.checkpoint, "messages": messages, "max_tokens": cfg.max_new_tokens}
+        line = {"custom_id": question["id"], "method": "POST", "url": "/v1/chat/completions"}
+        line |= {"body": body | {"temperature": cfg.temperature}}
+        line |= {key: question[key] for key in ("task_type", "question", "options", "images")}
+        lines.append(json.dumps(line) + "\n")
+    save(path, "".join(lines))
+    print(f"{len(lines)} questions written to {path}: answer them, then --answers FILE")
+
+
+def answer_in(line: dict) -> tuple[str, str, dict]:
+    """(id, text, cost) of a line by hand, of a batch's output, or of lmms-eval's samples."""
+    said, cost = line.get("response"), {key: line.get(key) for key in ("seconds", "tokens")}
+    if "custom_id" in line and isinstance(said, dict):
+        body = said.get("body") or said
+        cost["tokens"] = (body.get("usage") or {}).get("completion_tokens")
+        return line["custom_id"], body["choices"][0]["message"]["content"] or "", cost
+    if "doc_id" in line:
+        said = line.get("resps") or line["filtered_resps"]
+        while isinstance(said, list):
+            said = said[0]
+        return str((line.get("doc") or {}).get("id", line["doc_id"])), str(said), cost
+    return str(line.get("id", line.get("custom_id"))), line["response"], cost
+
+
+def read_answers(questions: list[dict], path: Path, skipped: dict) -> dict[int, dict]:
+    """{number: question with its "response"}; what has no answer is wrong, and counted."""
+    found, records = {}, {}
+    for number, line in read_lines(path):
+        try:
+            id, text, cost = answer_in(line)
+            found[id] = {"response": text.strip(), "cost": dict.fromkeys(NOTHING) | cost}
+        except (*BROKEN, AttributeError) as error:
+            skipped["unusable answer"].append(f"line {number}, {error!r}")
+    if not found.keys() & {question["id"] for question in questions}:
+        stop(f"{path} answers no question of this exam by its id: write the exam, --questions_out")
+    for question in questions:
+        none = {"response": "", "cost": dict.fromkeys(NOTHING)}
+        record = question | found.get(question["id"], none) | {"blank_response": None}
+        del record["record"]
+        records[question["number"]] = record
+        if question["id"] not in found:
+            skipped["without an answer (wrong)"].append(f"question {question['id']}")
+    return records
 
 
 # --- generation
@@ -425,7 +511,7 @@ def prompts_of(student: Student, batch: list[dict], blank: bool) -> list[dict]:
         try:
             if str(paths) not in seen:  # the same pictures are the same tensor
                 if video:
-                    cut_frames(video, Path(paths[0]).parent, len(paths))
+                    cut_frames(video, Path(paths[0]).parent, len(question["images"]))
                 seen[str(paths)] = open_pictures(student, paths, blank)
             what, (pixels, grids) = "unusable text", seen[str(paths)]
             whole = encode_question(student, question["record"], grids)
@@ -437,17 +523,24 @@ def prompts_of(student: Student, batch: list[dict], blank: bool) -> list[dict]:
     return prompts
 
 
-def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> list[dict]:
-    """Per question {"response", "cost"}, or the "fault" for which it cannot be asked."""
-    begun, draw = time.perf_counter(), []
-    found = prompts_of(student, batch, blank)
+def respond(student: Student, batch: list[dict], found: list[dict], cfg: Config) -> list[dict]:
+    """Per prompt {"response", "cost"}, or the "fault" for which it cannot be asked.
+
+    The clock runs for the student alone: pictures were read before, whoever asks first.
+    """
+    begun, draw, found = time.perf_counter(), [], [*found]
     good = [i for i, prompt in enumerate(found) if "fault" not in prompt]
     prompts = [found[i] for i in good]
     if cfg.temperature and good:  # numbers of the question's own, whatever its batch is
         streams = [digest("draw", cfg.seed, batch[i]["number"]) for i in good]
         numbers = [np.random.default_rng([*key]).random(cfg.max_new_tokens) for key in streams]
         draw = [cfg.temperature, torch.tensor(np.array(numbers), dtype=torch.float32)]
-    tokens = generate(student, prompts, cfg.max_new_tokens, *draw) if good else []
+    try:
+        tokens = generate(student, prompts, cfg.max_new_tokens, *draw) if good else []
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate", str(error)):
+            raise
+        stop(f"out of memory with {len(good)} questions at a time: lower --batch {cfg.batch}")
     texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True) if good else []
     seconds = (time.perf_counter() - begun) / max(1, len(good))
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
@@ -481,12 +574,13 @@ def ask_all(questions: list[dict], load, folder: Path, cfg: Config) -> dict[int,
     own = [question for question in questions if tuple(question["images"]) in lists]
     own = [question for question in own if "response" not in done.get(question["number"], {})]
     own.sort(key=lambda one: (len(one["record"]["images"]), one["images"], one["number"]))
+    views = {"both": (False, True), "shown": (False,), "blank": (True,)}[cfg.pictures]
     for start in tqdm(range(0, len(own), cfg.batch), unit="batch", desc=f"6_eval/{folder.name}"):
         batch = own[start : start + cfg.batch]
-        seeing = respond(load(), batch, False, cfg)
-        blind = respond(load(), batch, True, cfg) if cfg.blank else [{}] * len(batch)
+        said = [respond(load(), batch, prompts_of(load(), batch, grey), cfg) for grey in views]
+        blind = said[1] if len(said) == 2 else [{}] * len(batch)
         with log.open("a") as lines:
-            for question, found, control in zip(batch, seeing, blind, strict=True):
+            for question, found, control in zip(batch, said[0], blind, strict=True):
                 record = question | found | {"blank_response": control.get("response")}
                 del record["record"]
                 costs = [found.get("cost", NOTHING), question.get("cost", NOTHING)]
@@ -583,33 +677,39 @@ def sat_letter(response: str, question: str) -> str:
 
 
 def score_choice(scorer: str, sample: dict, response: str) -> dict:
-    """{"answered", "score" by the public scorer, "right"} of a response to a benchmark."""
+    """{"answered", "score" by the public scorer, "right"} of a response to a benchmark; "lmms" by
+    lmms-eval where its number is another: MindCube's own code scores thoughts, in one line."""
     kind, options, truth = sample["task_type"], sample["options"], sample["truth"]
     text, letters = without_thoughts(response), [*LETTERS[: len(options)]]
+    scores = {}
     if scorer == "vsi":
         score = score_vsi(kind, text, truth)
         answered = text.split(" ")[0].rstrip(".").strip().upper() in letters
         if VSI_TYPES[kind] == "number":
             answered = first_number(text) is not None
     elif scorer == "mindcube":
-        said = extract_choice(response)
+        said = extract_choice(" ".join(response.split()))
         answered, score = said is not None, float(said == truth)
+        scores["lmms"] = float(extract_choice(text) == truth)
     elif scorer == "sat letter":
         said = sat_letter(response, sample["question"]).replace("_", "").upper()
         answered, score = said in letters, float(said == truth)
     else:
         answered = any(option.lower() in response.lower() for option in options)
         score = score_sat(response, options, truth)
-    return {"answered": answered, "score": score, "right": score}
+    return {"answered": answered, "score": score} | scores | {"right": score}
 
 
 # --- scores: the main one of a question first. Errors are better when lower, all others when higher
 WORDS = {"direction": "direction", "exact": "exact", "accuracy": "accuracy", "iou": "IoU"}
-WORDS |= {"score": "score", "error_m": "error (m)", "error_deg": "error (deg)"}
-WORDS |= {"reward": "reward", "right": "right answers"}
-CONTROLS = ("constant", "blank", "copy", "a")  # "a": the other evaluation of --compare
-CONSTANTS = 50  # most frequent training answers per task that are tried as constant answer
-DRAWS = 1000  # of the bootstrap
+WORDS |= {"circular": "right in all orders", "score": "score", "lmms": "score by lmms-eval"}
+WORDS |= {"error_m": "error (m)", "error_deg": "error (deg)", "reward": "reward"}
+WORDS["right"] = "right answers"
+CONTROLS = {"constant": "constant", "blank": "blank", "copy": "copy"}
+CONTROLS |= {"first": "always first", "last": "always last"}
+CONSTANTS = 50  # most frequent true answers per task that are tried as constant answer
+DRAWS = 1000  # of the bootstrap, and of the sign flips
+Z = 1.959964  # 95 % of a normal distribution
 
 
 def signed(name: str, value: float) -> float:
@@ -668,63 +768,99 @@ def metrics_of(*scores: dict) -> list[str]:
     return [metric for metric in WORDS if all(metric in one for one in scores)]
 
 
-def training_answers(run: Path, names: list[str]) -> dict[str, Counter]:
-    """{task: {answer: how often the training questions have it}}."""
-    counts = {}
-    for path in [existing(run, name) for name in names]:
-        if not path.is_file():
-            print(f"no constant answers from {path}: it is missing", file=sys.stderr)
-        for _, record in read_lines(path, "task_type", "messages") if path.is_file() else ():
-            with suppress(TypeError, LookupError, AttributeError):  # 04 names these
-                answer = record["messages"][-1]["content"].strip()
-                if kind := kind_of(record, answer):
-                    task = record["task_type"]
-                    task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
-                    counts.setdefault(task, Counter())[answer] += 1
-    return counts
-
-
-def bootstrap(values, scenes: list[str], *key, weights=None, difference=False) -> dict:
+def estimate(values, scenes, *key, weights=None, difference=False, share=True) -> dict:
     """{"mean", "low", "high"}: the weighted mean, and its 95 % interval over draws of whole scenes.
-    Of a difference also "p", twice the share of draws on the other side of 0."""
+
+    That of a `share`, of answers that are 0 or 1, also holds Wilson's interval: draws of equal ones
+    never differ. Of a difference also "p", the share of random signs of whole scenes with as large
+    a sum: with few scenes draws vary too little, signs do not.
+    """
+    values = np.asarray(values, float)
     weights = np.ones(len(values)) if weights is None else weights
     names, index = np.unique(np.array(scenes, dtype=str), return_inverse=True)
     sums, counts = np.bincount(index, weights * values), np.bincount(index, weights)
-    generator = np.random.default_rng([*digest(*key, "bootstrap")])
-    picked = generator.integers(len(names), size=(DRAWS, len(names)))
-    means = sums[picked].sum(1) / counts[picked].sum(1)  # [DRAWS]
-    low, high = np.percentile(means, [2.5, 97.5])
-    beyond = min((means <= 0).sum(), (means >= 0).sum())
-    found = {"mean": sums.sum() / counts.sum(), "low": low, "high": high}
-    found |= {"p": min(1.0, 2 * (beyond + 1) / (DRAWS + 1))} if difference else {}
-    known = ("mean",) if len(names) < 2 else tuple(found)  # one scene has no interval
-    return {key: round(float(x), 6) if key in known else None for key, x in found.items()}
+    mean, found = sums.sum() / counts.sum(), {}
+    if len(names) > 1:  # one scene has no interval
+        generator = np.random.default_rng([*digest(*key, "bootstrap")])
+        picked = generator.integers(len(names), size=(DRAWS, len(names)))
+        ends = np.percentile(sums[picked].sum(1) / counts[picked].sum(1), [2.5, 97.5])
+        if share and not difference and np.isin(values, (0, 1)).all():
+            n = weights.sum() ** 2 / (weights**2).sum()
+            half = Z * math.sqrt(mean * (1 - mean) / n + (Z / n / 2) ** 2)
+            other = (mean + Z**2 / n / 2 + np.array([-half, half])) / (1 + Z**2 / n)
+            ends = [*ends, *other.clip(0, 1)]
+        found = {"low": min(ends), "high": max(ends)}
+        if difference:
+            signs = generator.choice([-1.0, 1.0], size=(DRAWS, len(names)))
+            as_large = abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+            found["p"] = (as_large.sum() + 1) / (DRAWS + 1)
+    ends = {"low": None, "high": None} | ({"p": None} if difference else {})
+    return ends | {name: round(float(x), 6) for name, x in ({"mean": mean} | found).items()}
+
+
+def holm(values: list[float]) -> list[float]:
+    """P-values corrected for their number, by Holm's method."""
+    order, corrected, least = sorted(range(len(values)), key=values.__getitem__), [*values], 0.0
+    for rank, i in enumerate(order):
+        least = corrected[i] = max(least, min(1.0, values[i] * (len(values) - rank)))
+    return corrected
+
+
+def category(kind: str) -> str:
+    """The eight of VSI-Bench: a direction's three difficulties are one."""
+    return re.sub("_(easy|medium|hard)$", "", kind)
 
 
 def vsi_weights(kinds: list[str]) -> np.ndarray:
     """VSI-Bench's number is the mean over categories of the mean over question types."""
-    categories = {kind: re.sub("_(easy|medium|hard)$", "", kind) for kind in kinds}
-    types, questions = Counter(categories.values()), Counter(kinds)
-    return np.array([1 / questions[kind] / types[categories[kind]] for kind in kinds])
+    types = Counter(category(kind) for kind in {*kinds})
+    questions = Counter(kinds)
+    return np.array([1 / questions[kind] / types[category(kind)] for kind in kinds])
 
 
-def fill_scores(own: list[dict], protocol: dict, counts: Counter) -> dict[str, str]:
-    """Fill in a task's scores and controls -> {metric: the best constant answer of `counts`}."""
-    truths = frozenset(sample["truth"] for sample in own)
+def weights_of(own: list[dict]) -> np.ndarray:
+    """What a question counts: by VSI-Bench's categories; rows asked in several orders once."""
+    kinds, rows = [one["task_type"] for one in own], [one.get("group") for one in own]
+    if VSI_TYPES.keys() >= {*kinds}:
+        return vsi_weights(kinds)
+    counts = Counter(rows)
+    return np.array([1.0 if row is None else 1 / counts[row] for row in rows])
+
+
+def in_all_orders(own: list[dict], scored: list[dict]) -> list[dict]:
+    """The scores with "circular", which is a row's worst, where rows were asked in all orders."""
+    worst, rows = {}, [one.get("group") for one in own]
+    for row, scores in zip(rows, scored, strict=True):
+        if row is not None:
+            worst[row] = min(scores["score"], worst.get(row, 1.0))
+    more = [{} if row is None else {"circular": worst[row], "right": worst[row]} for row in rows]
+    return [scores | new for scores, new in zip(scored, more, strict=True)]
+
+
+def fill_scores(own: list[dict], exam: dict) -> dict[str, str]:
+    """Fill in a task's scores and controls -> {metric: the best constant answer}."""
+    counts = Counter(sample["truth"] for sample in own)
+    truths = frozenset(counts)
 
     def score(responses):
-        pairs = zip(own, responses, strict=True)
-        if "scorer" in protocol:
-            return [score_choice(protocol["scorer"], *pair) for pair in pairs]
-        return [
-            measure(one["answer_type"], one["truth"], said, truths, tuple(one.get("options", ())))
-            for one, said in pairs
-        ]
+        scored = []
+        for one, said in zip(own, responses, strict=True):
+            if "scorer" in exam:
+                scored.append(score_choice(exam["scorer"], one, said))
+            else:
+                options = tuple(one.get("options", ()))
+                scored.append(measure(one["answer_type"], one["truth"], said, truths, options))
+        return in_all_orders(own, scored)
 
     said = {name: [sample[name] for sample in own] for name in ("response", "blank_response")}
     boxes = [BOX.search(sample["question"]) for sample in own]
     if all(boxes) and own[0]["answer_type"] == "box":
         said["copy_response"] = [box[0] for box in boxes]  # the first picture's box, said again
+    if all(sample.get("options") for sample in own):
+        letters = [LETTERS[: len(sample["options"])] for sample in own]
+        listed = [one["options"] for one in own] if exam.get("scorer") == "sat text" else letters
+        said |= {"first_response": [one[0] for one in listed]}
+        said |= {"last_response": [one[-1] for one in listed]}
     for name, responses in said.items():
         if None not in responses:
             for sample, scores in zip(own, score(responses), strict=True):
@@ -742,41 +878,80 @@ def fill_scores(own: list[dict], protocol: dict, counts: Counter) -> dict[str, s
     return {metric: answer for metric, (_, answer, _) in best.items()}
 
 
-def summary(samples: list[dict], metric: str, weights, *key) -> dict:
+def summary(own: list[dict], metric: str, *key) -> dict:
     """The interval of a score, of its controls, and of the difference from each of them."""
-    scenes = [sample["scene_id"] for sample in samples]
-    own = np.array([sample["scores"][metric] for sample in samples], float)
-    result = bootstrap(own, scenes, *key, weights=weights)
+    scenes, weights = [sample["scene_id"] for sample in own], weights_of(own)
+
+    def values(name):
+        found = [sample.get(name, {}).get(metric) for sample in own]
+        return None if None in found else np.array(found, float)
+
+    score = values("scores")
+    how = {"weights": weights, "share": "error" not in metric}
+    result = estimate(score, scenes, *key, **how)
     for name in CONTROLS:
-        scores = [sample.get(f"{name}_scores", {}).get(metric) for sample in samples]
-        if None not in scores:
-            scores = np.array(scores, float)
-            result[name] = bootstrap(scores, scenes, *key, weights=weights)
-            above = bootstrap(own - scores, scenes, *key, weights=weights, difference=True)
+        control = values(f"{name}_scores")
+        if control is not None:
+            result[name] = estimate(control, scenes, *key, **how)
+            above = estimate(score - control, scenes, *key, **how, difference=True)
             result[f"above_{name}"] = above
     return result
 
 
-def grade(samples: list[dict], protocol: dict, training: dict | None, seed: int) -> dict:
+def grade(samples: list[dict], exam: dict, seed: int) -> dict:
     """{task or "all": {"questions", "unparsable", "metrics"}}; fills the samples' scores in."""
-    groups, best, tasks = {}, {}, {}
-    for task in sorted({sample["task_type"] for sample in samples}):
-        own = groups[task] = [sample for sample in samples if sample["task_type"] == task]
-        truths = Counter(sample["truth"] for sample in own)
-        counts = truths if training is None else training.get(task, {})  # of constant answers
-        best[task] = fill_scores(own, protocol, counts)
-    left_out = protocol.get("not_counted", [])
-    groups["all"] = [one for one in samples if one["task_type"] not in left_out] or samples
-    for task, own in groups.items():
-        vsi = task == "all" and protocol.get("scorer") == "vsi"
-        weights = vsi_weights([sample["task_type"] for sample in own]) if vsi else None
+    groups, tasks = defaultdict(list), {}
+    for sample in samples:
+        groups[sample["task_type"]].append(sample)
+    best = {task: fill_scores(own, exam) for task, own in groups.items()}
+    if exam.get("scorer") == "vsi":
+        for sample in samples:
+            if category(sample["task_type"]) not in best:
+                groups[category(sample["task_type"])].append(sample)
+    left_out = exam.get("not_counted", [])
+    everything = [one for one in samples if one["task_type"] not in left_out] or samples
+    for task, own in [*sorted(groups.items()), ("all", everything)]:
         metrics = {}
         for metric in metrics_of(*(sample["scores"] for sample in own)):
-            metrics[metric] = summary(own, metric, weights, seed, task)
+            counted = samples if metric == "lmms" and task == "all" else own  # it leaves out none
+            metrics[metric] = summary(counted, metric, seed, task)
             if metric in best.get(task, {}):
                 metrics[metric]["constant"]["answer"] = best[task][metric]
         unparsable = sum(not sample["scores"]["answered"] for sample in own)
-        tasks[task] = {"questions": len(own), "unparsable": unparsable, "metrics": metrics}
+        scenes = len({sample["scene_id"] for sample in own})
+        tasks[task] = {"questions": len(own), "scenes": scenes, "unparsable": unparsable}
+        tasks[task]["metrics"] = metrics
+    return tasks
+
+
+def differences(a: list[dict], b: list[dict], seed: int) -> dict:
+    """{task: {"n", metric: summary with "above_a", B minus A}} on the questions of both.
+
+    "holm" is the p-value corrected for all that stand here: the tasks' scores, not their mean.
+    """
+    keys = ("task_type", "question", "truth", "images")
+    known = {repr([sample[key] for key in keys]): sample for sample in a}
+    pairs = []
+    for sample in b:
+        if (name := repr([sample[key] for key in keys])) in known:
+            pairs.append(sample | {"a_scores": known[name]["scores"], "name": name})
+    pairs.sort(key=lambda pair: pair["name"])
+    tasks, tests = {}, []
+    for task in [*sorted({sample["task_type"] for sample in pairs}), "all"] * bool(pairs):
+        own = [sample for sample in pairs if task in (sample["task_type"], "all")]
+        found = tasks[task] = {"n": len(own), "scenes": len({one["scene_id"] for one in own})}
+        weights, scenes = weights_of(own), [sample["scene_id"] for sample in own]
+        sides = [sample[side] for sample in own for side in ("scores", "a_scores")]
+        for metric in metrics_of(*sides):
+            both = [[one[side][metric] for one in own] for side in ("a_scores", "scores")]
+            (before, after), how = np.array(both, float), {"weights": weights}
+            apart = estimate(after - before, scenes, seed, task, metric, difference=True, **how)
+            means = [round(float(np.average(x, weights=weights)), 6) for x in (before, after)]
+            found[metric] = {"a": {"mean": means[0]}, "mean": means[1], "above_a": apart}
+            if task != "all" and apart["p"] is not None:
+                tests.append(apart)
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["holm"] = round(p, 6)
     return tasks
 
 
@@ -786,83 +961,123 @@ COSTS |= {"views": "views imagined", "tokens": "tokens generated", "peak_gb": "p
 COSTS |= {"vlm_flops": "operations of the VLM", "world_flops": "of the world model"}
 
 
-def figure(value: dict | None, metric: str) -> str:
-    """A mean, ± half its interval."""
+def figure(value: dict | None, metric: str, ends=False, sign="") -> str:
+    """A mean; with `ends`, its interval behind."""
     if value is None:
         return "-"
     digits = {"error_deg": 1, "error_m": 2}.get(metric, 3)
-    half = "" if value["low"] is None else f" ±{(value['high'] - value['low']) / 2:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{half}"
+    mean, low, high = (value.get(end) for end in ("mean", "low", "high"))
+    form = f"{sign}.{digits}f"
+    if not ends or low is None:
+        return format(mean, form)
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def table(evaluations: list[dict]) -> list[list[str]]:
     """Rows, the head first: controls of the last evaluation, then all of them side by side."""
-    controls = ("constant", "blank", "copy")
-    rows = [["task", "score", "n", *controls, *(one["tag"] for one in evaluations)]]
-    for task, result in evaluations[-1]["tasks"].items():
+    tasks = evaluations[-1]["tasks"]
+    metrics = [values for one in tasks.values() for values in one["metrics"].values()]
+    controls = [name for name in CONTROLS if any(name in values for values in metrics)]
+    above = "above_blank" if "blank" in controls else None
+    tags = [one["tag"] + " (*)" * unreliable(one) for one in evaluations]
+    head = ["task", "score", "n", *(CONTROLS[name] for name in controls), *tags]
+    rows = [head + ["above blank"] * bool(above)]
+    for task, result in tasks.items():
         others = [one["tasks"].get(task, {"metrics": {}})["metrics"] for one in evaluations]
         for metric, values in result["metrics"].items():
             if metric != "right" or task == "all":  # nearly always the main score once more
                 cells = [figure(values.get(name), metric) for name in controls]
-                cells += [figure(other.get(metric), metric) for other in others]
+                cells += [figure(other.get(metric), metric, ends=True) for other in others]
+                cells += [figure(values.get(above), metric, ends=True, sign="+")] * bool(above)
                 rows.append([task, WORDS[metric], str(result["questions"]), *cells])
+    empty, after = [""] * (1 + len(controls)), [""] * bool(above)
     for key, words in COSTS.items():
-        costs = [one["cost"][key] for one in evaluations]
-        costs = ["-" if cost is None else f"{cost:.3g}" for cost in costs]
-        rows.append(["cost", words, "", "", "", "", *costs])
-    for what in sorted({what for one in evaluations for what in one["counts"]}):
-        counts = [str(one["counts"].get(what, 0)) for one in evaluations]
-        rows.append(["count", what, "", "", "", "", *counts])
+        costs = [
+            "-" if one["cost"][key] is None else f"{one['cost'][key]:.3g}" for one in evaluations
+        ]
+        rows.append(["cost", words, *empty, *costs, *after])
+    counted = [one["counts"] | {"questions at a time": one["batch"]} for one in evaluations]
+    for what in sorted({what for counts in counted for what in counts}):
+        rows.append(["count", what, *empty, *(str(one.get(what, 0)) for one in counted), *after])
+    return rows
+
+
+def difference_rows(tasks: dict, names: list[str]) -> list[list[str]]:
+    """What `differences` found, as a table."""
+    rows = [["task", "score", "n", *names, "difference", "p", "p by Holm"]]
+    for task, found in tasks.items():
+        for metric in metrics_of(found):
+            one = found[metric]
+            above = one["above_a"]
+            cells = [figure(one["a"], metric), figure(one, metric)]
+            cells.append(figure(above, metric, ends=True, sign="+"))
+            cells += ["-" if above.get(p) is None else f"{above[p]:.4f}" for p in ("p", "holm")]
+            rows.append([task, WORDS[metric], str(found["n"]), *cells])
     return rows
 
 
 def aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<<" + ">" * len(widths)
-    lines = []
-    for row in rows:
-        cells = zip(row, sides, widths, strict=False)
-        lines.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
-    return "\n".join(lines)
+    sides = ["<"] * 2 + [">"] * len(widths)
+    padded = [
+        [f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=False)]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def draw(evaluations: list[dict]) -> bytes:
     """An SVG: right answers over seconds per question, with intervals; dashed: the controls."""
     plot, file = Figure(figsize=(4.2, 3.4), layout="constrained"), io.BytesIO()
-    seconds = [one["cost"]["seconds"] for one in evaluations]
-    axes = plot.add_subplot(xscale="log", xlim=(min(seconds) / 2, max(seconds) * 2), ylim=(0, 1))
+    timed = [one for one in evaluations if one["cost"]["seconds"]]
+    seconds = [one["cost"]["seconds"] for one in timed] or [1]
+    limits = {"xlim": (min(seconds) / 2, max(seconds) * 2), "ylim": (0, 1)}
+    axes = plot.add_subplot(xscale="log", **limits)
     axes.set(xlabel="seconds per question", ylabel="right answers")
     for name, colour in (("blank", "grey"), ("constant", "orange")):
         if control := evaluations[-1]["right"].get(name):
-            axes.axhline(control["mean"], color=colour, linestyle="--", label=name)
-    for one, x in zip(evaluations, seconds, strict=True):
+            axes.axhline(control["mean"], color=colour, linestyle="--", label=CONTROLS[name])
+    for one in timed:
         mean, low, high = (one["right"][end] for end in ("mean", "low", "high"))
         error = None if low is None else [[max(0, mean - low)], [max(0, high - mean)]]
-        axes.errorbar(x, mean, error, fmt="o", label=one["tag"][:24])
+        axes.errorbar(one["cost"]["seconds"], mean, error, fmt="o", label=one["tag"][:24])
     plot.legend(loc="outside lower center", ncols=2)
     with rc_context({"svg.hashsalt": "06"}):  # equal plots are equal bytes
         plot.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
+def confusion(samples: list[dict]) -> list[list[str]]:
+    """How often which motion was said for which, by names alone."""
+    counts = Counter()
+    for one in samples:
+        if one["answer_type"] in ("motion", "motions"):
+            ways = [parse_actions(one[key][:200]) or () for key in ("truth", "response")]
+            names = [" + ".join(name for name, _ in way) or "no answer" for way in ways]
+            counts[one["task_type"], *names] += 1
+    rows = sorted((*names, n) for names, n in counts.items())
+    return [["task", "true", "said", "n"], *rows] if rows else []
+
+
 def visible(value):
-    """What the page shows of a text: at most 300 characters, no control or direction marks."""
+    """What the page shows of a text: at most 1,200 characters, no control or direction marks."""
     if hasattr(value, "__html__"):
         return value  # marked safe: our own pictures
     text = str(value)
-    short = "".join(c if c.isprintable() else " " for c in text[:300])
-    return short if len(text) <= 300 else f"{short} … ({len(text):,} characters)"
+    shown = "".join(c if c.isprintable() else " " for c in text[:1200])
+    return shown if len(text) <= 1200 else f"{shown} … ({len(text):,} characters)"
 
 
 def pictures_of(sample: dict, root: Path) -> list[str]:
-    """A sample's pictures in base64, of at most 320 pixels a side, with boxes drawn on them."""
-    images, encoded = sample["images"][:8], []
+    """A sample's pictures in base64 with boxes drawn on them; many frames are small."""
+    images, encoded = sample["images"], []
+    side = 320 if len(images) <= 8 else 96
     last, named = len(images) - 1, BOX.finditer(sample["question"])
     boxes = [(min(i, last), found[0], "orange") for i, found in enumerate(named)]
     boxes += [(last, sample["truth"], "lime"), (last, sample["response"][:200], "red")]
     for i, image in enumerate(images):
         picture, file = read_picture(root / image), io.BytesIO()
-        picture.thumbnail((320, 320))
+        picture.thumbnail((side, side))
         for where, text, colour in boxes:
             if where == i and (box := parse_box(text)):
                 corners = np.array(sorted_box(box[0])) * [*picture.size, *picture.size] / 1000
@@ -873,44 +1088,68 @@ def pictures_of(sample: dict, root: Path) -> list[str]:
 
 
 CARDS = 4  # examples per task that were answered rightly, and as many wrongly
+SCRIPT = """
+for (const head of document.querySelectorAll('.sort tr:first-child td')) head.onclick = () => {
+  const table = head.closest('table'), column = head.cellIndex;
+  const value = row => parseFloat(row.cells[column].textContent);
+  const down = head.dataset.down = head.dataset.down ? '' : '1';
+  const key = (a, b) => value(a) - value(b) ||
+    a.cells[column].textContent.localeCompare(b.cells[column].textContent);
+  const rows = [...table.rows].slice(1).sort((a, b) => down ? key(b, a) : key(a, b));
+  rows.forEach(row => row.parentNode.append(row));
+};
+"""
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'sha256-{{ hash | safe }}'">
 <title>Evaluation of {{ last.tag }}</title><style>
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 60em; padding: 1em }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 72em; padding: 1em }
 table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }
 td { padding: .2em .6em; text-align: right; white-space: nowrap; border-top: 1px solid #ddd }
-td:nth-child(-n+2) { text-align: left } h1, p { overflow-wrap: anywhere }
-.plot { width: 100%; max-width: 28em } .wrong { color: #c53030 }
+td:first-child { position: sticky; left: 0; background: #fff; text-align: left }
+td:nth-child(2) { text-align: left } .sort tr:first-child { cursor: pointer; font-weight: 600 }
+h1, p, .text td { overflow-wrap: anywhere } .text td { white-space: normal; text-align: left }
+.wrong { color: #c53030 }
+.plot { width: 100%; max-width: 28em } details { margin: .6em 0 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17em, 1fr)); gap: 1em }
 .cards div { border: 1px solid #ddd; padding: .6em; min-width: 0 }
-.cards img { width: 45%; image-rendering: pixelated }
+.cards img { width: 45%; image-rendering: pixelated } .strip img { width: 11%; margin: 0 }
 </style>
+{% macro grid(rows, class="sort") %}<table class="{{ class }}">{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endmacro %}
 <h1>Evaluation of {{ last.tag }}</h1>
 <p>Checkpoint {{ last.config.checkpoint }}, {{ last.questions }} questions. The constant answer is
-chosen for every score anew, knowing these questions. ±: 95 %, by drawing whole scenes.</p>
+chosen for every score anew, knowing these questions. In brackets: 95 %, by drawing whole scenes.
+{% for note in notes %}{{ note }} {% endfor %}</p>
 <img class="plot" alt="accuracy and cost" src="data:image/svg+xml;base64,{{ plot | safe }}">
-<table>{% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table>
-<p>Examples. Boxes: orange as the question names them, green true, red answered.</p>
+<p>Click a column's head to sort by it.</p>{{ grid(rows) }}
+<details><summary>How it was asked</summary>{{ grid(protocol, "text") }}</details>
+{% for name, rows in changes.items() %}<details open><summary>{{ last.tag }} minus {{ name }}
+</summary>{{ grid(rows) }}</details>{% endfor %}
+{% if confused %}<details><summary>What was said for what was true</summary>{{ grid(confused) }}
+</details>{% endif %}
+<p>Examples; all answers are in <a href="samples.jsonl">samples.jsonl</a>. Boxes: orange as the
+question names them, green true, red answered.</p>
 {% for task, cards in tasks.items() %}
 <details><summary>{{ task }}</summary><section class="cards">
-{% for card in cards %}<div><p>{{ card.scene_id }}, question {{ card.number }}</p>
-{% for picture in card.pictures %}
-<img alt="" src="data:image/webp;base64,{{ picture | safe }}"> {% endfor %}
+{% for card in cards %}<div><p>{{ card.scene_id }}, question {{ card.id }}</p>
+<p class="{{ 'strip' if card.images | length > 8 }}">{% for picture in card.pictures %}
+<img alt="" src="data:image/webp;base64,{{ picture | safe }}"> {% endfor %}</p>
 <p>{{ card.question | replace("<image>", "") }}</p>
-<p>true: <bdi>{{ card.truth }}</bdi></p>
+{% for option in card.options %}<p>{{ "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[loop.index0] }}. {{ option }}</p>
+{% endfor %}<p>true: <bdi>{{ card.truth }}</bdi></p>
 <p class="{{ 'wrong' if card.scores.right < 0.5 }}">said: <bdi>{{ card.response }}</bdi></p>
 <p>said of grey pictures: <bdi>{{ card.blank_response }}</bdi></p>
-</div>{% endfor %}</section></details>{% endfor %}</html>
+</div>{% endfor %}</section></details>{% endfor %}
+<script>{{ script | safe }}</script></html>
 """
 
 
-def report(evaluations: list[dict], samples: list[dict], root: Path, folder: Path):
-    """Write the page and the plot. The last evaluation is this one, which has the samples."""
-    tasks, counts, plot = {}, Counter(), draw(evaluations)
+def report(evaluations: list[dict], samples: list[dict], others: dict, root: Path, folder: Path):
+    """Write the page and the plot. The last evaluation is this one, which has the samples;
+    others: {tag: samples} of those beside it."""
+    last, tasks, counts, plot = evaluations[-1], {}, Counter(), draw(evaluations)
     for sample in sorted(samples, key=lambda one: digest(one["question"], one["number"])):
         kind = sample["task_type"], sample["scores"]["right"] >= 0.5
         counts[kind] += 1
@@ -919,10 +1158,36 @@ def report(evaluations: list[dict], samples: list[dict], root: Path, folder: Pat
                 sample = sample | {"pictures": pictures_of(sample, root)}
             tasks.setdefault(kind[0], []).append(sample)
     save(folder / "accuracy_cost.svg", plot)
-    content = {"last": evaluations[-1], "rows": table(evaluations)}
+    changes = {}
+    for tag, theirs in others.items():
+        found = differences(theirs, samples, last["config"]["seed"])
+        changes[tag] = difference_rows(found, [tag, last["tag"]])
+    protocol = last["protocol"] | {"seed": last["config"]["seed"], "asked": last["asked_sha256"]}
+    protocol = [[key, json.dumps(value)] for key, value in protocol.items()]
+    content = {"last": last, "rows": table(evaluations), "notes": notes(evaluations)}
+    content |= {"protocol": protocol, "changes": changes, "confused": confusion(samples)}
     content |= {"plot": base64.b64encode(plot).decode(), "tasks": dict(sorted(tasks.items()))}
+    hashed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    content |= {"script": SCRIPT, "hash": hashed}
     page = jinja2.Environment(autoescape=True, finalize=visible).from_string(PAGE)
     save(folder / "report.html", page.render(content))
+
+
+def unreliable(one: dict) -> bool:
+    """Whether more than a tenth of what the test-time baseline asked for could not be read."""
+    return one["counts"].get("scorings unparsable", 0) > one["counts"].get("scorings", 0) / 10
+
+
+def notes(evaluations: list[dict]) -> list[str]:
+    """What a reader of the table has to know."""
+    last = evaluations[-1]
+    others = [one["tag"] for one in evaluations if one["asked_sha256"] != last["asked_sha256"]]
+    found = [f"{tag} was asked other questions, or in another way." for tag in others]
+    if any(map(unreliable, evaluations)):
+        found.append("(*): too few of its lists of scores could be read, this is no result.")
+    if (scenes := last["tasks"]["all"]["scenes"]) < 20:
+        found.append(f"Only {scenes} scenes: the intervals are too narrow, trust p by Holm.")
+    return found
 
 
 # --- two evaluations, compared
@@ -930,34 +1195,21 @@ def compare_two(cfg: Config):
     """Print and write how B differs from A on the questions that both answered."""
     if len(cfg.compare) != 2:
         stop("--compare wants two finished evaluations, tags or folders: --compare base sft")
-    home, keys = Path(cfg.run) / "6_eval", ("task_type", "question", "truth", "images")
-    sides = []  # {question: sample} of A and of B
-    for name in cfg.compare:
-        path = existing(home, name) / "samples.jsonl"
-        samples = [sample for _, sample in read_lines(path, *keys, "scene_id", "scores")]
-        sides.append({repr([sample[key] for key in keys]): sample for sample in samples})
-    common = sides[0].keys() & sides[1].keys()
-    pairs = [sides[1][key] | {"a_scores": sides[0][key]["scores"]} for key in sorted(common)]
-    if not pairs:
+    home, names = Path(cfg.run) / "6_eval", [Path(name).name for name in cfg.compare]
+    keys = ("task_type", "question", "truth", "images", "scene_id", "scores")
+    paths = [existing(home, name) / "samples.jsonl" for name in cfg.compare]
+    a, b = ([sample for _, sample in read_lines(path, *keys)] for path in paths)
+    tasks = differences(a, b, cfg.seed)
+    if not tasks:
         stop(f"{' and '.join(cfg.compare)} have no question in common: ask both the same")
-    tasks, rows = {}, [["task", "score", "n", *cfg.compare, "difference", "95 % interval", "p"]]
-    for task in [*sorted({sample["task_type"] for sample in pairs}), "all"]:
-        own = [sample for sample in pairs if task in (sample["task_type"], "all")]
-        tasks[task] = {"n": len(own)}
-        scores = [sample[side] for sample in own for side in ("scores", "a_scores")]
-        for metric in metrics_of(*scores):
-            found = tasks[task][metric] = summary(own, metric, None, cfg.seed, task, metric)
-            above, span, p = found["above_a"], "-", "-"
-            if above["p"]:
-                span, p = f"{above['low']:+.3f} to {above['high']:+.3f}", f"{above['p']:.4f}"
-            cells = [f"{mean:.3f}" for mean in (found["a"]["mean"], found["mean"], above["mean"])]
-            rows.append([task, WORDS[metric], str(len(own)), *cells, span, p])
-    only_a, only_b = (len(own) - len(pairs) for own in sides)
-    result = dict(zip("ab", cfg.compare, strict=True)) | {"only_a": only_a, "only_b": only_b}
-    save(home / "compare.json", json.dumps(result | {"tasks": tasks}, indent=1))
-    print(aligned(rows))
-    print(f"{len(pairs)} questions that both answered, {only_a} only A, {only_b} only B")
-    print(f"written: {home / 'compare.json'}")
+    n, scenes = tasks["all"]["n"], tasks["all"]["scenes"]
+    result = {"only_a": len(a) - n, "only_b": len(b) - n, "tasks": tasks}
+    path = home / f"compare_{'_'.join(names)}.json"
+    save(path, json.dumps(dict(zip("ab", cfg.compare, strict=True)) | result, indent=1))
+    print(aligned(difference_rows(tasks, names)))
+    print(f"{n} questions that both answered, {len(a) - n} only A, {len(b) - n} only B")
+    print(f"note: {scenes} scenes, trust p by Holm, not the interval\n" * (scenes < 20), end="")
+    print(f"written: {path}")
 
 
 # --- the cost of an answer; None: not counted
@@ -1009,286 +1261,46 @@ def total_cost(costs: list[dict], share: int = 1) -> dict:
     for key in NOTHING:
         column = [cost[key] for cost in costs]
         total[key] = None if None in column else round(sum(column) / share, 6)
-    return total | {"peak_gb": max(cost["peak_gb"] for cost in costs)}
-
-
-# --- the test-time baseline, after MindJourney (arXiv 2507.12508). From a first picture, a step
-# tries every action from every beam; each sub-step is a view. The VLM scores all new views in
-# one prompt, by two criteria. What is not one score 0..9 per view counts as zeros: the search ends.
-# The published code draws random scores 0..5 there, and turns by 27 degrees in sub-steps of 3.
-SEARCH = {"forward": 0.25, "turn_left": 10.0, "turn_right": 10.0}  # sub-steps (meters, degrees)
-SUBSTEPS, STEPS, BEAMS, SHOWN, LEAST_SCORE = 3, 3, 2, 6, 8  # SHOWN: views per step
-CRITERIA = [
-    "how worthwhile it is to go on exploring from there in order to answer the question",
-    "how helpful it is for answering the question; a view that rules out a wrong answer helps as "
-    "well, a spoilt picture does not",
-]
-
-
-def extend(walk: tuple, name: str, value: float) -> tuple:
-    """The walk and one action more; two of one name in a row become one."""
-    if walk and walk[-1][0] == name:
-        return (*walk[:-1], (name, walk[-1][1] + value))
-    return (*walk, (name, value))
-
-
-def motion_text(walk: tuple) -> str:
-    texts = []
-    for name, value in walk:
-        verb, unit = ("turn", "degrees") if name.startswith("turn") else ("move", "meters")
-        texts.append(f"{verb} {name.split('_')[-1]} {value:g} {unit}")
-    return "; ".join(texts)
-
-
-def motion_poses(actions: list) -> tuple[np.ndarray, list[int]]:
-    """c2w [N, 4, 4] from the identity, and the key frames: 0 and the last one of every action."""
-    poses, keyframes = [np.eye(4)], [0]
-    for name, value in actions:
-        most = 5.0 if name.startswith("turn") else 0.2  # degrees or meters per frame
-        count = max(1, math.ceil(value / most - 1e-9))
-        step = motion_pose(name, value / count)
-        for _ in range(count):
-            poses.append(poses[-1] @ step)
-        keyframes.append(len(poses) - 1)
-    return np.stack(poses), keyframes
-
-
-def stated(text: str) -> tuple:
-    """All actions that a question's text states before its options, as a walk: D1, D2, D4, A4."""
-    walk = ()
-    for match in ACTION.finditer(text.partition(" A. ")[0]):
-        walk = extend(walk, *parse_actions(match[0])[0])
-    return walk if sum(value for _, value in walk) <= 1000 else ()  # longer paths fill the memory
-
-
-def origin(image: Path, root: Path) -> dict | None:
-    """The keys of a trajectory record that say where a picture looks from; None: it is unknown.
-
-    A picture of 02 has a view.json beside it; its pose in a room is start @ c2w[frame]. Any other
-    is a photograph, with 54 degrees along its longer side.
-    """
-    try:
-        width, height = read_picture(image).size
-        tangent = math.tan(math.radians(54 / 2)) * min(1, width / height)
-        found = {"source": "real", "room": None, "start": None, "anchor": str(image.resolve())}
-        found |= {"width": width, "height": height}
-        found |= {"fov_x_deg": 2 * math.degrees(math.atan(tangent))}
-        if not (image.parent / "view.json").is_file():
-            return found
-        view, frame = json.loads((image.parent / "view.json").read_text()), int(image.stem)
-        found |= {key: view[key] for key in ("width", "height", "fov_x_deg")}
-        if view["room"]:
-            x, z, yaw = view["start"]
-            pose = motion_pose("turn_right", yaw) @ np.array(view["c2w"][frame])
-            yaw = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
-            start = [round(x + pose[0, 3], 7), round(z + pose[2, 3], 7), round(yaw, 7)]
-            found |= {"source": "simulated", "anchor": None, "room": view["room"], "start": start}
-        elif view["teacher"] == "warp" and frame == 0:  # the first view is its photograph
-            found["anchor"] = view["anchor"]
-        return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        print(f"{image}: nothing is imagined from there, {error!r}", file=sys.stderr)
-        return None
-
-
-def imagine(run: Path, tries: list[tuple], starts: dict, root: Path, cfg: Config) -> tuple:
-    """02 imagines tries (picture, walk, name, part, n) -> {try: n frames or none}, seconds each."""
-    lines, pictures = [], list(starts)
-    for number, (picture, walk, name, part, n) in enumerate(tries):
-        actions = [*walk, *[(name, part)] * n]
-        c2w, keyframes = motion_poses(actions)
-        line = {"scene_id": f"p{pictures.index(picture):05d}", "traj_id": f"w{number:06d}"}
-        line |= {"split": "heldout", "actions": actions, "keyframes": keyframes}
-        lines.append(line | {"c2w": (c2w.round(7) + 0.0).tolist()} | starts[picture])
-    teacher, *flags = cfg.coupled.split()
-    command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py"))]
-    command += ["--run", str(run), "--teacher", teacher, "--keep", "keyframes"]
-    command += ["--seed", str(cfg.seed), *flags]
-    meta = {"stage": Path(__file__).stem, "finished": True, "counts": {"trajectories": len(lines)}}
-    ours = {key: os.environ[key] for key in os.environ if not key.endswith(("RANK", "WORLD_SIZE"))}
-    with alone(run) as lock:  # 02 inherits it: if only this process is killed, its rerun waits
-        if not read_meta(run / "2_views").get("finished"):
-            for room in {line["room"] for line in lines} - {None}:
-                save(run / room, (root / room).read_bytes())
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            save(run / "1_trajectories/trajectories.jsonl", text)
-            save(run / "1_trajectories/meta.json", json.dumps(meta))
-            with (run / "02.log").open("a") as log:
-                if subprocess.run(command, stdout=log, pass_fds=[lock], env=ours).returncode:
-                    stop(f"02 ended with a fault (see {run / '02.log'}): correct --coupled")
-    records = read_lines(run / "2_views/views.jsonl", "traj_id", "frames")
-    frames = {record["traj_id"]: record["frames"] for _, record in records}
-    seen = {}
-    for line, one in zip(lines, tries, strict=True):
-        seen[one] = [str(run / frame) for frame in frames.get(line["traj_id"], [])[-one[-1] :]]
-    return seen, read_meta(run / "2_views")["seconds"] / len(lines)
-
-
-def with_views(record: dict, views: dict[str, str], demand: str = "") -> dict:
-    """The question with imagined views {words: picture} behind its own, and a demand at its end."""
-    *turns, last, told = record["messages"]
-    own, mark, rest = last["content"].rpartition("<image>")
-    shown = "".join(f" Imagined from image 1, after {words}: <image>" for words in views)
-    content = own + mark + shown + ("\n" if views else "") + rest + demand
-    images = [*record["images"], *views.values()]
-    return record | {"messages": [*turns, last | {"content": content}, told], "images": images}
-
-
-def scores_in(response: str, count: int) -> list[int] | None:
-    """`3, 9, 0` -> [3, 9, 0] where that is `count` whole numbers 0..9 and nothing else."""
-    pattern = r"(?:(?:output|scores):)?\s*\[?(\d(?:[,\s]+\d)*)\]?\.?"
-    numbers = re.fullmatch(pattern, response.strip(), re.I)
-    found = [int(digit) for digit in re.findall(r"\d", numbers[1])] if numbers else []
-    return found if len(found) == count else None
-
-
-@dataclass
-class Search:
-    """What the test-time baseline knows about a question."""
-
-    question: dict
-    beams: list[tuple]  # walks from which the next step goes on
-    views: dict = field(default_factory=dict)  # new ones of this step: words -> (walk, picture)
-    known: set = field(default_factory=set)  # words of all views so far
-    shown: dict = field(default_factory=dict)  # words -> picture, to join the question
-    costs: list = field(default_factory=lambda: [NOTHING])
-    unparsable: int = 0  # responses without scores
-
-    def tries(self, stated_only: bool) -> list[tuple]:
-        """What the next step imagines."""
-        picture, walk = self.question["record"]["images"][0], stated(self.question["question"])
-        if stated_only:
-            return [(picture, walk[:-1], *walk[-1], 1)] if self.beams and walk else []
-        back, tries = {"turn_left": "turn_right", "turn_right": "turn_left"}, []
-        for beam in self.beams:
-            for name, part in SEARCH.items():
-                if not beam or name != back.get(beam[-1][0]):
-                    tries.append((picture, beam, name, part, SUBSTEPS))
-        return tries
-
-    def look(self, tries: list[tuple], seen: dict, seconds: float, networks: bool):
-        """Take in the views that 02 imagined."""
-        views, cost = {}, dict.fromkeys(["seconds", "world_seconds"], seconds * len(tries))
-        for one in tries:
-            _, walk, name, part, _ = one
-            for i, picture in enumerate(seen[one], 1):
-                end = extend(walk, name, i * part)
-                views[motion_text(end)] = end, picture
-        self.views = {words: view for words, view in views.items() if words not in self.known}
-        self.known |= views.keys()
-        cost["views"] = sum(len(seen[one]) for one in tries)
-        cost["world_flops"] = None if networks and tries else 0  # 02 does not count them
-        self.costs.append(NOTHING | cost)
-
-    def prompts(self) -> list[dict]:
-        """The VLM is to score the new views by both criteria."""
-        views, n = {words: picture for words, (_, picture) in self.views.items()}, len(self.views)
-        asked = []
-        for criterion in CRITERIA:
-            demand = f"\nDo not answer it yet. Score each of the {n} imagined views from 0 to 9: "
-            demand += f"{criterion}. Give {n} whole numbers in the order of the views, separated "
-            demand += "by commas, and nothing else."
-            asked.append({"record": with_views(self.question["record"], views, demand)})
-        return asked
-
-    def go_on(self, said: list[dict]):
-        """On from the views best to explore; the most helpful ones join the question."""
-        views, best = list(self.views.items()), []
-        for found in said:
-            self.costs.append(found.get("cost", NOTHING))
-            parsed = scores_in(found.get("response", ""), len(views))
-            scores, self.unparsable = parsed or [0] * len(views), self.unparsable + (parsed is None)
-            order = sorted(range(len(views)), key=lambda n, scores=scores: -scores[n])
-            best.append([views[n] for n in order if scores[n] >= LEAST_SCORE])
-        explore, helpful = best
-        self.beams = [walk for _, (walk, _) in explore[:BEAMS]]
-        self.shown |= {words: picture for words, (_, picture) in helpful[:SHOWN]}
-
-
-def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
-    """The questions with imagined views among their pictures and their "cost"; and counts."""
-    starts, searches, asked = {}, [], []
-    for question in questions:
-        first = question["record"]["images"][0]
-        if "video" in question:
-            with suppress(OSError, ValueError):  # `prompts_of` will name it
-                cut_frames(question["video"], Path(first).parent, len(question["images"]))
-        if first not in starts:
-            starts[first] = origin(Path(first), root)
-        searches.append(Search(question, [()] if starts[first] else []))
-    networks = not re.match(r"(simulator|warp)(?!.*--(depth|fill))", cfg.coupled)
-    scoring = replace(cfg, temperature=0, max_new_tokens=8 + 2 * BEAMS * len(SEARCH) * SUBSTEPS)
-    for step in range(1, STEPS + 1):  # each is one call of 02 for all questions
-        run = folder / "imagined" / str(step)
-        wanted = [search.tries(cfg.coupled_stated) for search in searches]
-        tries = list(dict.fromkeys(itertools.chain(*wanted)))  # questions share equal ones
-        if not tries:
-            break
-        seen, seconds = imagine(run, tries, starts, root, cfg)
-        for search, own in zip(searches, wanted, strict=True):
-            search.look(own, seen, seconds, networks)
-            search.beams = []
-        looking = [search for search in searches if search.views]
-        if cfg.coupled_stated:
-            for search in looking:
-                search.shown = {words: picture for words, (_, picture) in search.views.items()}
-            break
-        for start in tqdm(range(0, len(looking), cfg.batch), unit="batch", desc=f"step {step}"):
-            batch = looking[start : start + cfg.batch]
-            prompts = [prompt for search in batch for prompt in search.prompts()]
-            file = run / "scores" / f"{start}_{cfg.batch}.json"  # so that a killed search goes on
-            if not file.is_file():
-                save(file, json.dumps(respond(load(), prompts, False, scoring)))
-            said = iter(json.loads(file.read_text()))
-            for search in batch:
-                search.go_on([next(said) for _ in CRITERIA])
-    for search in searches:
-        paths = {words: os.path.relpath(path, folder) for words, path in search.shown.items()}
-        record = with_views(search.question["record"], search.shown)
-        more = {"record": record, "imagined": list(paths.items()), "cost": total_cost(search.costs)}
-        asked.append(search.question | more)
-    counts = {"imagined views shown": sum(len(search.shown) for search in searches)}
-    counts["questions without them"] = sum(not search.shown for search in searches)
-    counts["scorings unparsable"] = sum(search.unparsable for search in searches)
-    return asked, counts
+    peaks = [cost["peak_gb"] for cost in costs]
+    return total | {"peak_gb": None if None in peaks else max(peaks)}
 
 
 # --- all together
 def show(evaluations: list[dict], folder: Path):
     """The last lines of the output: the table and the path of the report."""
-    for one in evaluations:
-        if one["asked_sha256"] != evaluations[-1]["asked_sha256"]:
-            print(f"note: {one['tag']} was asked other questions, or in another way")
+    for note in notes(evaluations):
+        print(f"note: {note}")
     print(aligned(table(evaluations)))
     print(f"report: {folder / 'report.html'}")
 
 
 def settle(cfg: Config) -> tuple[Config, dict]:
-    """The settings with what the protocol and the checkpoint say, and the protocol."""
-    if cfg.benchmark not in PROTOCOLS.get(cfg.protocol, {}):
-        known = ", ".join(name for name, row in PROTOCOLS.items() if cfg.benchmark in row)
-        stop(f"--protocol {cfg.protocol} has no --benchmark {cfg.benchmark}. It is in: {known}")
+    """The settings with what the exam and the checkpoint say, and the exam."""
+    if cfg.benchmark not in EXAMS:
+        stop(f"--benchmark {cfg.benchmark}: want one of {', '.join(EXAMS)}")
     if cfg.benchmark != "heldout" and not cfg.data:
         stop(f"--benchmark {cfg.benchmark} needs --data: a folder with its files as published")
-    protocol = {"name": cfg.protocol} | PROTOCOLS[cfg.protocol][cfg.benchmark]
-    protocol["max_new_tokens"] = cfg.max_new_tokens or protocol["max_new_tokens"]
-    least = min(cfg.batch, protocol["max_new_tokens"], cfg.per_task + 1)
+    exam = EXAMS[cfg.benchmark] | {"pictures": cfg.pictures}
+    exam["max_new_tokens"] = cfg.max_new_tokens or exam["max_new_tokens"]
+    least = min(cfg.batch, exam["max_new_tokens"], cfg.per_task + 1)
     if least < 1 or not 0 <= cfg.temperature < math.inf:
         stop("--batch must be at least 1, all other counts and --temperature at least 0")
     shard = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
     if not shard or int(shard[1]) >= int(shard[2]):
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
-    if cfg.coupled_stated > bool(cfg.coupled) or (cfg.coupled and cfg.shard != "0/1"):
-        stop("--coupled_stated needs --coupled TEACHER; --coupled goes without --shard")
-    parts = [re.sub(r"^\d+_", "", Path(cfg.checkpoint).name), cfg.benchmark]
-    parts += [*cfg.coupled.split()[:1], "stated" * cfg.coupled_stated]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
+    shard = f"{int(shard[1]) * world + rank}/{int(shard[2]) * world}"
+    if exam.get("video") and not cfg.answers + cfg.questions_out:
+        stop(f"{cfg.benchmark} is for engines that read videos: --questions_out, --answers")
+    name = Path(cfg.answers).stem if cfg.answers else Path(cfg.checkpoint).name
+    parts = [re.sub(r"^\d+_", "", name), cfg.benchmark]
     tag = cfg.tag or "-".join(part for part in parts if part not in ("", "heldout"))
     if not re.fullmatch(r"\w[\w.-]*", tag):
         stop(f"the tag {tag!r} is no folder name: choose another --tag")
-    return replace(cfg, tag=tag, max_new_tokens=protocol["max_new_tokens"]), protocol
+    return replace(cfg, tag=tag, shard=shard, max_new_tokens=exam["max_new_tokens"]), exam
 
 
-def read_asked(cfg: Config, protocol: dict, skipped: Counter) -> tuple[list[dict], Path]:
+def read_asked(cfg: Config, exam: dict, skipped: dict) -> tuple[list[dict], Path]:
     """The questions to ask, and the root of their pictures."""
     run = Path(cfg.run)
     if cfg.benchmark == "heldout":
@@ -1298,45 +1310,62 @@ def read_asked(cfg: Config, protocol: dict, skipped: Counter) -> tuple[list[dict
         questions = list(read_heldout(path, root, skipped))
     else:
         reader, root = READERS[cfg.benchmark.split("-")[0]], run.resolve()
-        questions = list(reader(cfg.benchmark, Path(cfg.data), protocol, root, skipped))
+        path = find_file(Path(cfg.data), exam["file"])
+        exam["data_sha256"] = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+        questions = list(reader(exam, path, root, skipped))
     questions = choose(questions, cfg.tasks, cfg.per_task)
     if not questions:
+        tell(skipped)
         stop("there is no question that can be asked: see the lines above, and --tasks")
     return questions, root
 
 
-def load_for(cfg: Config, protocol: dict) -> Student:
-    """The student. A protocol may have small pictures enlarged, as far as its own limit lets."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported()
+def tell(skipped: dict[str, list[str]]):
+    """One line per kind of fault, with its first case."""
+    for kind, cases in skipped.items():
+        if cases:
+            print(f"{len(cases)} questions skipped, {kind}: first {cases[0]}", file=sys.stderr)
+
+
+def load_for(cfg: Config, exam: dict) -> Student:
+    """The student. An exam may have small pictures enlarged, as far as its own limit lets."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    bfloat16 = device != "cpu" and torch.cuda.is_bf16_supported()
     bfloat16 = bfloat16 if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
     dtype = torch.bfloat16 if bfloat16 else torch.float32
+    if device != "cpu":
+        torch.cuda.set_device(device)  # Triton launches there
     source = str(existing(Path(cfg.run), cfg.checkpoint))
-    student = load_student(source, dtype, device, "world2vlm", protocol["max_pixels"])
+    student = load_student(source, dtype, device, "world2vlm", exam["max_pixels"])
     size = student.image_processor.size
-    least = max(size["shortest_edge"], protocol.get("min_pixels", 0))
+    least = max(size["shortest_edge"], exam.get("min_pixels", 0))
     student.image_processor.size = size | {"shortest_edge": min(least, size["longest_edge"])}
     return student
 
 
-def main(cfg: Config):
+def main(cfg: Config, prepare=None):
+    """prepare: what changes the questions before they are asked, as tests/coupled.py does."""
     if cfg.compare:
         return compare_two(cfg)
-    started, run, skipped = time.perf_counter(), Path(cfg.run), Counter()
-    cfg, protocol = settle(cfg)
+    started, run, skipped = time.perf_counter(), Path(cfg.run), defaultdict(list)
+    cfg, exam = settle(cfg)
     folder, checkpoint = run / "6_eval" / cfg.tag, existing(run, cfg.checkpoint)
-    if not checkpoint.is_dir() and "/" not in cfg.checkpoint:  # a hub id has an owner
+    elsewhere = cfg.answers or cfg.questions_out
+    if not checkpoint.is_dir() and "/" not in cfg.checkpoint and not elsewhere:  # no hub id
         stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another")
-    beside = [run / "6_eval" / tag / "results.json" for tag in cfg.beside if tag != cfg.tag]
-    beside = [json.loads(path.read_text()) for path in beside]
-    questions, root = read_asked(cfg, protocol, skipped)
+    tags = [tag for tag in cfg.beside if tag != cfg.tag]
+    beside = [json.loads((run / "6_eval" / tag / "results.json").read_text()) for tag in tags]
+    questions, root = read_asked(cfg, exam, skipped)
+    if cfg.questions_out:
+        tell(skipped)
+        return write_questions(questions, Path(cfg.questions_out), "video" in exam, cfg)
     keys = ("number", "question", "truth", "images")
-    asked = digest(protocol, [[question[key] for key in keys] for question in questions]).hex()
+    asked = digest(exam, [[question[key] for key in keys] for question in questions]).hex()
 
-    free = ("recipe", "run", "tag", "beside", "data", "shard", "batch")
+    free = ("recipe", "run", "tag", "beside", "data", "shard", "batch", "questions_out")
     decides = {key: value for key, value in asdict(cfg).items() if key not in free}
     decides["asked_sha256"] = asked
-    parent = checkpoint if (checkpoint / "meta.json").is_file() else None  # a hub id has none
+    parent = checkpoint if (checkpoint / "meta.json").is_file() and not cfg.answers else None
     try:
         with alone(folder):
             meta = begin(folder, decides, parent, f"_{cfg.shard.replace('/', '_of_')}")
@@ -1345,40 +1374,41 @@ def main(cfg: Config):
             show([*beside, json.loads((folder / "results.json").read_text())], folder)
         raise
 
-    load, counts = functools.cache(lambda: load_for(cfg, protocol)), {}
-    if cfg.coupled:
-        questions, counts = search_views(questions, load, folder, root, cfg)
-    records = ask_all(questions, load, folder, cfg)
+    load, counts = functools.cache(lambda: load_for(cfg, exam)), {}
+    if prepare:
+        questions, counts = prepare(questions, load, folder, root, cfg)
+    if cfg.answers:
+        records = read_answers(questions, existing(run, cfg.answers), skipped)
+    else:
+        records = ask_all(questions, load, folder, cfg)
     with alone(folder):  # the shard that ends last finds all answers
         if missing := sum(question["number"] not in records for question in questions):
             return print(f"shard {cfg.shard} is done, {missing} answers of others are missing")
         if read_meta(folder)["finished"]:
             return print(f"{folder} was completed by another shard")
-        samples = []
-        for number, record in sorted(records.items()):
-            if "fault" in record:
-                print(f"question {number} skipped, {record['fault']}", file=sys.stderr)
-                skipped[record["fault"].split(":")[0]] += 1
-            else:
-                samples.append(record)
+        samples = [record for _, record in sorted(records.items()) if "fault" not in record]
+        for fault in [one["fault"] for one in records.values() if "fault" in one]:
+            skipped[fault.split(":")[0]].append(fault)
+        tell(skipped)
         if not samples:
             stop("no picture can be read: see the lines above")
-        training = None if "scorer" in protocol else training_answers(run, cfg.train)
-        tasks = grade(samples, protocol, training, cfg.seed)
-        counts |= {f"skipped, {reason}": n for reason, n in (+skipped).items()}
-        counts["unparsable"] = tasks["all"]["unparsable"]
-        results = {"tag": cfg.tag, "config": decides, "protocol": protocol, "counts": counts}
-        results |= {"asked_sha256": asked, "questions": len(samples), "skipped": skipped.total()}
+        tasks = grade(samples, exam, cfg.seed)
+        lost = {f"skipped, {kind}": len(cases) for kind, cases in skipped.items() if cases}
+        counts |= lost | {"unparsable": tasks["all"]["unparsable"]}
+        results = {"tag": cfg.tag, "config": decides, "protocol": exam, "counts": counts}
+        results |= {"asked_sha256": asked, "questions": len(samples), "batch": cfg.batch}
+        results["skipped"] = sum(lost.values())
         results["cost"] = total_cost([sample["cost"] for sample in samples], len(samples))
         results |= {"right": tasks["all"]["metrics"]["right"], "tasks": tasks}
         save(folder / "results.json", json.dumps(results, indent=1))
-        report([*beside, results], samples, root, folder)
+        others = {tag: [*logged(run / "6_eval" / tag).values()] for tag in tags}
+        report([*beside, results], samples, others, root, folder)
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         save(folder / "samples.jsonl", text)
         for part in folder.glob("samples.*of*.jsonl"):
             part.unlink()
-        answers = {"answers": len(samples) * (1 + cfg.blank), "skipped": skipped.total()}
-        finish(folder, meta, answers, started)
+        answers = len(samples) * (1 + (cfg.pictures == "both"))
+        finish(folder, meta, {"answers": answers, "skipped": results["skipped"]}, started)
     show([*beside, results], folder)
 
 

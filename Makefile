@@ -43,7 +43,7 @@ demo: $(VENV)/ready
 	$(REFINE) tiny --steps $(GRPO_STEPS) --seed $(SEED)
 	$(EVAL) --recipe tiny --checkpoint base
 	$(EVAL) --recipe tiny --checkpoint 4_sft
-	$(EVAL) --recipe tiny --checkpoint 5_refine --tag refined --blank True --beside base sft
+	$(EVAL) --recipe tiny --checkpoint 5_refine --tag refined --pictures both --beside base sft
 	$(EVAL) --compare sft refined
 	$(EVAL) --recipe sampled --checkpoint 4_sft --tag sft-drawn
 	$(EVAL) --recipe sampled --checkpoint 5_refine --tag refined-drawn
@@ -57,14 +57,14 @@ miniature:
 # The base of a run that asks a world model while it answers, beside the students that do not:
 # right answers, seconds and operations per question, on 200 questions per task.
 BASELINE = $(EVAL) --recipe tiny --per_task 200
+COUPLED = $(PY) tests/coupled.py --run $(RUN) --recipe tiny --per_task 200
 test-time-baseline: $(VENV)/ready
 	$(BASELINE) --checkpoint base --tag rival-base
-	$(BASELINE) --checkpoint base --coupled simulator
-	$(BASELINE) --checkpoint base --coupled warp
-	$(BASELINE) --checkpoint base --coupled simulator --coupled_stated
+	$(COUPLED) --checkpoint base --coupled simulator
+	$(COUPLED) --checkpoint base --coupled warp
 	$(BASELINE) --checkpoint 4_sft --tag rival-sft
 	$(BASELINE) --checkpoint 5_refine --tag rival-refined \
-		--beside rival-base base-simulator base-warp base-simulator-stated rival-sft
+		--beside rival-base base-simulator base-warp rival-sft
 	$(EVAL) --compare base-simulator rival-refined
 
 # One part of the method changed at a time, three seeds, one line of tests/ablations.jsonl per

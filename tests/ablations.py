@@ -92,7 +92,6 @@ def evaluate(run: Path, checkpoint: str, temperature: int, per_task: int) -> dic
         temperature=temperature,
         questions=rooms / "3_qa/heldout.jsonl",
         data_root=rooms,
-        train=rooms / "3_qa/sft.jsonl",
         per_task=per_task,
         dtype="float32",
     )
@@ -133,7 +132,8 @@ def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
     line |= {"sft": sft, "refined": refined}
     for ending, how in (("", "greedy"), ("-drawn", "drawn")):
         script("06", run, "paper", compare=[f"sft{ending}", f"refine{ending}"])
-        compared = json.loads((run / "6_eval/compare.json").read_text())["tasks"]
+        name = f"compare_sft{ending}_refine{ending}.json"
+        compared = json.loads((run / "6_eval" / name).read_text())["tasks"]
         changes = line[f"refined minus sft, {how}"] = {}
         for task, one in compared.items():
             reward = one["reward"]

@@ -250,10 +250,8 @@ def test_an_adapter_goes_from_stage_to_stage(run):
         "5_lora",
         "--questions",
         "3_qa/grpo.jsonl",
-        "--blank",
-        False,
-        "--train",
-        "3_qa/sft.jsonl",
+        "--pictures",
+        "shown",
     )
     script(
         "04",

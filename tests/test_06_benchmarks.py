@@ -63,7 +63,7 @@ def test_vsi_aggregate_of_a_whole_run():
 def test_intervals_of_vsi_take_the_mean_of_categories():
     kinds, scores = vsi_run()
     scenes, weights = [f"scene {i % 60}" for i in range(len(kinds))], evaluation.vsi_weights(kinds)
-    got = evaluation.bootstrap(scores, scenes, 0, weights=weights)
+    got = evaluation.estimate(scores, scenes, 0, weights=weights)
     overall = golden("aggregates")[0]["subscores_unrounded"]["overall"]
     assert got["mean"] == pytest.approx(overall, abs=1e-6)
     assert got["low"] < got["mean"] < got["high"] < got["low"] + 0.15
@@ -160,6 +160,7 @@ def write_sat(folder: Path, rows: list[dict], name: str = "SAT_test.parquet") ->
     folder.mkdir(parents=True, exist_ok=True)
     encoded = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     texts = [(name, pa.string()) for name in ("question", "question_type", "correct_answer")]
+    texts += [("correct_answer_idx", pa.int64())] * any("correct_answer_idx" in row for row in rows)
     schema = pa.schema([("image_bytes", encoded), ("answers", pa.list_(pa.string())), *texts])
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / name, row_group_size=4)
     return folder
@@ -226,7 +227,7 @@ def skips(results: dict) -> dict:
 
 @pytest.fixture
 def two_frames(monkeypatch):
-    monkeypatch.setitem(evaluation.PROTOCOLS["paper"]["vsi-bench"], "frames", 2)
+    monkeypatch.setitem(evaluation.EXAMS["vsibench-multiimage"], "frames", 2)
 
 
 def test_sat_real_end_to_end(tmp_path, monkeypatch, capsys):
@@ -234,13 +235,15 @@ def test_sat_real_end_to_end(tmp_path, monkeypatch, capsys):
     rows[2]["image_bytes"][0]["bytes"] = b"no picture"
     rows[4] = sat_row(4, question=None)
     rows[5] = sat_row(5, correct_answer="neither")
-    results = take(tmp_path, write_sat(tmp_path / "sat", rows), "sat-real", right, monkeypatch)
+    data = write_sat(tmp_path / "sat", rows)
+    results = take(tmp_path, data, "sat-real-mindjourney", right, monkeypatch)
     assert results["questions"] == 6 and skips(results) == {"unusable row": 3}
     assert results["right"]["mean"] == 1 and score(results)["blank"]["mean"] == 0
     assert score(results)["constant"]["mean"] == pytest.approx(4 / 6, abs=1e-6)
-    assert results["protocol"]["name"] == "paper"
     out = capsys.readouterr()
-    assert "skipped, unusable row" in out.out and "question 2 skipped, unusable row" in out.err
+    assert "skipped, unusable row" in out.out
+    told = [line for line in out.err.splitlines() if "skipped" in line]
+    assert len(told) == 1 and "3 questions skipped, unusable row: first question 2" in told[0]
     samples = samples_of(tmp_path)
     keys = {"number", "id", "task_type", "question", "images", "truth", "response", "scores"}
     assert keys <= set(samples[0])
@@ -254,12 +257,54 @@ def test_sat_synthesized_takes_the_published_rows_and_letters(tmp_path, monkeypa
     """Letters where the protocol asks for them; the file is shorter than the published one."""
     data = write_sat(tmp_path / "sat", [sat_row(i) for i in range(40)], "SAT_val.parquet")
     kept = sorted(row for row in sat_synthesized() if row < 40)
-    usual = {"protocol": "lmms-eval", "blank": False}
+    usual = {"pictures": "shown"}
     results = take(tmp_path, data, "sat-synthesized", right, monkeypatch, **usual)
     samples = samples_of(tmp_path)
-    assert [sample["number"] for sample in samples] == kept and score(results)["mean"] == 1
+    assert [sample["group"] for sample in samples[::2]] == kept and score(results)["mean"] == 1
     assert {sample["truth"] for sample in samples} == {"A", "B"}
     assert skips(results) == {"missing row": 500 - len(kept)}
+
+
+def first_right(number: int) -> dict:
+    """A row as published: the right choice is the first one."""
+    answers = [f"{word} {number}" for word in ("near", "far", "left", "right")][: 2 + number % 3]
+    return sat_row(number, answers=answers, correct_answer=answers[0])
+
+
+def test_whoever_repeats_a_position_is_found_out(tmp_path, monkeypatch, capsys):
+    """The published order pays "always first" in full; asked in all orders it is worth nothing."""
+    data = write_sat(tmp_path / "sat", [first_right(i) for i in range(12)])
+
+    def parrot(question, blank):
+        return question["options"][0] if "order" in question and len(question["truth"]) > 1 else "A"
+
+    published = take(tmp_path, data, "sat-real-mindjourney", parrot, monkeypatch, tag="published")
+    assert score(published)["mean"] == score(published)["first"]["mean"] == 1
+    assert score(published)["last"]["mean"] == 0
+    assert "always first" in capsys.readouterr().out
+    circular = take(tmp_path, data, "sat-real", parrot, monkeypatch, tag="circular")
+    metrics = circular["tasks"]["all"]["metrics"]
+    chance = np.mean([1 / (2 + i % 3) for i in range(12)])
+    assert score(circular)["mean"] == score(circular)["first"]["mean"] == pytest.approx(chance)
+    assert metrics["circular"]["mean"] == metrics["circular"]["first"]["mean"] == 0
+    assert circular["right"]["mean"] == 0 and circular["questions"] == 4 * (2 + 3 + 4)
+    orders = {sample["id"]: sample["order"] for sample in samples_of(tmp_path, "circular")}
+    assert (
+        sorted(orders["2/0"]) == [0, 1, 2, 3]
+        and orders["2/1"] == orders["2/0"][1:] + orders["2/0"][:1]
+    )
+    firsts = [orders[f"{i}/0"][0] for i in range(12)]
+    assert set(firsts) != {0}  # a hash has chosen where the orders begin
+    knows = take(tmp_path, data, "sat-real", right, monkeypatch, tag="knows")
+    assert knows["tasks"]["all"]["metrics"]["circular"]["mean"] == 1
+
+
+def test_sat_of_the_hub_keeps_its_order(tmp_path, monkeypatch):
+    """nv-njb/SAT: the right choice by its place."""
+    rows = [sat_row(i, correct_answer_idx=i % 2) for i in range(4)]
+    data = write_sat(tmp_path / "sat", rows, "test-00000-of-00001.parquet")
+    take(tmp_path, data, "sat-nvidia", right, monkeypatch)
+    assert [sample["truth"] for sample in samples_of(tmp_path)] == ["A", "B", "A", "B"]
 
 
 def refused(run, data, name, monkeypatch, **settings):
@@ -280,7 +325,7 @@ def test_a_broken_parquet_file_is_refused(tmp_path, monkeypatch, capsys):
     for broken in (bytes(content), b"PAR1 and nothing else"):
         path.write_bytes(broken)
         refused(tmp_path, data, "sat-real", monkeypatch)
-        assert "fetch array/SAT again" in capsys.readouterr().err
+        assert "fetch it again" in capsys.readouterr().err
 
 
 def test_vsi_bench_end_to_end(tmp_path, monkeypatch, capsys):
@@ -294,10 +339,10 @@ def test_vsi_bench_end_to_end(tmp_path, monkeypatch, capsys):
     whole = (data / "scannet/scene1.mp4").read_bytes()
     (data / "scannet/broken.mp4").write_bytes(whole[:300])
     (tmp_path / "secret.mp4").write_bytes(whole)
-    monkeypatch.setitem(evaluation.PROTOCOLS["lmms-eval"]["vsi-bench"], "frames", 8)
-    results = take(tmp_path, data, "vsi-bench", right, monkeypatch, protocol="lmms-eval")
+    monkeypatch.setitem(evaluation.EXAMS["vsibench-multiimage"], "frames", 8)
+    results = take(tmp_path, data, "vsibench-multiimage", right, monkeypatch)
     assert results["questions"] == 40 and results["skipped"] == 7
-    want = {"unusable row": 4, "malformed line": 1, "unreadable video": 2}
+    want = {"unusable row": 3, "missing file": 1, "malformed line": 1, "unreadable video": 2}
     assert skips(results) == want
     assert score(results)["mean"] == 1 and score(results)["constant"]["mean"] < 1
     first = [Image.open(tmp_path / image) for image in samples_of(tmp_path)[0]["images"]]
@@ -305,6 +350,8 @@ def test_vsi_bench_end_to_end(tmp_path, monkeypatch, capsys):
     assert np.allclose(levels, 2 * np.linspace(0, 39, 8).astype(int) + 10, atol=3)
     out = capsys.readouterr()
     assert "skipped, unusable row" in out.out and "absent.mp4 is missing" in out.err
+    told = [line for line in out.err.splitlines() if " questions skipped, " in line]
+    assert len(told) == 4  # one per kind of fault
 
 
 def test_rows_of_wrong_types_are_counted(tmp_path, monkeypatch, two_frames):
@@ -312,23 +359,23 @@ def test_rows_of_wrong_types_are_counted(tmp_path, monkeypatch, two_frames):
     row, rows = vsi_row(90, "scene0", "object_counting", "3"), (vsi / "test.jsonl").read_text()
     bad = [row | {"options": 5}, row | {"scene_name": "a\0b"}, row | {"scene_name": "x" * 5000}]
     write(vsi / "test.jsonl", [*rows.splitlines(), *bad, row | {"question_type": ["x"]}])
-    results = take(tmp_path / "a", vsi, "vsi-bench", right, monkeypatch, blank=False)
+    results = take(tmp_path / "a", vsi, "vsibench-multiimage", right, monkeypatch, pictures="shown")
     assert results["questions"] == 4
-    assert skips(results) == {"unusable row": 4}
+    assert sum(skips(results).values()) == 4
     cube = write_mindcube(tmp_path / "cube")
     path = cube / "data/raw/MindCube_tinybench.jsonl"
     rows = path.read_text().splitlines()
     bad = [json.loads(rows[0]) | {"images": images} for images in (["a\0b"], ["x" * 5000], [])]
     write(path, [*rows, *bad])
-    results = take(tmp_path / "b", cube, "mindcube", right, monkeypatch, blank=False)
-    assert skips(results) == {"unusable row": 3}
+    results = take(tmp_path / "b", cube, "mindcube", right, monkeypatch, pictures="shown")
+    assert sum(skips(results).values()) == 3
 
 
 def test_the_choice_of_questions_does_not_depend_on_the_place(tmp_path, monkeypatch):
     chosen = []
     for run in (tmp_path / "here", tmp_path / "there"):
         data = write_mindcube(run / "cube", rows=30)
-        take(run, data, "mindcube", right, monkeypatch, blank=False, per_task=3)
+        take(run, data, "mindcube", right, monkeypatch, pictures="shown", per_task=3)
         chosen.append([sample["number"] for sample in samples_of(run)])
     assert chosen[0] == chosen[1] and len(chosen[0]) == 9
 
@@ -340,10 +387,10 @@ def test_a_picture_that_comes_back_is_asked_about(tmp_path, monkeypatch):
     pictures = {path: path.read_bytes() for path in folder.rglob("*.png")}
     for path in pictures:
         path.write_text("no picture")
-    refused(tmp_path, data, "mindcube", monkeypatch, blank=False)
+    refused(tmp_path, data, "mindcube", monkeypatch, pictures="shown")
     for path, content in pictures.items():
         path.write_bytes(content)
-    results = take(tmp_path, data, "mindcube", right, monkeypatch, blank=False)
+    results = take(tmp_path, data, "mindcube", right, monkeypatch, pictures="shown")
     assert results["questions"] == 6 and results["skipped"] == 0
 
 
@@ -359,32 +406,31 @@ def test_mindcube_end_to_end(tmp_path, monkeypatch):
         lost = question["task_type"] == "translation"
         return "no idea" if lost else f"<answer>{question['truth']}. x</answer>"
 
-    results = take(tmp_path, data, "mindcube", says, monkeypatch, protocol="mindcube")
+    results = take(tmp_path, data, "mindcube", says, monkeypatch)
     assert results["questions"] == 6 and score(results)["mean"] == 1  # without translation
     assert score(results, "translation")["mean"] == 0
     assert results["tasks"]["translation"]["unparsable"] == 2
-    assert skips(results) == {"unusable row": 2}
-    more = {"protocol": "lmms-eval", "tag": "lmms"}
-    results = take(tmp_path, data, "mindcube", says, monkeypatch, **more)
-    assert score(results)["mean"] == pytest.approx(4 / 6, abs=1e-6)
-    evaluation.main(evaluation.Config(run=str(tmp_path), compare=["x", "lmms"]))
-    tasks = json.loads((tmp_path / "6_eval/compare.json").read_text())["tasks"]
+    assert skips(results) == {"unusable row": 1, "missing file": 1}
+    lmms = results["tasks"]["all"]["metrics"]["lmms"]["mean"]  # leaves out no setting
+    assert lmms == pytest.approx(4 / 6, abs=1e-6)
+    take(tmp_path, data, "mindcube", says, monkeypatch, tag="again")
+    evaluation.main(evaluation.Config(run=str(tmp_path), compare=["x", "again"]))
+    tasks = json.loads((tmp_path / "6_eval/compare_x_again.json").read_text())["tasks"]
     assert tasks["all"]["n"] == 6 and tasks["among"]["score"]["above_a"]["mean"] == 0
 
 
 def test_words_of_the_protocols(tmp_path, monkeypatch, two_frames):
     """The published words, as they reach the student."""
-    monkeypatch.setitem(evaluation.PROTOCOLS["lmms-eval"]["vsi-bench"], "frames", 2)
-    read, folders = {}, {"sat-real": write_sat(tmp_path / "sat", [sat_row(1)])}
-    folders["vsi-bench"] = write_vsi(tmp_path / "vsi", 1, 10, 3)
+    read, folders = {}, {"sat": write_sat(tmp_path / "sat", [sat_row(1)])}
+    folders["vsibench"] = write_vsi(tmp_path / "vsi", 1, 10, 3)
     folders["mindcube"] = write_mindcube(tmp_path / "cube", 1)
-    for protocol, rows in evaluation.PROTOCOLS.items():
-        for name in rows.keys() & folders.keys():
-            reader = evaluation.READERS[name.split("-")[0]]
-            questions = reader(name, folders[name], rows[name], tmp_path, evaluation.Counter())
-            words = [question["record"]["messages"][-2]["content"] for question in questions]
-            read[protocol, name] = words
-    choice, number = read["lmms-eval", "vsi-bench"][0], read["lmms-eval", "vsi-bench"][6]
+    for name in ("sat-real", "sat-real-mindjourney", "vsibench-multiimage", "mindcube"):
+        exam, kind = evaluation.EXAMS[name], name.split("-")[0]
+        path = evaluation.find_file(folders[kind], exam["file"])
+        questions = evaluation.READERS[kind](exam, path, tmp_path, evaluation.defaultdict(list))
+        words = [question["record"]["messages"][-2]["content"] for question in questions]
+        read[name] = words
+    choice, number = read["vsibench-multiimage"][0], read["vsibench-multiimage"][6]
     frames = "<image><image>These are frames of a video.\n"
     assert choice == frames + (
         "Question 0?\nOptions:\nA. lamp\nB. sofa\n"
@@ -392,17 +438,17 @@ def test_words_of_the_protocols(tmp_path, monkeypatch, two_frames):
     )
     words = "Please answer the question using a single word or phrase."
     assert number == f"{frames}Question 6?\n{words}"
-    assert read["mindjourney", "sat-real"] == read["paper", "sat-real"]
-    assert read["paper", "sat-real"] == [
+    assert read["sat-real-mindjourney"] == [
         "These are the images that pair with the question.\n\nImage 1:\n<image>\n"
         "Image 2:\n<image>\n\nImage 1 is your current egocentric view\n\n"
         "Question: Which way, 1?\n\nAnswer Choices:\nrotated left\nrotated right\n\n"
         "Output the exact answer from the choices.\nAnswer: \n"
     ]
     end = "Only output the letter of the correct option and nothing else."
-    end = f"A. rotated left\nB. rotated right\n\n{end}"
-    assert read["lmms-eval", "sat-real"][0].endswith(end)
-    (words,), end = read["mindcube", "mindcube"], "Where is the lamp, 0? A. Above B. Under C. Left"
+    both = [("rotated left", "rotated right"), ("rotated right", "rotated left")]
+    both = [f"A. {a}\nB. {b}\n\n{end}" for a, b in both]
+    assert [words[-len(both[0]) :] for words in sorted(read["sat-real"])] == sorted(both)
+    (words,), end = read["mindcube"], "Where is the lamp, 0? A. Above B. Under C. Left"
     assert words.startswith("<image><image>[Task]\n") and words.endswith(f"[Question]\n{end}")
 
 
@@ -410,16 +456,13 @@ def test_words_of_the_protocols(tmp_path, monkeypatch, two_frames):
     "settings",
     [
         {"benchmark": "vsi"},
-        {"benchmark": "vsi-bench"},
+        {"benchmark": "vsibench-multiimage"},
         {"benchmark": "mindcube", "data": "no/such/folder"},
-        {"benchmark": "mindcube", "data": ".", "protocol": "mindjourney"},
+        {"benchmark": "vsibench", "data": "."},
         {"benchmark": "mindcube", "data": "."},
         {"benchmark": "sat-real", "data": "."},
-        {"benchmark": "vsi-bench", "data": "."},
-        {"protocol": "lmms-eval"},
+        {"benchmark": "vsibench-multiimage", "data": "."},
         {"shard": "1"},
-        {"coupled_stated": True},
-        {"coupled": "warp", "shard": "0/2"},
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path, settings, capsys):
@@ -430,18 +473,144 @@ def test_wrong_settings_are_one_line(tmp_path, settings, capsys):
     assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+# --- layouts
+
+
+def cached(data: Path, cache: Path) -> Path:
+    """The files of `data` as the hub's cache has them: links to blobs, in a snapshot's folders."""
+    for number, path in enumerate(sorted(data.rglob("*.*"))):
+        if path.is_file():
+            link = cache / "snapshots/0a1b2c" / path.relative_to(data)
+            blob = cache / f"blobs/{number:040d}"
+            for folder in (link.parent, blob.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(path.read_bytes())
+            link.symlink_to(blob)
+    return cache
+
+
+@pytest.mark.parametrize("name", ["sat-real", "vsibench-multiimage", "mindcube"])
+def test_the_cache_of_the_hub_is_read(tmp_path, monkeypatch, two_frames, name):
+    write = {"sat": lambda folder: write_sat(folder, [sat_row(i) for i in range(4)])}
+    write |= {"vsibench": lambda folder: write_vsi(folder, 1, 4, 4), "mindcube": write_mindcube}
+    data = write[name.split("-")[0]](tmp_path / "data")
+    cache = cached(data, tmp_path / "datasets--owner--name")
+    plain = take(tmp_path / "a", data, name, right, monkeypatch, pictures="shown")
+    linked = take(tmp_path / "b", cache, name, right, monkeypatch, pictures="shown")
+    assert plain["questions"] == linked["questions"] > 3 and skips(linked) == {}
+    assert plain["right"] == linked["right"]
+
+
+def test_linked_folders_are_read_and_rows_do_not_lead_out(tmp_path, monkeypatch, two_frames):
+    elsewhere, data = write_vsi(tmp_path / "disk", 1, 4, 4), tmp_path / "data"
+    data.mkdir()
+    (data / "scannet").symlink_to(elsewhere / "scannet")
+    rows = [json.loads(line) for line in (elsewhere / "test.jsonl").read_text().splitlines()]
+    out = [rows[0] | {"scene_name": "../../disk/scannet/scene0"}]
+    out += [rows[0] | {"dataset": str(elsewhere / "scannet"), "scene_name": "scene0"}]
+    write(data / "test.jsonl", [*rows, *out])
+    results = take(tmp_path, data, "vsibench-multiimage", right, monkeypatch)
+    assert results["questions"] == 4 and skips(results) == {"unusable row": 2}
+
+
+# --- categories
+
+
+def test_the_eight_categories_stand_in_the_table(tmp_path, monkeypatch, two_frames):
+    data = write_vsi(tmp_path / "vsi", scenes=2, a_video=10)
+
+    def says(question, blank):
+        return question["truth"] if question["task_type"].endswith("_easy") else "Z"
+
+    results = take(tmp_path, data, "vsibench-multiimage", says, monkeypatch)
+    tasks = results["tasks"].keys() - {"all"}
+    eight = {evaluation.category(kind) for kind in evaluation.VSI_TYPES}
+    assert len(eight) == 8 and eight <= tasks
+    direction = score(results, "object_rel_direction")["mean"]
+    assert direction == pytest.approx(1 / 3, abs=1e-6)  # the mean of its three difficulties
+    assert score(results)["mean"] == pytest.approx(1 / 24, abs=1e-6)  # the mean of the eight
+
+
+# --- other engines
+
+
+def said_by_engines(questions: list[dict]) -> dict[str, list[dict]]:
+    """The same answers as three engines write them."""
+    lines = {"hand": [], "batch": [], "samples": []}
+    for number, one in enumerate(questions):
+        id, said = one["custom_id"], "ABC"[number % 3]
+        body = {"choices": [{"message": {"content": said}}], "usage": {"completion_tokens": 2}}
+        lines["hand"].append({"id": id, "response": said, "seconds": 0.5})
+        lines["batch"].append({"custom_id": id, "response": {"status_code": 200, "body": body}})
+        sample = {"doc_id": number, "doc": {"id": id}, "resps": [[f"<think>D.</think>{said}"]]}
+        lines["samples"].append(sample | {"filtered_resps": [said]})
+    return lines
+
+
+def test_an_exam_goes_out_and_answers_come_back(tmp_path, monkeypatch, capsys):
+    """The same number as for our own student with the same answers, from three formats."""
+    data, out = write_mindcube(tmp_path / "cube", rows=9), tmp_path / "exam.jsonl"
+    usual = {"run": str(tmp_path), "benchmark": "mindcube", "data": str(data)}
+    evaluation.main(evaluation.Config(**usual, checkpoint="own/model", questions_out=str(out)))
+    questions = [json.loads(line) for line in out.read_text().splitlines()]
+    content = questions[0]["body"]["messages"][0]["content"]
+    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    assert len(urls) == 2 and all(Path(url.removeprefix("file://")).is_file() for url in urls)
+    assert not (tmp_path / "6_eval/model-mindcube").exists()
+    own = {one["custom_id"]: "ABC"[number % 3] for number, one in enumerate(questions)}
+
+    def says(question, blank):
+        return own[question["id"]]
+
+    want = take(tmp_path, data, "mindcube", says, monkeypatch, tag="own", pictures="shown")
+    for name, lines in said_by_engines(questions).items():
+        path = tmp_path / f"{name}.jsonl"
+        write(path, [*lines, {"id": "unknown", "response": "A"}, {"id": "?"}, '{"half'])
+        evaluation.main(evaluation.Config(**usual, answers=str(path)))
+        results = json.loads((tmp_path / f"6_eval/{name}-mindcube/results.json").read_text())
+        metrics = results["tasks"]["all"]["metrics"]
+        assert metrics["lmms"] == want["tasks"]["all"]["metrics"]["lmms"]
+        if name != "samples":  # whose thoughts MindCube's own code scores
+            assert metrics["score"] == want["tasks"]["all"]["metrics"]["score"]
+        assert results["questions"] == 9 and results["cost"]["peak_gb"] is None
+        assert results["cost"]["seconds"] == (0.5 if name == "hand" else None)
+    write(tmp_path / "few.jsonl", said_by_engines(questions)["hand"][:4])
+    evaluation.main(evaluation.Config(**usual, answers=str(tmp_path / "few.jsonl")))
+    results = json.loads((tmp_path / "6_eval/few-mindcube/results.json").read_text())
+    assert results["questions"] == 9 and skips(results) == {"without an answer (wrong)": 5}
+    assert results["right"]["mean"] < want["right"]["mean"]
+    write(tmp_path / "none.jsonl", [{"id": "x", "response": "A"}])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(evaluation.Config(**usual, answers=str(tmp_path / "none.jsonl")))
+    assert ended.value.code == 2 and "--questions_out" in capsys.readouterr().err
+
+
+def test_a_video_exam_is_for_other_engines(tmp_path):
+    data, out = write_vsi(tmp_path / "vsi", 1, 2, 4), tmp_path / "exam.jsonl"
+    usual = {"run": str(tmp_path), "benchmark": "vsibench", "data": str(data)}
+    evaluation.main(evaluation.Config(**usual, questions_out=str(out)))
+    (first, _) = [json.loads(line) for line in out.read_text().splitlines()]
+    kinds = [part["type"] for part in first["body"]["messages"][1]["content"]]
+    assert kinds == ["video_url", "text"] and first["custom_id"] == "0"
+    write(tmp_path / "said.jsonl", [{"id": i, "response": "A"} for i in range(2)])
+    evaluation.main(evaluation.Config(**usual, answers=str(tmp_path / "said.jsonl")))
+    results = json.loads((tmp_path / "6_eval/said-vsibench/results.json").read_text())
+    assert results["questions"] == 2 and results["right"]["mean"] == 0.5
+
+
 # --- resume and shards
 
 
 def without_times(run: Path, tag: str) -> tuple:
     results = json.loads((run / "6_eval" / tag / "results.json").read_text())
-    results = {key: results[key] for key in results.keys() - {"tag", "config", "cost"}}
+    results = {key: results[key] for key in results.keys() - {"tag", "config", "cost", "batch"}}
     return [sample | {"cost": 0} for sample in samples_of(run, tag)], results
 
 
 def test_shards_of_different_batches_cover_the_benchmark(tmp_path, monkeypatch):
     data = write_mindcube(tmp_path / "cube", rows=30)
-    usual = {"blank": False, "shard": "0/2", "batch": 4}
+    usual = {"pictures": "shown", "shard": "0/2", "batch": 4}
     assert take(tmp_path, data, "mindcube", right, monkeypatch, **usual) == {}
     usual |= {"shard": "1/2", "batch": 3}
     assert take(tmp_path, data, "mindcube", right, monkeypatch, **usual)["questions"] == 30
@@ -454,7 +623,9 @@ def test_two_shards_equal_one_and_a_killed_run_goes_on(tmp_path, monkeypatch, ca
         return question["truth"] if question["number"] % 3 else "B"
 
     def ask(tag, says=says, **more):
-        return take(tmp_path, data, "vsi-bench", says, monkeypatch, tag=tag, batch=10, **more)
+        return take(
+            tmp_path, data, "vsibench-multiimage", says, monkeypatch, tag=tag, batch=10, **more
+        )
 
     ask("whole")
     assert not ask("shards", shard="1/2")
@@ -518,8 +689,8 @@ def eighteen(run, tmp_path_factory):
     """The tiny student of `run` and a video with 18 questions, as prompts of 32 frames."""
     folder = tmp_path_factory.mktemp("video")
     data = write_vsi(folder / "vsi", scenes=1, a_video=18, frames=64)
-    protocol = evaluation.PROTOCOLS["paper"]["vsi-bench"]
-    questions = evaluation.read_vsi("", data, protocol, folder, evaluation.Counter())
+    exam = evaluation.EXAMS["vsibench-multiimage"]
+    questions = evaluation.read_vsi(exam, data / "test.jsonl", folder, evaluation.defaultdict(list))
     student = evaluation.load_student(str(run / "4_base"), torch.float32, "cpu", "world2vlm", 10**6)
     return student, list(questions)
 

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 
+import coupled
 import numpy as np
 import pytest
 import torch
 from conftest import lines, load, tiny_qwen, write_questions
 from PIL import Image
-from test_06_eval import evaluate, write
+from test_06_eval import fake, write
 from torch.utils.flop_counter import FlopCounterMode
 
 evaluation = load("06")
@@ -40,7 +41,7 @@ def write_exam(rooms, views: list[dict]):
     """One D2 question per trajectory, about its first frame; it states the actions."""
     records = []
     for i, view in enumerate(views):
-        words = evaluation.motion_text(view["actions"])
+        words = coupled.motion_text(view["actions"])
         text = f"<image>Does it disappear after {words}? Answer yes or no."
         turns = [("user", text), ("assistant", ("yes", "no")[i % 2])]
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -59,18 +60,20 @@ def quick(monkeypatch):
         stage.run(stage.main, stage.Config)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(evaluation.subprocess, "run", here)
+    monkeypatch.setattr(coupled.subprocess, "run", here)
 
 
 def take(rooms, monkeypatch, says, fresh=True, **settings) -> tuple[dict, list[dict]]:
     """A student that is `says(record) -> response`, the record as it gets it; results, samples."""
-    usual = {"blank": False, "batch": 2, "coupled": "simulator", "tag": "x"} | settings
+    usual = {"pictures": "shown", "batch": 2, "coupled": "simulator", "tag": "x"} | settings
     folder = rooms / "6_eval" / usual["tag"]
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     cost = {"tokens": 2, "vlm_flops": 10, "seconds": 0.1}
-    results = evaluate(rooms, monkeypatch, lambda q, blank: says(q["record"]), cost, **usual)
-    return results, lines(folder / "samples.jsonl")
+    with monkeypatch.context() as patch:
+        fake(patch, lambda q, blank: says(q["record"]), cost)
+        coupled.main(coupled.Coupled(run=str(rooms), checkpoint="student", **usual))
+    return json.loads((folder / "results.json").read_text()), lines(folder / "samples.jsonl")
 
 
 def asked(record: dict) -> str:
@@ -83,10 +86,10 @@ def pixels(path) -> np.ndarray:
 
 def test_motions_as_poses_and_words():
     """After a turn right what was to the right is ahead; two equal actions in a row are one."""
-    walk = evaluation.extend((("turn_right", 30.0),), "turn_right", 60.0)
-    walk = evaluation.extend(walk, "forward", 0.5)
-    assert evaluation.motion_text(walk) == "turn right 90 degrees; move forward 0.5 meters"
-    poses, keyframes = evaluation.motion_poses(walk)
+    walk = coupled.extend((("turn_right", 30.0),), "turn_right", 60.0)
+    walk = coupled.extend(walk, "forward", 0.5)
+    assert coupled.motion_text(walk) == "turn right 90 degrees; move forward 0.5 meters"
+    poses, keyframes = coupled.motion_poses(walk)
     assert keyframes == [0, 18, 21] and np.allclose(poses[0], np.eye(4))
     assert np.allclose(poses[-1][:3, 3], [0.5, 0, 0])
     left = evaluation.motion_pose("shift_left", 2.0) @ evaluation.motion_pose("backward", 1.0)
@@ -99,39 +102,17 @@ def test_a_walk_from_any_frame_goes_on_where_the_trajectory_did(rooms, quick):
     view = next(view for view in views_of(rooms) if len(view["actions"]) == 2)
     middle, last = (str(rooms / view["frames"][view["keyframes"][k]]) for k in (1, 2))
     one = (middle, (), *view["actions"][1], 1)
-    starts = {middle: evaluation.origin(evaluation.Path(middle), rooms)}
-    cfg = evaluation.Config(coupled="simulator")
-    seen, _ = evaluation.imagine(rooms / "onward", [one], starts, rooms, cfg)
+    starts = {middle: coupled.origin(coupled.Path(middle), rooms)}
+    cfg = coupled.Coupled(coupled="simulator")
+    seen, _ = coupled.imagine(rooms / "onward", [one], starts, rooms, cfg)
     (path,) = seen[one]
     assert (pixels(path) != pixels(last)).mean() < 0.01
     assert (pixels(path) != pixels(middle)).mean() > 0.5
     shutil.rmtree(rooms / "onward")
 
 
-def test_the_stated_motion_shows_the_true_outcome(rooms, monkeypatch, quick):
-    views, seen = views_of(rooms)[:4], {}
-    write_exam(rooms, views)
-
-    def says(record):
-        seen[asked(record)] = record
-        return "no"
-
-    results, samples = take(rooms, monkeypatch, says, coupled_stated=True)
-    counts = {"imagined views shown": 4, "questions without them": 0, "scorings unparsable": 0}
-    assert len(samples) == 4 and results["counts"] | counts == results["counts"]
-    for sample, view in zip(samples, views, strict=True):
-        ((words, image),) = sample["imagined"]
-        assert words == evaluation.motion_text(view["actions"])
-        assert sample["cost"]["views"] == 1 and sample["cost"]["world_flops"] == 0
-        truth = pixels(rooms / view["frames"][-1])
-        assert (pixels(rooms / "6_eval/x" / image) == truth).all()
-    for text, record in seen.items():  # a mark per picture, the motion named, the demand last
-        assert text.count("<image>") == len(record["images"]) == 2
-        assert "Imagined from image 1, after " in text and text.endswith("Answer yes or no.")
-
-
 def shown_in(text: str) -> list[str]:
-    return evaluation.re.findall("Imagined from image 1, after (.*?): <image>", text)
+    return coupled.re.findall("Imagined from image 1, after (.*?): <image>", text)
 
 
 def scorer(wanted: dict):
@@ -149,9 +130,9 @@ def scorer(wanted: dict):
 
 def test_search_follows_the_scores(rooms, monkeypatch, quick):
     write_exam(rooms, one_turn(rooms))
-    start, texts = "turn left 20 degrees", []
-    wanted = {start: (9, 8), "turn left 10 degrees": (8, 7), "turn right 30 degrees": (7, 9)}
-    wanted |= {f"{start}; move forward 0.25 meters": (8, 8), "turn left 40 degrees": (3, 9)}
+    start, texts = "turn left 18 degrees", []
+    wanted = {start: (9, 8), "turn left 9 degrees": (8, 7), "turn right 27 degrees": (7, 9)}
+    wanted |= {f"{start}; move forward 0.25 meters": (8, 8), "turn left 36 degrees": (3, 9)}
     says = scorer(wanted)
 
     def heard(record):
@@ -159,15 +140,17 @@ def test_search_follows_the_scores(rooms, monkeypatch, quick):
         return says(record)
 
     results, (sample,) = take(rooms, monkeypatch, heard)
-    best = ["turn right 30 degrees", start]  # by step, best first
-    best += ["turn left 40 degrees", f"{start}; move forward 0.25 meters"]
-    assert [words for words, _ in sample["imagined"]] == best
+    ways = ["turn right 27 degrees", start, "turn left 36 degrees"]  # of one way by amount
+    assert [words for words, _ in sample["imagined"]] == [
+        *ways,
+        f"{start}; move forward 0.25 meters",
+    ]
     tried = [shown_in(text) for text in texts if "exploring" in text]
     assert len(tried) == 3 and len(tried[0]) in (6, 9)  # three sub-steps; forward may meet a wall
     ways = {words.split("; ")[0].rsplit(" ", 2)[0] for words in tried[1]}
     assert ways <= {"turn left", "move forward"}  # no right after left
     assert {words for words in tried[1] if words.startswith(start)}
-    assert "turn left 50 degrees" in tried[1]
+    assert "turn left 45 degrees" in tried[1]
     # the only view above 8 in the second step
     assert all(words.startswith(f"{start}; move forward") for words in tried[2])
     assert results["counts"]["scorings unparsable"] == 0
@@ -175,6 +158,17 @@ def test_search_follows_the_scores(rooms, monkeypatch, quick):
     assert cost["tokens"] == 2 * 7 and cost["vlm_flops"] == 70 and cost["world_seconds"] > 0
     final = texts[-1]
     assert final.count("<image>") == 5 and final.index(start) < final.index("Does it disappear")
+
+
+def test_a_shared_path_is_paid_for_once(rooms, monkeypatch, quick):
+    """Two questions about one picture: together they are charged what 02 took."""
+    write_exam(rooms, one_turn(rooms) * 2)
+    text = (rooms / "3_qa/heldout.jsonl").read_text().splitlines()
+    write(rooms / "3_qa/heldout.jsonl", [text[0], text[1].replace("Does it", "Will it")])
+    _, samples = take(rooms, monkeypatch, scorer({}))
+    meta = json.loads((rooms / "6_eval/x/imagined/1/2_views/meta.json").read_text())
+    charged = sum(sample["cost"]["world_seconds"] for sample in samples)
+    assert len(samples) == 2 and charged == pytest.approx(meta["seconds"], abs=1e-3)
 
 
 def test_scores_that_cannot_be_read_end_the_search(rooms, monkeypatch, quick):
@@ -186,40 +180,42 @@ def test_scores_that_cannot_be_read_end_the_search(rooms, monkeypatch, quick):
     results, (sample,) = take(rooms, monkeypatch, says)
     assert sample["imagined"] == [] and results["counts"]["scorings unparsable"] == 2
     assert sample["response"] == sample["question"]  # the student gets the question as it was
+    assert evaluation.unreliable(results)
+    assert "x (*)" in evaluation.table([results])[0]
+    assert "this is no result" in evaluation.notes([results])[-2]
     assert [path.name for path in (rooms / "6_eval/x/imagined").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
-    "text, count, scores",
+    "text, scores",
     [
-        ("3, 9, 0", 3, [3, 9, 0]),
-        ("Output: 3,9,0.", 3, [3, 9, 0]),
-        ("[3 9 0]", 3, [3, 9, 0]),
-        ("7", 1, [7]),
-        ("3, 9", 3, None),
-        ("10, 3", 2, None),
-        ("3, 9, 0 are my scores", 3, None),
-        ("-3, 9", 2, None),
-        ("", 1, None),
-        ("3.5, 9", 2, None),
+        ("3, 9, 0", [3, 9, 0]),
+        ("Output: 3,9,0", [3, 9, 0]),
+        ("10, -3", [10, -3]),
+        ("3, 9, 0 are my scores", None),
+        ("[3, 9]", None),
+        ("3.5, 9", None),
+        ("", None),
     ],
 )
-def test_scores_in(text, count, scores):
-    assert evaluation.scores_in(text, count) == scores
+def test_scores_are_read_as_published(text, scores):
+    assert coupled.scores_in(text) == scores
 
 
-def test_stated():
-    stated = evaluation.stated
-    walk = (("turn_left", 40.0), ("forward", 1.2))
-    assert stated("after turn left 40 degrees; move forward 1.2 meters?") == walk
-    assert stated("Answer: move <direction> <number> meters or turn <direction> degrees") == ()
-    assert stated("move forward 99999999 meters") == stated("turn left 40 degrees; " * 1000) == ()
+def test_lists_that_are_too_long_or_too_short_keep_their_scores():
+    """The published code scores by place: a missing score is none, one too many meets no view."""
+    views = {f"turn left {9 * i} degrees": ((("turn_left", 9.0 * i),), str(i)) for i in (1, 2, 3)}
+    for text, beams, shown in (("9, 8", [9.0, 18.0], 2), ("1, 2, 9, 9, 9", [27.0], 1)):
+        search = coupled.Search({}, [], views=views)
+        search.go_on([{"response": text}] * 2)
+        assert [walk[0][1] for walk in search.beams] == beams and len(search.shown) == shown
+        assert search.unparsable == 0
 
 
 def test_killed_search_goes_on(rooms, monkeypatch, quick):
     write_exam(rooms, [view for view in views_of(rooms) if len(view["actions"]) == 1][:5])
-    wanted = {"turn left 20 degrees": (9, 9), "turn right 10 degrees": (8, 3)}
-    says, count = scorer(wanted | {"turn left 30 degrees": (2, 8)}), 0
+    wanted = {"turn left 18 degrees": (9, 9), "turn right 9 degrees": (8, 3)}
+    says, count = scorer(wanted | {"turn left 27 degrees": (2, 8)}), 0
 
     def killed(record):
         nonlocal count
@@ -243,7 +239,7 @@ def test_killed_search_goes_on(rooms, monkeypatch, quick):
 
 def test_a_kill_behind_the_last_answer_does_not_pay_for_the_search_twice(rooms, monkeypatch, quick):
     write_exam(rooms, one_turn(rooms))
-    says = scorer({"turn left 20 degrees": (9, 9)})
+    says = scorer({"turn left 18 degrees": (9, 9)})
     results, _ = take(rooms, monkeypatch, says)
     path = rooms / "6_eval/x/meta.json"  # samples.jsonl is whole, the kill came before the end
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
@@ -263,12 +259,12 @@ def test_a_video_is_cut_before_the_search_looks_at_its_first_frame(tmp_path, mon
         return {one: [] for one in tries}, 0.1
 
     monkeypatch.setattr(evaluation, "cut_frames", cut)
-    monkeypatch.setattr(evaluation, "imagine", imagine)
+    monkeypatch.setattr(coupled, "imagine", imagine)
     messages = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "A"}]
     record = {"images": [str(tmp_path / "frames/000.png")], "messages": messages}
     question = {"number": 0, "question": "Where?", "video": "v.mp4", "record": record}
-    cfg = evaluation.Config(coupled="warp")
-    evaluation.search_views([question | {"images": ["0"]}], None, tmp_path, tmp_path, cfg)
+    cfg = coupled.Coupled(coupled="warp")
+    coupled.search_views([question | {"images": ["0"]}], None, tmp_path, tmp_path, cfg)
     assert tried == [3]
 
 
@@ -277,17 +273,22 @@ def test_photographs_are_warped(tmp_path, monkeypatch):
     02, as a process of its own."""
     (tmp_path / "student").mkdir()
     write_questions(tmp_path / "3_qa/heldout.jsonl", tmp_path, scenes=2, pictures=1, per_scene=1)
-    says = scorer({"turn left 10 degrees": (0, 9)})
-    coupled = "warp --workers 1"
-    _, samples = take(tmp_path, monkeypatch, says, coupled=coupled)
+    says = scorer({"turn left 9 degrees": (0, 9)})
+    _, samples = take(tmp_path, monkeypatch, says, coupled="warp --workers 1")
     for sample in samples:
         assert sample["cost"]["views"] == 6  # left and right, three sub-steps
         ((_, image),) = sample["imagined"]
         before = pixels(tmp_path / sample["images"][0])
         after = pixels(tmp_path / "6_eval/x" / image)
         assert after.shape == before.shape
-        # 54 degrees across: after 10 to the left the old left edge stands right of where it was
+        # 54 degrees across: after 9 to the left the old left edge stands right of where it was
         assert (after[:, :5] == after[0, 0]).all() and not (after[:, 30:] == after[0, 0]).all()
+
+
+def test_a_search_is_not_shared_out(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        coupled.main(coupled.Coupled(run=str(tmp_path), shard="0/2"))
+    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
@@ -300,11 +301,11 @@ def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
     mark = path.parent / "view.json"
     whole = mark.read_text()
     mark.write_text(whole.replace('"start"', '"stop"'))
-    assert evaluation.origin(path, rooms) is None
+    assert coupled.origin(path, rooms) is None
     mark.write_text(whole)
     assert "nothing is imagined" in capfd.readouterr().err
     (broken := path.parent / "broken.png").write_text("no picture")
-    assert evaluation.origin(broken, rooms) is None
+    assert coupled.origin(broken, rooms) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
@@ -336,14 +337,17 @@ def test_a_real_student_pays_for_its_search(run):
     """The shaken tiny student gives no scores: same answers as alone, at a higher price."""
     write_questions(run / "3_qa/heldout.jsonl", run, scenes=2, per_scene=1)
     usual, said, costs = {"run": str(run), "checkpoint": "4_base", "max_new_tokens": 4}, [], []
-    for tag, coupled in (("alone", ""), ("coupled", "warp")):
-        evaluation.main(evaluation.Config(**usual, tag=tag, coupled=coupled))
+    for tag in ("alone", "coupled"):
+        if tag == "alone":
+            evaluation.main(evaluation.Config(**usual, tag=tag))
+        else:
+            coupled.main(coupled.Coupled(**usual, tag=tag, coupled="warp"))
         samples = lines(run / "6_eval" / tag / "samples.jsonl")
         said.append([sample["response"] for sample in samples])
         costs.append(json.loads((run / "6_eval" / tag / "results.json").read_text())["cost"])
-    alone, coupled = costs
-    assert said[0] == said[1] and coupled["vlm_flops"] > 5 * alone["vlm_flops"]
-    assert coupled["world_seconds"] > 0 == alone["world_seconds"]
+    alone, searched = costs
+    assert said[0] == said[1] and searched["vlm_flops"] > 5 * alone["vlm_flops"]
+    assert searched["world_seconds"] > 0 == alone["world_seconds"]
     for sample in samples:
         assert sample["cost"]["seconds"] > sample["cost"]["world_seconds"]
         assert sample["cost"]["peak_gb"] > 0.1
@@ -369,7 +373,8 @@ def test_compare(tmp_path, capsys):
 
     def compare(*names):
         evaluation.main(evaluation.Config(run=str(tmp_path), compare=[*names]))
-        return json.loads((tmp_path / "6_eval/compare.json").read_text())
+        a, b = (name.rsplit("/")[-1] for name in names)
+        return json.loads((tmp_path / f"6_eval/compare_{a}_{b}.json").read_text())
 
     found = compare("base", "better")
     row = found["tasks"]["D2"]["accuracy"]["above_a"]
@@ -383,6 +388,8 @@ def test_compare(tmp_path, capsys):
     assert "280 questions that both answered, 20 only A, 0 only B" in out
     same = compare("base", str(tmp_path / "6_eval/same"))["tasks"]["all"]["right"]["above_a"]
     assert same == {"mean": 0, "low": 0, "high": 0, "p": 1}
+    assert found["tasks"]["D2"]["accuracy"]["above_a"]["holm"] < 0.01
+    assert len(list((tmp_path / "6_eval").glob("compare_*.json"))) == 2  # one per pair
     for names in (["base"], ["base", "absent"]):
         with pytest.raises(SystemExit) as ended:
             compare(*names)

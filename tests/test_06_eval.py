@@ -6,7 +6,6 @@ A stub answers unless a test says more.
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +66,6 @@ def make_run(run: Path, rooms: int = 4) -> list[dict]:
                 for i, answer in enumerate(answers)
             ]
     write(run / "3_qa" / "heldout.jsonl", records)
-    write(run / "3_qa" / "sft.jsonl", [item | {"scene_id": "other"} for item in records])
     (run / "student").mkdir()
     return records
 
@@ -136,7 +134,8 @@ def test_truth_scores_one_and_constants_and_blank_less(run, monkeypatch, capsys)
     for task in ANSWERS:
         for metric, values in results["tasks"][task]["metrics"].items():
             best = 0 if metric.startswith("error") else 1
-            assert values["mean"] == values["low"] == values["high"] == best
+            assert values["mean"] == best
+            assert (values["low"] if metric.startswith("error") else values["high"]) == best
             if len(ANSWERS[task]) > 1:
                 assert values["constant"]["mean"] != best and values["blank"]["mean"] != best
     # box 1 copied: [100, 100, 300, 400] against the two true boxes, 40000 / 60000 and 0
@@ -146,7 +145,7 @@ def test_truth_scores_one_and_constants_and_blank_less(run, monkeypatch, capsys)
     assert scores(results, "all", "reward")["mean"] == results["right"]["mean"] == 1
     out, folder = capsys.readouterr().out, run / "6_eval/student"
     assert out.splitlines()[-1] == f"report: {folder / 'report.html'}"
-    assert re.search(r"D1 +IoU +8 +\S+ +±\S+ +0.000 ±0.000 +0.333 ±0.000 +1.000", out)
+    assert re.search(r"D1 +IoU +8 +\S+ +0.000 +0.333 .* 1.000 \(\S+ to 1.000\)", out)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["finished"] and meta["counts"]["answers"] == 2 * results["questions"]
     files = {"samples.jsonl", "results.json", "report.html", "accuracy_cost.svg", "meta.json"}
@@ -199,7 +198,6 @@ def test_choices_of_a_task_are_scored_beside_its_open_questions(run, monkeypatch
     choices = [record("A2", answer, f"room_{answer}", images, words) | more for answer in "AB"]
     plain = record("A2", "turn left 40 degrees", "room_0", images)
     write(run / "3_qa/heldout.jsonl", [*choices, plain])
-    write(run / "3_qa/sft.jsonl", [choices[1]] * 3)
 
     def says(question, blank):
         return "B. turn left 70 degrees" if question["options"] else question["truth"]
@@ -211,8 +209,7 @@ def test_choices_of_a_task_are_scored_beside_its_open_questions(run, monkeypatch
         "all": 3,
     }
     accuracy = scores(results, "A2 choice", "accuracy")
-    assert accuracy["mean"] == 0.5 and accuracy["constant"]["answer"] == "B"
-    assert evaluation.stated(f"after turn left 10 degrees. {words}") == (("turn_left", 10.0),)
+    assert accuracy["mean"] == accuracy["first"]["mean"] == accuracy["last"]["mean"] == 0.5
 
 
 def test_scores_go_by_the_answer_type_and_otherwise_by_the_task(run, monkeypatch):
@@ -257,41 +254,56 @@ def test_best_constant():
     truths = ["turn left 30 degrees"] * 3 + ["turn right 40 degrees"] * 2
     usual = {"answer_type": "motion", "question": "", "response": "", "blank_response": None}
     own = [usual | {"truth": truth} for truth in truths]
-    answers = Counter(["turn right 40 degrees", "turn left 30 degrees", "turn left 10 degrees"])
-    best = evaluation.fill_scores(own, {}, answers)
+    best = evaluation.fill_scores(own, {})
     means = {m: np.mean([sample["constant_scores"][m] for sample in own]) for m in best}
     assert means["direction"] == 0.6 and best["direction"].startswith("turn left")
-    assert means["error_deg"] == pytest.approx(28)  # 2 x 70 over 5; left 10: 32
+    assert means["error_deg"] == pytest.approx(28)  # 2 x 70 over 5; right 40: 3 x 70
     assert best["error_deg"] == "turn left 30 degrees"
-    assert evaluation.fill_scores(own, {}, Counter()) == {}
 
 
-def test_bootstrap():
+def test_intervals_draw_whole_scenes():
     draw = np.random.default_rng(0)
     values, rooms = (draw.random(400) < 0.3).astype(float), [f"room {i}" for i in range(400)]
-    alone = evaluation.bootstrap(values, rooms, "A1")
+    alone = evaluation.estimate(values, rooms, "A1")
     assert alone["low"] < alone["mean"] < alone["high"]
     width = 2 * 1.96 * np.sqrt(0.3 * 0.7 / 400)
     assert alone["high"] - alone["low"] == pytest.approx(width, rel=0.15)
     alike = np.repeat(rooms[:40], 10)  # ten equal answers per room
-    together = evaluation.bootstrap(np.repeat(values[:40], 10), alike, "A1")
+    together = evaluation.estimate(np.repeat(values[:40], 10), alike, "A1")
     assert together["high"] - together["low"] > 2.5 * (alone["high"] - alone["low"])
-    same = evaluation.bootstrap(np.ones(3), ["a", "b", "c"])
-    assert same == {"mean": 1, "low": 1, "high": 1}
-    one = evaluation.bootstrap(np.array([1, 0]), ["a", "a"])
+    one = evaluation.estimate(np.array([1, 0]), ["a", "a"])
     assert one == {"mean": 0.5, "low": None, "high": None}
-    assert evaluation.bootstrap(values, alike, 1) == evaluation.bootstrap(values, alike, 1)
-    weighted = evaluation.bootstrap(np.array([1, 0, 0]), [*"abc"], weights=np.array([2, 1, 1]))
+    assert evaluation.estimate(values, alike, 1) == evaluation.estimate(values, alike, 1)
+    weighted = evaluation.estimate(np.array([1, 0, 0]), [*"abc"], weights=np.array([2, 1, 1]))
     assert weighted["mean"] == 0.5
 
 
-def test_p_of_no_difference_is_rarely_small():
-    """Under the null the p-value is below 0.1 about one time in ten."""
-    draw, small, scenes = np.random.default_rng(1), 0, [str(i) for i in range(60)]
-    for trial in range(200):
-        values = draw.integers(0, 2, 60) - draw.integers(0, 2, 60).astype(float)
-        small += evaluation.bootstrap(values, scenes, trial, difference=True)["p"] < 0.1
-    assert 6 <= small <= 36
+def test_none_of_24_may_be_one_in_eight():
+    """Draws of equal answers never differ: Wilson's interval says what is still possible."""
+    none = evaluation.estimate(np.zeros(24), [f"room {i}" for i in range(24)])
+    assert none["low"] == 0 and none["high"] == pytest.approx(0.138, abs=1e-3)
+    every = evaluation.estimate(np.ones(24), [f"room {i}" for i in range(24)])
+    assert every["high"] == 1 and every["low"] == pytest.approx(1 - 0.138, abs=1e-3)
+    few = evaluation.estimate(np.array([1.0] + [0] * 29), [f"room {i}" for i in range(30)])
+    assert few["high"] - few["mean"] > 2 * (few["mean"] - few["low"]) > 0  # asymmetric
+
+
+@pytest.mark.parametrize("scenes", [8, 60])
+def test_p_of_no_difference_is_rarely_small(scenes):
+    """Under the null p is below 0.05 one time in twenty, with few scenes as with many."""
+    draw, small = np.random.default_rng(1), 0
+    names = [str(i) for i in range(scenes)] * 6
+    for trial in range(400):
+        room = draw.normal(size=scenes)  # what a room's questions have in common
+        values = np.tile(room, 6) + draw.normal(size=6 * scenes)
+        small += evaluation.estimate(values, names, trial, difference=True)["p"] < 0.05
+    assert 8 <= small <= 32
+
+
+def test_holm():
+    """Four tests: the smallest counts four times, none less than one before it."""
+    assert evaluation.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluation.holm([0.9, 0.8]) == [1.0, 1.0] and evaluation.holm([]) == []
 
 
 def test_hostile_answers_are_shown_harmless(run, monkeypatch):
@@ -307,9 +319,9 @@ def test_hostile_answers_are_shown_harmless(run, monkeypatch):
     def says(question, blank):
         return hostile[question["number"] % len(hostile)]
 
-    results = evaluate(run, monkeypatch, says, blank=False)
+    results = evaluate(run, monkeypatch, says, pictures="shown")
     report = (run / "6_eval/student/report.html").read_bytes().decode()
-    assert "<script" not in report and "onerror=alert(1)>" not in report
+    assert report.count("<script") == 1 and "onerror=alert(1)>" not in report
     assert "\u202e" not in report and "\0" not in report and "{{7*7}}" in report
     assert "&lt;script&gt;" in report and "1,000,000 characters" in report
     assert len(report) < 10_000_000
@@ -324,7 +336,7 @@ def test_questions_and_tags_cannot_inject(run, monkeypatch):
     write(run / "3_qa/heldout.jsonl", [record("D4", "yes", "<b>room</b>", images, words)])
     evaluate(run, monkeypatch, truth)
     report = (run / "6_eval/student/report.html").read_text()
-    assert "<script" not in report and "<b>room" not in report
+    assert report.count("<script") == 1 and "<b>room" not in report
     for tag in ("../evil", "a/b", "..", "a b"):
         refused(run, monkeypatch, tag=tag)
 
@@ -389,11 +401,14 @@ def test_beside_prints_one_table(run, monkeypatch, capsys):
     evaluate(run, monkeypatch, truth, tag="refined", beside=["base", "sft"])
     lines = capsys.readouterr().out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("task")) :]
-    columns = ["task", "score", "n", "constant", "blank", "copy", "base", "sft", "refined"]
-    assert table[0].split() == columns
-    pattern = r"A2 +direction +12 +0\.667 .* +0\.000 ±0\.000 +1\.000 ±0\.000 +1\.000 ±0\.000"
+    columns = "task score n constant blank copy base sft refined above blank"
+    assert table[0].split() == columns.split()
+    ends = r"\(\S+ to \S+\)"
+    pattern = (
+        rf"A2 +direction +12 +0\.667 .* +0\.000 {ends} +1\.000 {ends} +1\.000 {ends} +\+0\.000"
+    )
     assert re.search(pattern, "\n".join(table))
-    assert table[-1].startswith("report: ") and len({len(line) for line in table[:-1]}) == 1
+    assert table[-1].startswith("report: ")
     with pytest.raises(FileNotFoundError):  # which `run` makes one line
         evaluate(run, monkeypatch, truth, tag="next", beside=["missing"])
 
@@ -414,18 +429,19 @@ def test_bad_questions_are_named_counted_and_skipped(run, monkeypatch, capsys):
     results = evaluate(run, monkeypatch, truth)
     assert results["questions"] == 2 and results["skipped"] == len(bad)
     named = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert len(named) == len(bad)
+    lines = [line for line in named if ".jsonl:" in line]
+    assert len(lines) + 5 == len(bad)  # five can be read, but not scored: they share a line
+    assert len(named) == len(lines) + 2
     write(run / "3_qa/heldout.jsonl", bad)
     refused(run, monkeypatch, tag="none")
 
 
 def test_choice_of_questions_and_missing_files(run, monkeypatch, capsys):
-    few = {"per_task": 2, "tasks": ["A1", "D1"], "tag": "few", "train": ["absent.jsonl"]}
+    few = {"per_task": 2, "tasks": ["A1", "D1"], "tag": "few"}
     results = evaluate(run, monkeypatch, truth, **few)
     counts = {task: result["questions"] for task, result in results["tasks"].items()}
     assert counts == {"A1": 2, "D1": 2, "all": 4}
-    assert "constant" not in scores(results, "A1", "direction")
-    assert "absent.jsonl" in capsys.readouterr().err
+    capsys.readouterr()
     wrong = [{"questions": "absent.jsonl"}, {"tasks": ["Z1"]}, {"batch": 0}]
     for settings in [*wrong, {"checkpoint": "4_none"}, {"shard": "2/2"}, {"temperature": -1.0}]:
         refused(run, monkeypatch, **({"tag": "bad"} | settings))
@@ -466,7 +482,7 @@ def said_by(run, tag: str) -> dict:
 def test_drawn_answers_depend_on_the_question_and_the_seed_alone(run):
     """--temperature 1: the same draw in any batch, another with another seed; 0: the greedy one."""
     untrained_student(run)
-    usual = {"run": str(run), "checkpoint": "student", "max_new_tokens": 4, "blank": False}
+    usual = {"run": str(run), "checkpoint": "student", "max_new_tokens": 4, "pictures": "shown"}
     drawn, said = {"temperature": 1.0}, {}
     ways = {"drawn": drawn, "alone": drawn | {"batch": 1}, "other": drawn | {"seed": 1}}
     for tag, more in (ways | {"cold": {"temperature": 1e-9}, "greedy": {}}).items():

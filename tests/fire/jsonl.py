@@ -193,7 +193,7 @@ def questions(stage: str, whole: Path, place: Path, count: int) -> Row:
         "04": TRAIN + f"--data all.jsonl --steps 1 --batch {count + 7} --val_share 0",
         "05": TRAIN
         + f"--data all.jsonl --steps 1 --prompts {count + 6} --group 2 --max_new_tokens 2",
-        "06": ASK + "--questions all.jsonl --blank False",
+        "06": ASK + "--questions all.jsonl --pictures shown",
     }
 
     def through(name, data):

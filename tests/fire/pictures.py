@@ -243,7 +243,7 @@ def through_training(stage: str, whole: Path, place: Path, every: int) -> Row:
         "04": TRAIN + "--data all.jsonl --steps 1 --batch 999 --val_share 0",
         "05": TRAIN
         + f"--data all.jsonl --steps 1 --prompts {len(wanted)} --group 2 --max_new_tokens 2",
-        "06": ASK + "--questions all.jsonl --blank False",
+        "06": ASK + "--questions all.jsonl --pictures shown",
     }
     done = run(stage, folder, flags[stage])
     answers = records(folder / OUT["06"] / "samples.jsonl")
