@@ -972,7 +972,7 @@ class Warp(Teacher):
 # --- warp --fill: what the picture does not show ---
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
 
-FILL_STEPS = 4
+FILL_STEPS = 3
 FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
 
