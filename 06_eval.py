@@ -1321,7 +1321,7 @@ def read_asked(cfg: Config, exam: dict, skipped: dict) -> tuple[list[dict], Path
 
 
 def tell(skipped: dict[str, list[str]]):
-    """One line per kind of fault, with its first case."""
+    """One line per kind of fault, with its first case; results.json has them all."""
     for kind, cases in skipped.items():
         if cases:
             print(f"{len(cases)} questions skipped, {kind}: first {cases[0]}", file=sys.stderr)
@@ -1397,7 +1397,7 @@ def main(cfg: Config, prepare=None):
         counts |= lost | {"unparsable": tasks["all"]["unparsable"]}
         results = {"tag": cfg.tag, "config": decides, "protocol": exam, "counts": counts}
         results |= {"asked_sha256": asked, "questions": len(samples), "batch": cfg.batch}
-        results["skipped"] = sum(lost.values())
+        results |= {"skipped": sum(lost.values()), "faults": skipped}
         results["cost"] = total_cost([sample["cost"] for sample in samples], len(samples))
         results |= {"right": tasks["all"]["metrics"]["right"], "tasks": tasks}
         save(folder / "results.json", json.dumps(results, indent=1))

@@ -278,7 +278,10 @@ def test_occlusion_hides_pixels(stage):
 
 
 def test_nothing_tells_a_heading(stage):
-    """Over many rooms no face has a color or a brightness of its own, nor has an object a side."""
+    """Over many rooms no face has a color or a brightness of its own, nor has an object a side.
+
+    Within a room the four walls are one paper in another light; every other room has an accent.
+    """
     K, seen, sides = stage.intrinsics(40, 40, 60.0), [], []
     pillar = thing("pillar", [0.0, -1.4, 0.0], [1.0, 0.8, 1.0])
     for seed in range(150):
@@ -291,7 +294,9 @@ def test_nothing_tells_a_heading(stage):
             views.append([picture[12:28, :8].mean((0, 1)), picture[ids > 0].mean(0)])
         seen.append([view[0] for view in views])
         sides.append([view[1] for view in views])
-    for colors, least in ((np.array(seen), 15), (np.array(sides), 4)):  # [150,4,3]
+    apart = np.array(seen).std(1).mean(1)  # [150]
+    assert 0.3 < (apart > 15).mean() < 0.7 and np.quantile(apart, 0.2) < 10
+    for colors, least in ((np.array(seen), 8), (np.array(sides), 4)):  # [150,4,3]
         spread = colors.std(0) / math.sqrt(len(colors))
         assert (np.abs(colors.mean(0) - colors.mean((0, 1))) < 4 * spread).all()
         assert colors.std(1).mean() > least  # though within a room the four differ

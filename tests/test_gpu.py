@@ -140,7 +140,9 @@ def test_targets_are_judged():
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
-    done = command("make", "gpu", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
+    done = command(
+        "make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES=""
+    )
     [line] = done.stdout.splitlines()
     assert done.returncode == 0 and line.startswith("no GPU for ") and not done.stderr
 

@@ -246,7 +246,9 @@ def through_training(stage: str, whole: Path, place: Path, every: int) -> Row:
         "06": ASK + "--questions all.jsonl --pictures shown",
     }
     done = run(stage, folder, flags[stage])
-    answers = records(folder / OUT["06"] / "samples.jsonl")
+    answers, results = (folder / OUT["06"] / name for name in ("samples.jsonl", "results.json"))
+    answers = records(answers)
+    done.err += results.read_text() if results.is_file() else ""  # 06 names all of a kind there
     judge(row, done, wanted, {one["scene_id"] for one in answers} if stage == "06" else None)
     if stage == "04" and not done.status:
         trained = records(folder / "4_sft/metrics.jsonl")[0]["questions"]

@@ -168,9 +168,11 @@ def time_ms(name: str, function, tensors, backward: bool) -> float:
 # --- The student ---
 def random_student(sft, tiny: bool, device: str, dtype):
     """Qwen2.5-VL on random weights, made where it runs; else what load_student of 04 returns."""
-    from transformers import Qwen2_5_VLConfig
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-    sft.register()
+    from kernels import prepare, register
+
+    register()
     tokenizer = sft.tiny_tokenizer([QUESTION])
     tokenizer.chat_template = sft.TINY_CHAT
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>"}
@@ -184,9 +186,9 @@ def random_student(sft, tiny: bool, device: str, dtype):
     how = {"dtype": dtype, "attn_implementation": sft.ATTENTION}
     torch.manual_seed(0)
     with torch.device(device):
-        model = sft.AutoModelForImageTextToText.from_config(config, **how)
+        model = AutoModelForImageTextToText.from_config(config, **how)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    sft.prepare(model, sft.ATTENTION)
+    prepare(model, sft.ATTENTION)
     sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     sizes |= {"min_pixels": 56 * 56, "max_pixels": sft.MAX_PIXELS}
     image_processor = sft.Qwen2VLImageProcessorPil(**sizes)
