@@ -925,10 +925,8 @@ def grade(samples: list[dict], exam: dict, seed: int) -> dict:
 
 
 def differences(a: list[dict], b: list[dict], seed: int) -> dict:
-    """{task: {"n", metric: summary with "above_a", B minus A}} on the questions of both.
-
-    "holm" is the p-value corrected for all that stand here: the tasks' scores, not their mean.
-    """
+    """{task: {"n", metric: summary with "above_a", B minus A}} on the questions of both; "holm" is
+    the p-value corrected for all that stand here: the tasks' scores, not their mean."""
     keys = ("task_type", "question", "truth", "images")
     known = {repr([sample[key] for key in keys]): sample for sample in a}
     pairs = []
@@ -943,6 +941,8 @@ def differences(a: list[dict], b: list[dict], seed: int) -> dict:
         weights, scenes = weights_of(own), [sample["scene_id"] for sample in own]
         sides = [sample[side] for sample in own for side in ("scores", "a_scores")]
         for metric in metrics_of(*sides):
+            if metric == "right" and task != "all":
+                continue  # nearly always the main score once more
             both = [[one[side][metric] for one in own] for side in ("a_scores", "scores")]
             (before, after), how = np.array(both, float), {"weights": weights}
             apart = estimate(after - before, scenes, seed, task, metric, difference=True, **how)
@@ -1031,7 +1031,7 @@ def draw(evaluations: list[dict]) -> bytes:
     plot, file = Figure(figsize=(4.2, 3.4), layout="constrained"), io.BytesIO()
     timed = [one for one in evaluations if one["cost"]["seconds"]]
     seconds = [one["cost"]["seconds"] for one in timed] or [1]
-    limits = {"xlim": (min(seconds) / 2, max(seconds) * 2), "ylim": (0, 1)}
+    limits = {"xlim": (min(seconds) / 2, max(seconds) * 2), "ylim": (0, 1.03)}
     axes = plot.add_subplot(xscale="log", **limits)
     axes.set(xlabel="seconds per question", ylabel="right answers")
     for name, colour in (("blank", "grey"), ("constant", "orange")):
@@ -1109,11 +1109,10 @@ table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: 
 td { padding: .2em .6em; text-align: right; white-space: nowrap; border-top: 1px solid #ddd }
 td:first-child { position: sticky; left: 0; background: #fff; text-align: left }
 td:nth-child(2) { text-align: left } .sort tr:first-child { cursor: pointer; font-weight: 600 }
-h1, p, .text td { overflow-wrap: anywhere } .text td { white-space: normal; text-align: left }
-.wrong { color: #c53030 }
-.plot { width: 100%; max-width: 28em } details { margin: .6em 0 }
+h1, p { overflow-wrap: anywhere } .plot { width: 100%; max-width: 28em } .wrong { color: #c53030 }
+.text td + td { overflow-wrap: anywhere; white-space: normal; text-align: left }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17em, 1fr)); gap: 1em }
-.cards div { border: 1px solid #ddd; padding: .6em; min-width: 0 }
+.cards div { border: 1px solid #ddd; padding: .6em; min-width: 0 } details { margin: .6em 0 }
 .cards img { width: 45%; image-rendering: pixelated } .strip img { width: 11%; margin: 0 }
 </style>
 {% macro grid(rows, class="sort") %}<table class="{{ class }}">{% for row in rows %}
