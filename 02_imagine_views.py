@@ -132,8 +132,8 @@ class Config:
     )
     fill: str = HfArg(
         default="",
-        help="warp: what paints the holes: in rooms what `make world` writes, for photographs an "
-        "inpainting pipeline of diffusers (folder, hub id); empty: they stay grey",
+        help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
+        "pipeline of diffusers (folder, hub id); empty: they stay grey",
     )
     heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")

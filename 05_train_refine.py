@@ -365,7 +365,8 @@ def main(cfg: Config):
         rollout_student = replace(student, model=copy.deepcopy(model))
         choose_trained(rollout_student.model, cfg, LORA_RANK)
         hand_out(rollout_student.model, device)
-        [rollout_student.model.generation_config] = gather([model.generation_config][rank:])
+        known = [] if rank else [model.generation_config]  # it came with the weights
+        [rollout_student.model.generation_config] = gather(known)
         mirrors = trained_weights(rollout_student.model)
     choose_trained(model, cfg, LORA_RANK)
     shard(model, device, cfg.dtype)
@@ -387,7 +388,7 @@ def main(cfg: Config):
     for step, prompts in enumerate(ahead(make, plan, device), first):
         # ask: every process answers its share of the questions, with the weights as they are now
         tick = time.perf_counter()
-        prompts = [prompt for prompt in prompts if prompt]
+        prompts = list(filter(None, prompts))
         for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
             mirror.copy_(gathered(weight))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -398,9 +399,8 @@ def main(cfg: Config):
         learned = list(itertools.compress(prompts, kept))
         rows = rows_of(student, learned, advantages(rewards)[kept], cfg.tokens)
         # learn
-        parts = [
-            {"rows": part} for part in micro_batches(rows, cfg.tokens, not packs(model), dummy)
-        ]
+        parts = micro_batches(rows, cfg.tokens, not packs(model), dummy)
+        parts = [{"rows": part} for part in parts]
         for i in range(cfg.updates):
             sums, broken = update(student, came, parts, cfg)
             clip_gradients(model, folder, step + 1, float(sums[0]), norms, rows, broken)
@@ -674,8 +674,9 @@ def choose_trained(model: torch.nn.Module, cfg, rank: int):
     else:
         tower.requires_grad_(True).float()  # a step of 1e-6 is lost in bfloat16's three digits
         tower.in_adapter = True
-    if cfg.checkpointing:  # its new name first: transformers before 5.23 has the old one only
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if cfg.checkpointing:
+        now, before = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # 5.23
+        getattr(model, now if hasattr(model, now) else before)()
 
 
 def make_adamw(params, lr: float) -> torch.optim.AdamW:

@@ -294,12 +294,13 @@ def test_nothing_tells_a_heading(stage):
             views.append([picture[12:28, :8].mean((0, 1)), picture[ids > 0].mean(0)])
         seen.append([view[0] for view in views])
         sides.append([view[1] for view in views])
-    apart = np.array(seen).std(1).mean(1)  # [150]
-    assert 0.3 < (apart > 15).mean() < 0.7 and np.quantile(apart, 0.2) < 10
-    for colors, least in ((np.array(seen), 8), (np.array(sides), 4)):  # [150,4,3]
+    apart = np.array(seen).std(1).mean(1)  # [150], within a room
+    accent = np.sort(apart)[75:]
+    assert accent.mean() > 15 and np.quantile(apart, 0.2) < 10
+    for colors in (np.array(seen), np.array(sides)):  # [150,4,3]
         spread = colors.std(0) / math.sqrt(len(colors))
         assert (np.abs(colors.mean(0) - colors.mean((0, 1))) < 4 * spread).all()
-        assert colors.std(1).mean() > least  # though within a room the four differ
+    assert np.array(sides).std(1).mean() > 4  # though within a room the four differ
 
 
 def test_a_group_has_one_box_and_one_index(stage):
