@@ -674,9 +674,8 @@ def choose_trained(model: torch.nn.Module, cfg, rank: int):
     else:
         tower.requires_grad_(True).float()  # a step of 1e-6 is lost in bfloat16's three digits
         tower.in_adapter = True
-    if cfg.checkpointing:
-        now, before = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # 5.23
-        getattr(model, now if hasattr(model, now) else before)()
+    if cfg.checkpointing:  # its new name first: transformers before 5.23 has the old one only
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def make_adamw(params, lr: float) -> torch.optim.AdamW:
