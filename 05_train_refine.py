@@ -384,8 +384,9 @@ def main(cfg: Config):
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")
     first = load_checkpoint(folder, model, optimizers, rank)
     plan = in_random_order(questions, steps, cfg)[first:, rank::world]
-    dummy, norms, make = dummy_row(student), [], partial(open_prompt, student)
-    for step, prompts in enumerate(ahead(make, plan, device), first):
+    plan = ahead(partial(open_prompt, student), plan, device)  # prompts, a step before they are due
+    dummy, norms = dummy_row(student), []
+    for step, prompts in enumerate(plan, first):
         # ask: every process answers its share of the questions, with the weights as they are now
         tick = time.perf_counter()
         prompts = list(filter(None, prompts))
