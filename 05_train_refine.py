@@ -7,6 +7,11 @@ made likelier, one that earns less is made rarer:
     r = p(token) / p_old(token),  A = (reward - mean of the group) / std of the group
     KL = e^d - d - 1,  d = log p_reference - log p
 
+The greedy answer, which an exam asks for, wins most groups and is made likelier still: --baseline
+greedy rewards what beats it alone (ReMax, arXiv 2310.10505). --reward grid differs where the
+published reward is flat, --scale batch blows no small difference up (Dr. GRPO, arXiv 2503.20783),
+--refills learns from groups that are partly right alone (DAPO, arXiv 2503.14476).
+
 A group shares its prompt: pictures and words are encoded once, in the rollout and in the update.
 Departs from the paper: shared prefixes; a reward that a list of all answers does not win, nor one
 that is cut off before its end; a frozen vision tower, because bfloat16 loses steps of 1e-6
@@ -25,7 +30,8 @@ Writes  5_refine/: adapter/ (PEFT format, float32) over the untouched base, whic
         end included; truncated: share of the responses without their end; equal: share of the
         groups without spread, which teach nothing; spread: standard deviation of the reward in a
         group, their mean; entropy: mean of -log p of the tokens drawn, its estimate; grad_norm:
-        before clipping; rollout_seconds: of which the answers took.
+        before clipping; rollout_seconds: of which the answers took; heldout, every 20 steps:
+        mean reward, before the step, of greedy answers to the same questions of heldout.jsonl.
 
     python 05_train_refine.py --run runs/demo
     torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo    # FSDP2
@@ -122,7 +128,22 @@ class Config:
     tokens: int = HfArg(default=16384, help="tokens per forward pass at most; bounds memory")
     steps: int = HfArg(default=0, help="rollout steps; 0: one epoch, as in the paper")
     updates: int = HfArg(default=1, help="optimiser steps on each step's responses")
-    clip_ratio: float = HfArg(default=0.2, help="e: the ratio counts within 1 - e and 1 + e")
+    reward: Literal["published", "grid"] = HfArg(
+        default="published", help="grid: full points only within half a step of the data's grid"
+    )
+    baseline: Literal["group", "greedy"] = HfArg(
+        default="group", help="what a response has to beat: its group's mean, or the greedy one"
+    )
+    scale: Literal["group", "batch", "none"] = HfArg(
+        default="group", help="whose standard deviation the advantages are divided by"
+    )
+    refills: int = HfArg(
+        default=0, help="times that groups all right or all wrong are replaced; 0: they stay"
+    )
+    clip_ratio: list[float] = HfArg(
+        default_factory=lambda: [0.2],
+        help="e: the ratio counts within 1 - e and 1 + e; a second one is for above (0.2 0.28)",
+    )
     kl: float = HfArg(default=1e-2, help="beta, the weight of the KL divergence; the paper's")
     lr: float = HfArg(default=1e-6, help="peak learning rate of AdamW; the paper's")
     schedule: Literal["cosine", "constant"] = HfArg(
@@ -139,10 +160,11 @@ class Config:
     seed: int = HfArg(default=0, help="of the order of questions and of the sampled responses")
 
 
-def advantages(rewards: torch.Tensor) -> torch.Tensor:
+def advantages(rewards: torch.Tensor, baseline=None, scale="group") -> torch.Tensor:
     """How much better than its group each response is, in standard deviations: [Q, G] -> [Q, G].
 
-    A group of equals teaches nothing:
+    baseline [Q]: what stands for the group's mean, such as the rewards of greedy answers. scale:
+    the standard deviation is each group's, the whole batch's, or none. Equals teach nothing:
 
     >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]])).round(decimals=2)
     tensor([[ 0.8700, -0.8700, -0.8700,  0.8700],
@@ -150,12 +172,22 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
     """
     apart = rewards - rewards[:, :1]  # [Q, G], of equals 0 without a rounding error, as their mean
     centred = apart - apart.mean(1, keepdim=True)  # [Q, G]
-    return centred / (apart.std(1, keepdim=True) + 1e-4)  # [Q, G]
+    gains = centred if baseline is None else rewards - baseline[:, None]  # [Q, G]
+    if scale == "group":
+        return gains / (apart.std(1, keepdim=True) + 1e-4)  # [Q, G]
+    if scale == "batch":
+        whole = torch.tensor(gather(centred.flatten().tolist()))  # of all processes
+        return gains / (whole.square().mean().sqrt() + 1e-4)  # [Q, G]
+    return gains
 
 
-def keep_groups(rewards: torch.Tensor) -> torch.Tensor:
-    """Which questions are learned from: rewards [Q, G] -> bool [Q]. GRPO keeps them all."""
-    return torch.ones(len(rewards), dtype=torch.bool)
+def keep_groups(right: torch.Tensor, refills: int) -> torch.Tensor:
+    """Which questions are learned from: right [Q, G] -> bool [Q].
+
+    GRPO keeps them all. Where others replace them, those that have right and wrong responses: by
+    the outcome, because rewards that are shaped differ in every group.
+    """
+    return right.any(1) & ~right.all(1) if refills else torch.ones(len(right), dtype=torch.bool)
 
 
 def grpo_loss(
@@ -164,7 +196,7 @@ def grpo_loss(
     reference: torch.Tensor,  # [N], the same under the student that came in
     advantage: torch.Tensor,  # [N], of the token's response
     weight: torch.Tensor,  # [N], which makes a sum over tokens the mean over responses
-    clip_ratio: float,
+    clip_ratio: list[float],  # below 1, and above where that is another
     kl: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equation 3 of DeepSeekMath over N response tokens: the loss; KL and clipped share, to log.
@@ -172,7 +204,7 @@ def grpo_loss(
     KL is its low-variance estimator (equation 4): never negative, and 0 where nothing changed.
     """
     ratio = (logprob - old).exp()  # [N]
-    bounded = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)  # [N]
+    bounded = ratio.clamp(1 - clip_ratio[0], 1 + clip_ratio[-1])  # [N]
     # the smaller of both: a step beyond the bounds is never rewarded, but can be punished
     objective = torch.minimum(ratio * advantage, bounded * advantage)  # [N]
     d = reference - logprob  # [N]
@@ -199,19 +231,54 @@ def open_prompt(student: Student, question: dict) -> dict | None:
     return prompt | {"pixels": pixels, "grids": grids, "question": question}
 
 
-def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> torch.Tensor:
-    """Add to each prompt its group of responses, `tokens`, `texts` and `scores`; rewards [Q, G].
+def grid_of(questions: list[dict]) -> dict[str, tuple[float, float]]:
+    """(half a step, the largest value) of the numbers in the answers, as `numeric_score` takes it.
+
+    >>> said = ("turn left 10 degrees", "turn left 40 degrees; move left 1.2 meters", "yes")
+    >>> grid_of([{"messages": [{"content": text}]} for text in said])
+    {'meters': (0.6, 1.2), 'degrees': (5.0, 40.0)}
+    """
+    values = {unit: {0.0} for unit in SPANS}
+    for question in questions:
+        for name, value in parse_actions(question["messages"][-1]["content"]) or ():
+            values["degrees" if "turn" in name else "meters"].add(value)
+    grid = dict(SPANS)
+    for unit, known in values.items():
+        if len(known) > 1:
+            grid[unit] = float(np.diff(sorted(known)).min()) / 2, max(known)
+    return grid
+
+
+EXACT = 0.2  # of --reward grid: the part that only full points earn
+
+
+def judge(question: dict, text: str, grid: dict, cfg: Config) -> tuple[float, bool]:
+    """The reward of a response, and whether it is the answer itself; of a box, half of it."""
+    answer, options = question["messages"][-1]["content"], question.get("options")
+    about = (question["task_type"], answer, text, question.get("answer_type"), options)
+    strict = reward(*about, grid)
+    right = strict["iou"] >= 0.5 if "iou" in strict else strict["overall"] > 1 - 1e-9
+    if cfg.reward == "published":
+        return reward(*about)["overall"], right
+    return (1 - EXACT) * strict["overall"] + EXACT * (strict["overall"] > 1 - 1e-9), right
+
+
+def roll_out(student: Student, prompts: list[dict], step: int, grid: dict, cfg: Config):
+    """Add to each prompt its group of responses, `tokens`, `texts`, `scores` and `right`.
 
     Every response token is drawn by a number of its own, which depends on nothing but (seed, step,
     question): not on the process, nor on what else is in its batch. A response without its end
-    earns nothing, whatever it says so far.
+    earns nothing, whatever it says so far. --baseline greedy: one more response, the likeliest one,
+    of which only the `greedy` reward is kept.
     """
+    rows = cfg.group + (cfg.baseline == "greedy")
     for prompt in prompts:
         question = prompt["question"]
         key = repr((cfg.seed, step, question["written"], question["messages"])).encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
         draw = torch.Generator().manual_seed(seed)
-        prompt["uniforms"] = torch.rand(cfg.group, cfg.max_new_tokens, generator=draw)
+        prompt["uniforms"] = torch.rand(rows, cfg.max_new_tokens, generator=draw)
+        prompt["uniforms"][cfg.group :] = torch.nan  # the likeliest
     # prompts of like length go together, because a shorter one is padded to the longest
     order = sorted(prompts, key=lambda prompt: len(prompt["ids"]))
     student.model.eval()  # nothing is recomputed, and the key-value cache is kept
@@ -219,20 +286,49 @@ def roll_out(student: Student, prompts: list[dict], step: int, cfg: Config) -> t
     for start in range(0, len(order), ROLLOUT):
         part = order[start : start + ROLLOUT]
         uniforms = torch.cat([prompt["uniforms"] for prompt in part])
-        how = (cfg.group, uniforms, cfg.temperature)
+        how = (rows, uniforms, cfg.temperature)
         groups = generate_groups(student, part, cfg.max_new_tokens, *how)
         for prompt, group in zip(part, groups, strict=True):
-            question = prompt["question"]
-            task, kind = question["task_type"], question.get("answer_type")
-            answer = question["messages"][-1]["content"]
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
-            about = (kind, question.get("options"))
-            scores = [reward(task, answer, text, *about)["overall"] for text in texts]
+            judged = [judge(prompt["question"], text, grid, cfg) for text in texts]
             cut = [ids[-1] not in ends for ids in group]
-            scores = [min(0.0, s) if c else s for s, c in zip(scores, cut, strict=True)]
-            prompt |= {"tokens": group, "texts": texts, "scores": scores, "cut": cut}
-    rewards = torch.tensor([prompt["scores"] for prompt in prompts], dtype=torch.float32)
-    return rewards.reshape(-1, cfg.group)
+            scores = [min(0.0, s) if c else s for (s, _), c in zip(judged, cut, strict=True)]
+            right = [r and not c for (_, r), c in zip(judged, cut, strict=True)]
+            found = {"tokens": group, "texts": texts, "scores": scores, "right": right, "cut": cut}
+            prompt |= {name: values[: cfg.group] for name, values in found.items()}
+            prompt["greedy"], prompt["greedy_text"] = scores[-1], texts[-1]
+
+
+def ask(student: Student, plan, step: int, grid: dict, cfg: Config) -> tuple[list, list]:
+    """The prompts of a step that are learned from, and all that were asked, with their responses.
+
+    plan: the next prompts, 1 + refills times what a step needs; what is not needed is passed over.
+    """
+    asked, kept = [], []
+    for _ in range(1 + cfg.refills):
+        prompts = list(filter(None, next(plan)))
+        if not cfg.refills or sum(gather([len(kept)])) < cfg.prompts:
+            roll_out(student, prompts, step, grid, cfg)
+            right = torch.tensor([prompt["right"] for prompt in prompts]).reshape(-1, cfg.group)
+            kept += itertools.compress(prompts, keep_groups(right, cfg.refills))
+            asked += prompts
+    return kept, asked
+
+
+def pick_exam(run: Path, tasks: set, cfg: Config) -> list[dict]:
+    """A few held-out questions of these tasks, where the run has some; the same in every step."""
+    path = run / "3_qa/heldout.jsonl"
+    held_out = read_questions(path, run) if path.is_file() else []
+    held_out = [question for question in held_out if question["task_type"] in tasks]
+    return np.random.default_rng([cfg.seed]).permutation(held_out)[:HELDOUT].tolist()
+
+
+def sit_exam(student: Student, questions: list[dict], grid: dict, cfg: Config) -> float:
+    """The mean published reward of greedy answers to the questions of all processes."""
+    prompts = list(filter(None, (open_prompt(student, question) for question in questions)))
+    greedy = replace(cfg, group=0, baseline="greedy", reward="published")
+    roll_out(student, prompts, 0, grid, greedy)
+    return float(np.mean(gather([prompt["greedy"] for prompt in prompts])))
 
 
 # --- The update ---
@@ -300,17 +396,19 @@ def update(student: Student, came: list, parts: list[dict], cfg: Config) -> tupl
 
 
 # --- The training ---
-SHOWN = "reward kl clipped entropy grad_norm length seconds peak_gb"
+SHOWN = "reward heldout kl entropy grad_norm length seconds peak_gb"
 LORA_RANK = 256  # where the student brings no LoRA along; the paper's
 WARMUP = 0.05  # share of the steps in which the learning rate rises
-SHOW_EVERY = 20  # steps between printed rollouts
+SHOW_EVERY = 20  # steps between printed rollouts, and between looks at held-out questions
+HELDOUT = 96  # of those
 
 
 def in_random_order(questions: list[dict], steps: int, cfg: Config) -> np.ndarray:
-    """The questions of each step, [steps, prompts]; each epoch has an order of its own."""
-    epochs = range(1 + steps * cfg.prompts // len(questions))
+    """The questions of each rollout, [rollouts, prompts]; each epoch has an order of its own."""
+    rollouts = steps * (1 + cfg.refills)
+    epochs = range(1 + rollouts * cfg.prompts // len(questions))
     orders = [np.random.default_rng([cfg.seed, e]).permutation(questions) for e in epochs]
-    return np.concatenate(orders)[: steps * cfg.prompts].reshape(steps, cfg.prompts)
+    return np.concatenate(orders)[: rollouts * cfg.prompts].reshape(rollouts, cfg.prompts)
 
 
 def measure(prompts: list[dict]) -> dict:
@@ -345,6 +443,21 @@ def log_rollout(folder: Path, step: int, prompt: dict):
         print(*line.values(), sep="\n    ")
 
 
+def rollout_copy(student: Student, cfg: Config, device: str) -> tuple[Student, list]:
+    """The student that answers, and its weights that follow those that train.
+
+    Where the student is sharded it is a whole copy, because responses end when they like.
+    """
+    if dist.get_world_size() == 1:
+        return student, []
+    model = copy.deepcopy(student.model)
+    choose_trained(model, cfg, LORA_RANK)
+    hand_out(model, device)
+    known = [] if dist.get_rank() else [model.generation_config]  # it came with the weights
+    [model.generation_config] = gather(known)
+    return replace(student, model=model), trained_weights(model)
+
+
 def main(cfg: Config):
     started, run = time.perf_counter(), Path(cfg.run)
     folder, data = run / cfg.out, run / cfg.data
@@ -359,15 +472,7 @@ def main(cfg: Config):
     if world > 1:  # the first reads the weights for all
         place = "meta" if rank else "cpu"
     student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
-    # the one that answers: where it is sharded a whole copy, because responses end when they like
-    model, rollout_student, mirrors = student.model, student, []
-    if world > 1:
-        rollout_student = replace(student, model=copy.deepcopy(model))
-        choose_trained(rollout_student.model, cfg, LORA_RANK)
-        hand_out(rollout_student.model, device)
-        known = [] if rank else [model.generation_config]  # it came with the weights
-        [rollout_student.model.generation_config] = gather(known)
-        mirrors = trained_weights(rollout_student.model)
+    model, (rollout_student, mirrors) = student.model, rollout_copy(student, cfg, device)
     choose_trained(model, cfg, LORA_RANK)
     shard(model, device, cfg.dtype)
     came = [weight.clone() for weight in trained_weights(model)] if cfg.kl else []
@@ -379,26 +484,30 @@ def main(cfg: Config):
     if missing or not questions:
         stop(f"{data} holds no usable question of {' '.join(sorted(missing)) or 'any task'}")
     questions = [one for one in questions if not cfg.tasks or one["task_type"] in cfg.tasks]
+    grid, exam = grid_of(questions), pick_exam(run, {q["task_type"] for q in questions}, cfg)
     steps = cfg.steps or math.ceil(len(questions) / cfg.prompts)
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")
     first = load_checkpoint(folder, model, optimizers, rank)
-    plan = in_random_order(questions, steps, cfg)[first:, rank::world]
+    plan = in_random_order(questions, steps, cfg)[first * (1 + cfg.refills) :, rank::world]
     plan = ahead(partial(open_prompt, student), plan, device)  # prompts, a step before they are due
     dummy, norms = dummy_row(student), []
-    for step, prompts in enumerate(plan, first):
+    for step in range(first, steps):
         # ask: every process answers its share of the questions, with the weights as they are now
         tick = time.perf_counter()
-        prompts = list(filter(None, prompts))
         for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
             mirror.copy_(gathered(weight))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-            rewards = roll_out(rollout_student, prompts, step, cfg)  # [Q, G]
+            line = {"step": step + 1}
+            if exam and step % SHOW_EVERY == 0:
+                line["heldout"] = sit_exam(rollout_student, exam[rank::world], grid, cfg)
+            learned, asked = ask(rollout_student, plan, step, grid, cfg)
         rollout_seconds = round(time.perf_counter() - tick, 3)
         # judge: every response beside its group
-        kept = keep_groups(rewards)  # [Q]
-        learned = list(itertools.compress(prompts, kept))
-        rows = rows_of(student, learned, advantages(rewards)[kept], cfg.tokens)
+        rewards = torch.tensor([p["scores"] for p in learned]).reshape(-1, cfg.group)  # [Q, G]
+        greedy = torch.tensor([p["greedy"] for p in learned]) if cfg.baseline == "greedy" else None
+        gains = advantages(rewards, greedy, cfg.scale)  # [Q, G]
+        rows = rows_of(student, learned, gains, cfg.tokens)
         # learn
         parts = micro_batches(rows, cfg.tokens, not packs(model), dummy)
         parts = [{"rows": part} for part in parts]
@@ -408,13 +517,13 @@ def main(cfg: Config):
             if i == 0 and step > first and step % cfg.save_every == 0:  # sound weights: see above
                 save_checkpoint(folder, step, student, optimizers, dtype, rank)
             take_step(optimizers, cfg.schedule, WARMUP * steps, step, steps)
-        line = {"step": step + 1, **measure(prompts)}
+        line |= measure(asked)
         line |= zip(("loss", "kl", "clipped", "entropy"), sums.tolist(), strict=True)
         line |= {"grad_norm": norms[-1], "rollout_seconds": rollout_seconds}
         line["seconds"] = round(time.perf_counter() - tick, 3)
         if rank == 0:
             log_step(folder, line, SHOWN, steps)
-            for prompt in prompts[:1]:
+            for prompt in asked[:1]:
                 log_rollout(folder, step + 1, prompt)
     save_student(student, folder, dtype, rank, cfg.merge)
     if rank == 0:
@@ -879,9 +988,12 @@ def parse_choice(text, options=None) -> str | None:
     return None
 
 
-def numeric_score(error: float, unit: str) -> float:
-    """1 up to an error of 0.5 m or 5 degrees, 0 from 5 m or 90 degrees, linear between."""
-    full, none = (5.0, 90.0) if unit == "degrees" else (0.5, 5.0)
+SPANS = {"meters": (0.5, 5.0), "degrees": (5.0, 90.0)}  # errors with full points, and with none
+
+
+def numeric_score(error: float, unit: str, spans=SPANS) -> float:
+    """1 up to the first error of its unit's span, 0 from the second, linear between."""
+    full, none = spans[unit]
     return min(1.0, max(0.0, (none - abs(error)) / (none - full)))
 
 
@@ -933,7 +1045,7 @@ def score_box(true, said, alone: bool) -> dict:
     }
 
 
-def score_actions(true, said) -> dict:
+def score_actions(true, said, spans=SPANS) -> dict:
     """The published parts of the reward of actions.
 
     action = overlap of the names in any order / longer length; order = names at their places,
@@ -943,7 +1055,8 @@ def score_actions(true, said) -> dict:
     for (name, value), (other, told) in zip(true, said, strict=False):
         if name == other:
             order += 1
-            numeric += numeric_score(value - told, "degrees" if "turn" in name else "meters")
+            unit = "degrees" if "turn" in name else "meters"
+            numeric += numeric_score(value - told, unit, spans)
     names = [Counter(name for name, _ in actions) for actions in (true, said)]
     action = (names[0] & names[1]).total() / max(len(true), len(said))
     return {"action": action, "order": order / len(true), "numeric": numeric / len(true)}
@@ -967,7 +1080,7 @@ WEIGHTS = {
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 
-def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
+def reward(task_type, answer, response, answer_type=None, options=None, spans=SPANS) -> dict:
     """{"overall": 0..1, parts} of a response; overall is -1 beyond 200 characters.
 
     For one well-formed answer this is the published reward. A response that is not one answer
@@ -994,11 +1107,11 @@ def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
         error = said - true
         if kind == "degrees":  # the shorter way around
             error = (error + 180) % 360 - 180
-        parts["numeric"] = numeric_score(error, kind)
+        parts["numeric"] = numeric_score(error, kind, spans)
     elif kind == "motion":
-        parts |= score_actions(true[:1], said)
+        parts |= score_actions(true[:1], said, spans)
     else:
-        parts |= score_actions(true, said)
+        parts |= score_actions(true, said, spans)
     parts = {name: parts[name] for name in WEIGHTS[kind]}
     overall = sum(weight * parts[name] for name, weight in WEIGHTS[kind].items())
     if kind == "motions" and parts["format"]:

@@ -1694,9 +1694,12 @@ def parse_choice(text, options=None) -> str | None:
     return None
 
 
-def numeric_score(error: float, unit: str) -> float:
-    """1 up to an error of 0.5 m or 5 degrees, 0 from 5 m or 90 degrees, linear between."""
-    full, none = (5.0, 90.0) if unit == "degrees" else (0.5, 5.0)
+SPANS = {"meters": (0.5, 5.0), "degrees": (5.0, 90.0)}  # errors with full points, and with none
+
+
+def numeric_score(error: float, unit: str, spans=SPANS) -> float:
+    """1 up to the first error of its unit's span, 0 from the second, linear between."""
+    full, none = spans[unit]
     return min(1.0, max(0.0, (none - abs(error)) / (none - full)))
 
 
@@ -1748,7 +1751,7 @@ def score_box(true, said, alone: bool) -> dict:
     }
 
 
-def score_actions(true, said) -> dict:
+def score_actions(true, said, spans=SPANS) -> dict:
     """The published parts of the reward of actions.
 
     action = overlap of the names in any order / longer length; order = names at their places,
@@ -1758,7 +1761,8 @@ def score_actions(true, said) -> dict:
     for (name, value), (other, told) in zip(true, said, strict=False):
         if name == other:
             order += 1
-            numeric += numeric_score(value - told, "degrees" if "turn" in name else "meters")
+            unit = "degrees" if "turn" in name else "meters"
+            numeric += numeric_score(value - told, unit, spans)
     names = [Counter(name for name, _ in actions) for actions in (true, said)]
     action = (names[0] & names[1]).total() / max(len(true), len(said))
     return {"action": action, "order": order / len(true), "numeric": numeric / len(true)}
@@ -1782,7 +1786,7 @@ WEIGHTS = {
 WEIGHTS["box"] |= dict.fromkeys(("iou", "center", "l1", "size"), 0.0)  # are in geometry
 
 
-def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
+def reward(task_type, answer, response, answer_type=None, options=None, spans=SPANS) -> dict:
     """{"overall": 0..1, parts} of a response; overall is -1 beyond 200 characters.
 
     For one well-formed answer this is the published reward. A response that is not one answer
@@ -1809,11 +1813,11 @@ def reward(task_type, answer, response, answer_type=None, options=None) -> dict:
         error = said - true
         if kind == "degrees":  # the shorter way around
             error = (error + 180) % 360 - 180
-        parts["numeric"] = numeric_score(error, kind)
+        parts["numeric"] = numeric_score(error, kind, spans)
     elif kind == "motion":
-        parts |= score_actions(true[:1], said)
+        parts |= score_actions(true[:1], said, spans)
     else:
-        parts |= score_actions(true, said)
+        parts |= score_actions(true, said, spans)
     parts = {name: parts[name] for name in WEIGHTS[kind]}
     overall = sum(weight * parts[name] for name, weight in WEIGHTS[kind].items())
     if kind == "motions" and parts["format"]:

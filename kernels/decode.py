@@ -53,12 +53,13 @@ def left_padded(pieces: list[dict], pad: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def pick(logits: torch.Tensor, uniform: torch.Tensor | None, temperature: float) -> torch.Tensor:
-    """The next token [B]: the likeliest of logits [B, V], or the one whose share holds u."""
+    """The next token [B]: the one of logits [B, V] whose share holds u; without u the likeliest."""
     if uniform is None:
         return logits.argmax(-1)
     below = (logits / temperature).softmax(-1).cumsum(-1)
     u = uniform[:, None].to(logits.device) * below[:, -1:]
-    return torch.searchsorted(below, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(below, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.where(u[:, 0].isnan(), logits.argmax(-1), drawn)
 
 
 def end_tokens(student) -> list[int]:
@@ -78,7 +79,7 @@ def decode(
     pad: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    uniforms: torch.Tensor | None = None,  # [B, max_new_tokens] in 0..1; None: greedy
+    uniforms: torch.Tensor | None = None,  # [B, max_new_tokens] in 0..1; None, NaN: greedy
 ) -> list[list[int]]:
     """B responses as token ids, each with the stop token that was reached.
 

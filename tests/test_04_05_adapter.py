@@ -24,7 +24,7 @@ LORA = {"train": "lora", "checkpointing": False, "dtype": "float32", "seed": 0, 
 
 
 def settings(**more):
-    more = {"freeze_vision": True, "clip_ratio": 0.2, "temperature": 1.0} | more
+    more = {"freeze_vision": True, "clip_ratio": [0.2], "temperature": 1.0} | more
     return SimpleNamespace(**LORA | more)
 
 

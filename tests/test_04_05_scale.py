@@ -34,12 +34,13 @@ ROAD = [
     "--student",
     "4_base",
 ]
+GRID = {"meters": (0.05, 2.0), "degrees": (5.0, 90.0)}
 FAMILIES = pytest.mark.parametrize("family", ["qwen3", "qwen2.5", "qwen3.5"])
 
 
 def settings(**more):
     base = {"train": "full", "freeze_vision": False, "checkpointing": False, "lora_rank": 8}
-    base |= {"dtype": "float32", "seed": 0, "clip_ratio": 0.2, "kl": 0.01, "temperature": 1.0}
+    base |= {"dtype": "float32", "seed": 0, "clip_ratio": [0.2], "kl": 0.01, "temperature": 1.0}
     return SimpleNamespace(**base | more)
 
 
@@ -273,7 +274,7 @@ def test_a_rollout_draws_at_its_temperature(run, tmp_path, monkeypatch):
     for temperature in (1.0, 0.01):
         cfg = refine.Config(group=6, max_new_tokens=4, temperature=temperature)
         prompts = [refine.open_prompt(student, one) for one in questions]
-        refine.roll_out(student, prompts, 0, cfg)
+        refine.roll_out(student, prompts, 0, GRID, cfg)
         seen.append(prompts[0]["tokens"])
     (greedy,) = generate_groups(student, prompts, 4)
     assert seen[1] == greedy * 6 and seen[0] != seen[1]
@@ -297,8 +298,9 @@ def test_an_answer_cut_off_earns_nothing_and_both_end_tokens_end_one(run, tmp_pa
     answers = [right + [ends[0]], right + [ends[1]], right, long]
     monkeypatch.setattr(refine, "generate_groups", lambda *_: [answers])
     prompts = [refine.open_prompt(student, one) for one in questions]
-    rewards = refine.roll_out(student, prompts, 0, refine.Config(group=4))
-    assert rewards.tolist() == [[1, 1, 0, -1]]
+    refine.roll_out(student, prompts, 0, GRID, refine.Config(group=4))
+    assert prompts[0]["scores"] == [1, 1, 0, -1]
+    assert prompts[0]["right"] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])

@@ -135,7 +135,8 @@ def test_checkpoint_and_adapter_give_the_same_answers_in_a_fresh_process(run):
 
 STAGES = {
     "04": "--student 4_base --steps 8 --batch 12 --val_share 0 --save_every 2",
-    "05": "--student 4_base --steps 4 --prompts 4 --group 3 --max_new_tokens 8 --save_every 1",
+    "05": "--student 4_base --steps 4 --prompts 4 --group 3 --max_new_tokens 8 --save_every 1 "
+    "--baseline greedy --scale batch",
 }
 
 

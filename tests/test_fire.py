@@ -201,7 +201,7 @@ def test_the_draws_of_05_do_not_depend_on_where_the_run_lies(monkeypatch):
     for images in (["/here/2_views/a.png"], ["/there/2_views/a.png"]):
         question = {"messages": [], "written": ["2_views/a.png"], "images": images}
         with pytest.raises(InterruptedError):
-            refine.roll_out(Mock(), [{"question": question, "ids": [1]}], 3, refine.Config())
+            refine.roll_out(Mock(), [{"question": question, "ids": [1]}], 3, {}, refine.Config())
     assert (drawn[0] == drawn[1]).all()
 
 

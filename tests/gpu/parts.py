@@ -266,7 +266,7 @@ def run_grpo(run: Run):
     came = [weight.clone() for weight in refine.trained_weights(model)]
     optimizers, dummy = [refine.make_adamw(model.parameters(), cfg.lr)], refine.dummy_row(student)
     questions = refine.read_questions(write_questions(folder, 4, 1, run.tiny), folder)
-    prompts, rewards = [], []
+    prompts = []
 
     def read():
         prompts[:] = [refine.open_prompt(student, question) for question in questions]
@@ -274,10 +274,10 @@ def run_grpo(run: Run):
     def roll_out():
         half = cfg.dtype == "bfloat16"
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-            rewards[:] = refine.roll_out(student, prompts, 0, cfg)
+            refine.roll_out(student, prompts, 0, refine.grid_of(questions), cfg)
 
     def update():
-        gains = refine.advantages(torch.stack(rewards))
+        gains = refine.advantages(torch.tensor([prompt["scores"] for prompt in prompts]))
         rows = refine.rows_of(student, prompts, gains, cfg.tokens)
         parts = refine.micro_batches(rows, cfg.tokens, not refine.packs(model), dummy)
         parts = [{"rows": part} for part in parts]
