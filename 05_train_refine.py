@@ -68,22 +68,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
-from kernels import load_model
 from kernels.decode import end_tokens
-from kernels.lora import adapter_config, add_lora, exchange, gathered, load_adapter, merge_lora
-from kernels.lora import save_adapter, trained_weights
+from kernels.lora import add_lora, exchange, gathered, merge_lora, save_adapter, trained_weights
 from kernels.prefill import generate_groups
+from kernels.register import Student, load_student
 from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
 from kernels.rows import packs, row_logprobs, shard, share
 
@@ -655,33 +652,6 @@ def read_picture(path: str | Path) -> Image.Image:
 # --- end: a picture ---
 # --- same in 04, 05, 06: a student ---
 LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
-
-
-@dataclass
-class Student:
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
-    source: str  # the folder or hub id that its base came from
-
-
-def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
-    """A Qwen-VL checkpoint by folder or hub id: safetensors only, code of its own is never run.
-
-    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
-    """
-    try:
-        base = adapter_config(source)["base_model_name_or_path"]
-        model = load_model(base, dtype, device, attention)
-        load_adapter(model, source)
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
-    except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
-    edges = ("shortest_edge", "longest_edge")
-    image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    return Student(model, tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture

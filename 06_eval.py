@@ -57,7 +57,6 @@ import av
 import jinja2
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
@@ -65,13 +64,11 @@ from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from kernels import load_model
-from kernels.lora import adapter_config, load_adapter
 from kernels.prefill import generate
+from kernels.register import Student, load_student
 from kernels.rows import encode_question
 
 TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
@@ -1548,33 +1545,6 @@ def alone(folder: Path):
 # --- end: shards ---
 # --- same in 04, 05, 06: a student ---
 LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
-
-
-@dataclass
-class Student:
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
-    source: str  # the folder or hub id that its base came from
-
-
-def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
-    """A Qwen-VL checkpoint by folder or hub id: safetensors only, code of its own is never run.
-
-    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision.
-    """
-    try:
-        base = adapter_config(source)["base_model_name_or_path"]
-        model = load_model(base, dtype, device, attention)
-        load_adapter(model, source)
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
-    except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
-    edges = ("shortest_edge", "longest_edge")
-    image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    return Student(model, tokenizer, image_processor, base)
 
 
 @functools.cache  # many questions ask about the same picture
