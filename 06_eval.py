@@ -11,20 +11,21 @@ Scores: motion: direction right, and the error (meters between displacements, de
 angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
 scores 0, its error is that of the worst true answer of its task. --questions_out writes an exam for
-another engine, --answers grades what that said. The test-time baseline, which asks the world model
-while answering, is tests/coupled.py.
+another engine, --answers grades what that said. --coupled is the test-time baseline: the student
+asks a world model while it answers.
 
 Reads   RUN/3_qa/heldout.jsonl or any file of that format (--questions), or a benchmark's own files:
         {"task_type": "A2", "answer_type": "motion", "images": ["2_views/room_7/t001/000.png", ...],
          "messages": [{"role": "user", "content": "<image><image>Which way did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "scene_id": "room_7", ...}
 Writes  RUN/6_eval/TAG/samples.jsonl, results.json, report.html, accuracy_cost.svg;
-        RUN/6_eval/compare_A_B.json (--compare A B)
+        imagined/, the runs in which 02 imagined for --coupled; compare_A_B.json (--compare A B)
         {"number": 12, "task_type": "A2", "truth": "turn right 30 degrees", "response": "turn right
          20 degrees", "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, ...}, ...}
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
     python 06_eval.py --run runs/big --benchmark vsibench-multiimage --data ~/VSI-Bench
+    python 06_eval.py --run runs/demo --checkpoint base --coupled "warp --fill base/world"
     python 06_eval.py --run runs/demo --compare base refined
 """
 
@@ -36,6 +37,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -43,11 +45,12 @@ import re
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +105,12 @@ class Config:
     questions_out: str = HfArg(default="", help="only write the exam there, for another engine")
     answers: str = HfArg(default="", help="grade this file of another engine's answers instead")
     compare: list[str] = HfArg(default_factory=list, help="only compare two finished evaluations")
+    coupled: str = HfArg(
+        default="", help="ask a world model while answering: a teacher of 02 and its flags"
+    )
+    coupled_stated: bool = HfArg(
+        default=False, help="and only about the stated motion: D1, D2, D4 as static questions"
+    )
     seed: int = HfArg(default=0, help="of the bootstrap, and of answers that are drawn")
     dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the arithmetic")
 
@@ -541,6 +550,8 @@ def respond(student: Student, batch: list[dict], found: list[dict], cfg: Config)
     texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True) if good else []
     seconds = (time.perf_counter() - begun) / max(1, len(good))
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
+        if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
+            text = "no" if said else "yes"
         cost = spent(student, prompt, len(own), seconds)
         found[i] = {"response": text.strip(), "cost": cost}
     return found
@@ -1261,6 +1272,294 @@ def total_cost(costs: list[dict], share: int = 1) -> dict:
     return total | {"peak_gb": None if None in peaks else max(peaks)}
 
 
+# --- the test-time baseline: the student asks the world model while it answers. After MindJourney
+# (arXiv 2507.12508), with the numbers of its released scripts: from a first picture a step tries
+# every action from every beam, each sub-step is a view, and the student scores all new views in one
+# prompt, by two criteria. Views of 8 and more go on, or help to answer. Departures: its prompts in
+# our words, and the question's own form around the views; scores that cannot be read are not asked
+# for again, as greedy answers would only repeat (it draws random scores 0..5 then, all below 8, so
+# that its search ends as ours does); a view that two ways reach is one.
+SEARCH = {"forward": 0.25, "turn_left": 9.0, "turn_right": 9.0}  # sub-steps (meters, degrees)
+BACK = {"turn_left": "turn_right", "turn_right": "turn_left"}  # are not tried behind each other
+SUBSTEPS, STEPS, BEAMS, SHOWN, LEAST_SCORE = 3, 3, 2, 18, 8  # SHOWN: views per step at most
+CRITERIA = [
+    "how well suited it is for exploring on from there in order to answer the question",
+    "how helpful it is for answering the question: a view that does not show the answer may still "
+    "rule out wrong ones; a picture of bad quality gets a low score, any other a higher one",
+]
+
+
+def motion_text(actions: tuple) -> str:
+    """Actions in words; those of one name in a row are one."""
+    texts = []
+    for name, same in itertools.groupby(actions, lambda action: action[0]):
+        verb, unit = ("turn", "degrees") if name.startswith("turn") else ("move", "meters")
+        value = sum(value for _, value in same)
+        texts.append(f"{verb} {name.split('_')[-1]} {value:g} {unit}")
+    return "; ".join(texts)
+
+
+def motion_poses(actions: tuple) -> tuple[np.ndarray, list[int]]:
+    """c2w [N, 4, 4] from the identity, and the key frames: 0 and the last one of every action."""
+    poses, keyframes = [np.eye(4)], [0]
+    for name, value in actions:
+        most = 5.0 if name.startswith("turn") else 0.2  # degrees or meters per frame
+        count = max(1, math.ceil(value / most - 1e-9))
+        step = motion_pose(name, value / count)
+        for _ in range(count):
+            poses.append(poses[-1] @ step)
+        keyframes.append(len(poses) - 1)
+    return np.stack(poses), keyframes
+
+
+def origin(image: Path) -> dict | None:
+    """The keys of a trajectory record that say where a picture looks from; None: it is unknown.
+
+    A picture of 02 has a view.json beside it; its pose in a room is start @ c2w[frame]. Any other
+    is a photograph, with 54 degrees along its longer side.
+    """
+    try:
+        width, height = read_picture(image).size
+        tangent = math.tan(math.radians(54 / 2)) * min(1, width / height)
+        found = {"source": "real", "room": None, "start": None, "anchor": str(image.resolve())}
+        found |= {"width": width, "height": height}
+        found["fov_x_deg"] = 2 * math.degrees(math.atan(tangent))
+        view = image.with_name("view.json")
+        if not view.is_file():
+            return found
+        view, frame = json.loads(view.read_text()), int(image.stem)
+        found |= {key: view[key] for key in ("width", "height", "fov_x_deg")}
+        if view["room"]:
+            x, z, yaw = view["start"]
+            pose = motion_pose("turn_right", yaw) @ np.array(view["c2w"][frame])
+            yaw = math.degrees(math.atan2(pose[0, 2], pose[2, 2]))
+            start = [round(x + pose[0, 3], 7), round(z + pose[2, 3], 7), round(yaw, 7)]
+            found |= {"source": "simulated", "anchor": None, "room": view["room"], "start": start}
+        elif view["teacher"] == "warp" and frame == 0:  # the first view is its photograph
+            found["anchor"] = view["anchor"]
+        return found
+    except BROKEN as error:
+        print(f"{image}: nothing is imagined from there, {error!r}", file=sys.stderr)
+        return None
+
+
+def draw_paths(run: Path, paths: list[tuple], root: Path, cfg: Config) -> tuple[dict, float]:
+    """02 imagines paths (picture, actions) -> {path: a picture per action}, and seconds per path.
+
+    A path that 02 cannot draw has no pictures; one that begins nowhere known is missing.
+    """
+    starts = {picture: origin(Path(picture)) for picture, _ in paths}
+    paths, pictures, lines = [path for path in paths if starts[path[0]]], [*starts], []
+    for number, (picture, actions) in enumerate(paths):
+        c2w, keyframes = motion_poses(actions)
+        line = {"scene_id": f"p{pictures.index(picture):05d}", "traj_id": f"w{number:06d}"}
+        line |= {"split": "heldout", "actions": actions, "keyframes": keyframes}
+        lines.append(line | {"c2w": (c2w.round(7) + 0.0).tolist()} | starts[picture])
+    if not lines:
+        return {}, 0.0
+    command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py"))]
+    command += ["--run", str(run), "--keep", "keyframes", "--seed", str(cfg.seed)]
+    command += ["--teacher", *cfg.coupled.split()]
+    if not read_meta(run / "2_views").get("finished"):
+        for room in {line["room"] for line in lines} - {None}:
+            save(run / room, (root / room).read_bytes())
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        save(run / "1_trajectories/trajectories.jsonl", text)
+        meta = {"stage": "06_eval", "finished": True, "counts": {"trajectories": len(lines)}}
+        save(run / "1_trajectories/meta.json", json.dumps(meta))
+        with (run / "02.log").open("a") as log:
+            if subprocess.run(command, stdout=log).returncode:
+                stop(f"02 ended with a fault (see {run / '02.log'}): correct --coupled")
+    views = read_lines(run / "2_views/views.jsonl", "traj_id", "frames")
+    frames = {view["traj_id"]: view["frames"][1:] for _, view in views}
+    seen = {}
+    for line, path in zip(lines, paths, strict=True):
+        seen[path] = [str(run / frame) for frame in frames.get(line["traj_id"], [])]
+    return seen, read_meta(run / "2_views")["seconds"] / len(lines)
+
+
+def imagine(run: Path, wanted: list[list[tuple]], root: Path, cfg: Config) -> list[tuple]:
+    """Per question, of which each wants paths, ({words: (actions, picture)}, cost).
+
+    Questions share equal paths, and their price. 02 does not count a network's operations.
+    """
+    users = Counter(itertools.chain(*wanted))
+    seen, seconds = draw_paths(run, [*users], root, cfg)
+    networks = not re.match(r"(simulator|warp|pan)(?!.*--(depth|fill))", cfg.coupled)
+    found = []
+    for paths in wanted:
+        views, own = {}, [path for path in paths if path in seen]
+        for path in own:
+            for i, picture in enumerate(seen[path], 1):
+                actions = path[1][:i]
+                views[motion_text(actions)] = actions, picture
+        price = sum(seconds / users[path] for path in own)
+        cost = {"seconds": price, "world_seconds": price}
+        cost["views"] = sum(len(seen[path]) for path in own)
+        cost["world_flops"] = None if networks and own else 0
+        found.append((views, NOTHING | cost))
+    return found
+
+
+def paths_from(picture: str, beams: list[tuple]) -> list[tuple]:
+    """What a step tries: every action from every beam (actions), but not back."""
+    paths = []
+    for beam, (name, part) in itertools.product(beams, SEARCH.items()):
+        if not beam or name != BACK.get(beam[-1][0]):
+            paths.append((picture, (*beam, *[(name, part)] * SUBSTEPS)))
+    return paths
+
+
+def with_views(record: dict, views: dict[str, str], demand: str = "") -> dict:
+    """The question with imagined views {words: picture} behind its own, and a demand at its end."""
+    *turns, last, told = record["messages"]
+    own, mark, rest = last["content"].rpartition("<image>")
+    shown = "".join(f" Imagined from image 1, after {words}: <image>" for words in views)
+    content = own + mark + shown + ("\n" if views else "") + rest + demand
+    images = [*record["images"], *views.values()]
+    return record | {"messages": [*turns, last | {"content": content}, told], "images": images}
+
+
+def to_score(record: dict, views: dict, criterion: str) -> dict:
+    """The question that has new views {words: (actions, picture)} scored."""
+    n, pictures = len(views), {words: picture for words, (_, picture) in views.items()}
+    demand = f"\nDo not answer it yet. Score each of the {n} imagined views from 0 to 9: "
+    demand += f"{criterion}. Output a list of {n} scores in the order of the views, "
+    demand += "separated by ',', and nothing else. Output: "
+    return {"record": with_views(record, pictures, demand)}
+
+
+def scores_in(response: str) -> list[int] | None:
+    """`Output: 3, 9, 0` -> [3, 9, 0]: whole numbers between commas, however many."""
+    try:
+        return [int(number) for number in response.split("Output:")[:2][-1].split(",")]
+    except ValueError:
+        return None
+
+
+def best_of(views: dict, scores: list[int] | None) -> list[str]:
+    """Words of the views that score high enough, the best first; a missing score is none."""
+    scored = sorted(zip(views, scores or [], strict=False), key=lambda one: -one[1])
+    return [words for words, score in scored if score >= LEAST_SCORE]
+
+
+def in_order(shown: dict) -> dict:
+    """Views {words: picture}, by what was done before their last amount, then by that amount."""
+    ways = defaultdict(list)
+    for words, picture in shown.items():
+        way, amount, _ = words.rsplit(" ", 2)
+        ways[way].append((float(amount), words, picture))
+    return {words: picture for own in ways.values() for _, words, picture in sorted(own)}
+
+
+@dataclass
+class Search:
+    """What the baseline knows about a question; words are those of the actions to a view."""
+
+    record: dict
+    paths: list[tuple]  # what the next step imagines
+    views: dict = field(default_factory=dict)  # new ones of this step: words -> (actions, picture)
+    known: set = field(default_factory=set)  # words of all views so far
+    shown: dict = field(default_factory=dict)  # words -> picture, to join the question
+    costs: list = field(default_factory=list)
+
+
+def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
+    """The questions with imagined views among their pictures and their "cost"; and counts."""
+    searches, scorings, unparsable = [], 0, 0
+    for question in questions:
+        record = question["record"]
+        if "video" in question:
+            with suppress(OSError, ValueError):  # `prompts_of` will name it
+                cut_frames(
+                    question["video"], Path(record["images"][0]).parent, len(record["images"])
+                )
+        searches.append(Search(record, paths_from(record["images"][0], [()])))
+    scoring = replace(cfg, temperature=0, max_new_tokens=8 + 3 * BEAMS * len(SEARCH) * SUBSTEPS)
+    for step in range(1, STEPS + 1):  # each is one call of 02 for all questions
+        run = folder / "imagined" / str(step)
+        found = imagine(run, [search.paths for search in searches], root, cfg)
+        for search, (views, cost) in zip(searches, found, strict=True):
+            search.views = {words: views[words] for words in views if words not in search.known}
+            search.known |= views.keys()
+            search.costs.append(cost)
+            search.paths = []
+        looking = [search for search in searches if search.views]
+        for start in tqdm(range(0, len(looking), cfg.batch), unit="batch", desc=f"step {step}"):
+            batch = looking[start : start + cfg.batch]
+            demands = [to_score(one.record, one.views, how) for one in batch for how in CRITERIA]
+            file = run / "scores" / f"{start}_{cfg.batch}.json"  # so that a killed search goes on
+            if not file.is_file():
+                prompts = prompts_of(load(), demands, False)
+                save(file, json.dumps(respond(load(), demands, prompts, scoring)))
+            said = json.loads(file.read_text())
+            for search, *both in zip(batch, said[::2], said[1::2], strict=True):
+                search.costs += [one.get("cost", NOTHING) for one in both]
+                scores = [scores_in(one.get("response", "")) for one in both]
+                scorings, unparsable = scorings + 2, unparsable + scores.count(None)
+                explore, helpful = (best_of(search.views, one) for one in scores)
+                beams = [search.views[words][0] for words in explore[:BEAMS]]
+                search.paths = paths_from(search.record["images"][0], beams)
+                search.shown |= {words: search.views[words][1] for words in helpful[:SHOWN]}
+    asked = []
+    for question, search in zip(questions, searches, strict=True):
+        shown = in_order(search.shown)
+        paths = [(words, os.path.relpath(path, folder)) for words, path in shown.items()]
+        more = {"record": with_views(search.record, shown), "imagined": paths}
+        asked.append(question | more | {"cost": total_cost(search.costs)})
+    counts = {"imagined views shown": sum(len(search.shown) for search in searches)}
+    counts["questions without them"] = sum(not search.shown for search in searches)
+    return asked, counts | {"scorings": scorings, "scorings unparsable": unparsable}
+
+
+# The sentence that states a motion in the words of 03; without it D1 and D4 are static questions.
+STATED = re.compile(r" [^.:]*: ([^:]*? (?:meters|degrees))\.(?= )")
+LONGEST = 1000  # meters and degrees together: longer paths would fill the memory
+
+
+def restated(question: dict, view: str | None) -> dict:
+    """D1, D2 and D4 as the static question that a view from the motion's end makes of each.
+
+    D1: where in image 2 is what image 1 shows in a box (S5); D4: is it the same (S6); D2: is there
+    one in the view (S2), whose answers are those of D2 the other way round. Image 2 is the
+    question's own, and the view only where it has none.
+    """
+    record = question["record"]
+    *turns, last, told = record["messages"]
+    content, images = STATED.sub("", last["content"], count=1), [*record["images"]]
+    if question["task_type"] == "D2":
+        label = re.search(r"[Tt]he (.+?) (?:is )?at \[", content)[1]
+        content = f"<image>Is there any {label} in the picture? Answer yes or no."
+        images = [view]
+    elif view:
+        content, images = "<image>" + content, [*images, view]
+    messages = [*turns, last | {"content": content}, told]
+    more = {"record": record | {"messages": messages, "images": images}, "asked": content}
+    return question | more | {"inverted": question["task_type"] == "D2"}
+
+
+def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
+    """The static questions of those that have one, with the view after the stated motion in place
+    of what they do not show, and their "cost"; and counts."""
+    fit, wanted, asked = [], [], []
+    for question in questions:
+        images = question["record"]["images"]
+        stated = STATED.search(question["record"]["messages"][-2]["content"])
+        if stated and question["task_type"] in ("D1", "D1 choice", "D2", "D4", "D4 choice"):
+            actions = [parse_actions(found[0])[0] for found in ACTION.finditer(stated[1])]
+            if sum(value for _, value in actions) <= LONGEST:
+                fit.append(question)
+                wanted.append([(images[0], (*actions,))] * (len(images) == 1))
+    found = imagine(folder / "imagined/1", wanted, root, cfg)
+    for question, paths, (views, cost) in zip(fit, wanted, found, strict=True):
+        words, (_, view) = [*views.items()][-1] if views else ("", ((), None))
+        if view or not paths:
+            shown = [(words, os.path.relpath(view, folder))] if view else []
+            asked.append(restated(question, view) | {"imagined": shown, "cost": cost})
+    dropped = {"dropped, no static question": len(questions) - len(fit)}
+    return asked, dropped | {"dropped, no view": len(fit) - len(asked)}
+
+
 # --- all together
 def show(evaluations: list[dict], folder: Path):
     """The last lines of the output: the table and the path of the report."""
@@ -1286,10 +1585,13 @@ def settle(cfg: Config) -> tuple[Config, dict]:
         stop(f"--shard {cfg.shard}: want i/n with 0 <= i < n, for example 0/4")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     shard = f"{int(shard[1]) * world + rank}/{int(shard[2]) * world}"
+    if cfg.coupled_stated > bool(cfg.coupled) or (cfg.coupled and shard != "0/1"):
+        stop("--coupled_stated needs --coupled TEACHER; --coupled goes without shards")
     if exam.get("video") and not cfg.answers + cfg.questions_out:
         stop(f"{cfg.benchmark} is for engines that read videos: --questions_out, --answers")
     name = Path(cfg.answers).stem if cfg.answers else Path(cfg.checkpoint).name
-    parts = [re.sub(r"^\d+_", "", name), cfg.benchmark]
+    parts = [re.sub(r"^\d+_", "", name), cfg.benchmark, *cfg.coupled.split()[:1]]
+    parts += ["stated"] * cfg.coupled_stated
     tag = cfg.tag or "-".join(part for part in parts if part not in ("", "heldout"))
     if not re.fullmatch(r"\w[\w.-]*", tag):
         stop(f"the tag {tag!r} is no folder name: choose another --tag")
@@ -1339,8 +1641,7 @@ def load_for(cfg: Config, exam: dict) -> Student:
     return student
 
 
-def main(cfg: Config, prepare=None):
-    """prepare: what changes the questions before they are asked, as tests/coupled.py does."""
+def main(cfg: Config):
     if cfg.compare:
         return compare_two(cfg)
     started, run, skipped = time.perf_counter(), Path(cfg.run), defaultdict(list)
@@ -1371,7 +1672,8 @@ def main(cfg: Config, prepare=None):
         raise
 
     load, counts = functools.cache(lambda: load_for(cfg, exam)), {}
-    if prepare:
+    if cfg.coupled:
+        prepare = restate if cfg.coupled_stated else search_views
         questions, counts = prepare(questions, load, folder, root, cfg)
     if cfg.answers:
         records = read_answers(questions, existing(run, cfg.answers), skipped)

@@ -2,11 +2,11 @@
 answer costs; and two evaluations compared."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
-import coupled
 import numpy as np
 import pytest
 import torch
@@ -41,7 +41,7 @@ def write_exam(rooms, views: list[dict]):
     """One D2 question per trajectory, about its first frame; it states the actions."""
     records = []
     for i, view in enumerate(views):
-        words = coupled.motion_text(view["actions"])
+        words = evaluation.motion_text(view["actions"])
         text = f"<image>Does it disappear after {words}? Answer yes or no."
         turns = [("user", text), ("assistant", ("yes", "no")[i % 2])]
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -54,13 +54,13 @@ def write_exam(rooms, views: list[dict]):
 def quick(monkeypatch):
     """02 in this process instead of a new one, which takes seconds to begin."""
 
-    def here(command, stdout, pass_fds, env):
+    def here(command, stdout):
         stage = load("02")
         monkeypatch.setattr(sys, "argv", command[1:] + ["--workers", "1"])
         stage.run(stage.main, stage.Config)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(coupled.subprocess, "run", here)
+    monkeypatch.setattr(evaluation.subprocess, "run", here)
 
 
 def take(rooms, monkeypatch, says, fresh=True, **settings) -> tuple[dict, list[dict]]:
@@ -72,7 +72,7 @@ def take(rooms, monkeypatch, says, fresh=True, **settings) -> tuple[dict, list[d
     cost = {"tokens": 2, "vlm_flops": 10, "seconds": 0.1}
     with monkeypatch.context() as patch:
         fake(patch, lambda q, blank: says(q["record"]), cost)
-        coupled.main(coupled.Coupled(run=str(rooms), checkpoint="student", **usual))
+        evaluation.main(evaluation.Config(run=str(rooms), checkpoint="student", **usual))
     return json.loads((folder / "results.json").read_text()), lines(folder / "samples.jsonl")
 
 
@@ -86,11 +86,10 @@ def pixels(path) -> np.ndarray:
 
 def test_motions_as_poses_and_words():
     """After a turn right what was to the right is ahead; two equal actions in a row are one."""
-    walk = coupled.extend((("turn_right", 30.0),), "turn_right", 60.0)
-    walk = coupled.extend(walk, "forward", 0.5)
-    assert coupled.motion_text(walk) == "turn right 90 degrees; move forward 0.5 meters"
-    poses, keyframes = coupled.motion_poses(walk)
-    assert keyframes == [0, 18, 21] and np.allclose(poses[0], np.eye(4))
+    walk = (("turn_right", 30.0), ("turn_right", 60.0), ("forward", 0.5))
+    assert evaluation.motion_text(walk) == "turn right 90 degrees; move forward 0.5 meters"
+    poses, keyframes = evaluation.motion_poses(walk)
+    assert keyframes == [0, 6, 18, 21] and np.allclose(poses[0], np.eye(4))
     assert np.allclose(poses[-1][:3, 3], [0.5, 0, 0])
     left = evaluation.motion_pose("shift_left", 2.0) @ evaluation.motion_pose("backward", 1.0)
     assert np.allclose(left[:3, 3], [-2, 0, -1])
@@ -101,10 +100,9 @@ def test_a_walk_from_any_frame_goes_on_where_the_trajectory_did(rooms, quick):
     few pixels between two texels, where poses are rounded to 7 digits."""
     view = next(view for view in views_of(rooms) if len(view["actions"]) == 2)
     middle, last = (str(rooms / view["frames"][view["keyframes"][k]]) for k in (1, 2))
-    one = (middle, (), *view["actions"][1], 1)
-    starts = {middle: coupled.origin(coupled.Path(middle), rooms)}
-    cfg = coupled.Coupled(coupled="simulator")
-    seen, _ = coupled.imagine(rooms / "onward", [one], starts, rooms, cfg)
+    one = (middle, (tuple(view["actions"][1]),))
+    cfg = evaluation.Config(coupled="simulator")
+    seen, _ = evaluation.draw_paths(rooms / "onward", [one], rooms, cfg)
     (path,) = seen[one]
     assert (pixels(path) != pixels(last)).mean() < 0.01
     assert (pixels(path) != pixels(middle)).mean() > 0.5
@@ -112,7 +110,7 @@ def test_a_walk_from_any_frame_goes_on_where_the_trajectory_did(rooms, quick):
 
 
 def shown_in(text: str) -> list[str]:
-    return coupled.re.findall("Imagined from image 1, after (.*?): <image>", text)
+    return re.findall("Imagined from image 1, after (.*?): <image>", text)
 
 
 def scorer(wanted: dict):
@@ -199,17 +197,16 @@ def test_scores_that_cannot_be_read_end_the_search(rooms, monkeypatch, quick):
     ],
 )
 def test_scores_are_read_as_published(text, scores):
-    assert coupled.scores_in(text) == scores
+    assert evaluation.scores_in(text) == scores
 
 
 def test_lists_that_are_too_long_or_too_short_keep_their_scores():
     """The published code scores by place: a missing score is none, one too many meets no view."""
     views = {f"turn left {9 * i} degrees": ((("turn_left", 9.0 * i),), str(i)) for i in (1, 2, 3)}
-    for text, beams, shown in (("9, 8", [9.0, 18.0], 2), ("1, 2, 9, 9, 9", [27.0], 1)):
-        search = coupled.Search({}, [], views=views)
-        search.go_on([{"response": text}] * 2)
-        assert [walk[0][1] for walk in search.beams] == beams and len(search.shown) == shown
-        assert search.unparsable == 0
+    for text, best in (("9, 8", [9.0, 18.0]), ("1, 2, 9, 9, 9", [27.0])):
+        scores = evaluation.scores_in(text)
+        words = evaluation.best_of(views, scores)
+        assert [views[one][0][0][1] for one in words] == best and scores is not None
 
 
 def test_killed_search_goes_on(rooms, monkeypatch, quick):
@@ -254,18 +251,18 @@ def test_a_video_is_cut_before_the_search_looks_at_its_first_frame(tmp_path, mon
 
     tried = []
 
-    def imagine(run, tries, *_):
-        tried.append(len(tries))
-        return {one: [] for one in tries}, 0.1
+    def draw_paths(run, paths, *_):
+        tried.append(len(paths))
+        return {one: [] for one in paths}, 0.1
 
     monkeypatch.setattr(evaluation, "cut_frames", cut)
-    monkeypatch.setattr(coupled, "imagine", imagine)
+    monkeypatch.setattr(evaluation, "draw_paths", draw_paths)
     messages = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "A"}]
     record = {"images": [str(tmp_path / "frames/000.png")], "messages": messages}
     question = {"number": 0, "question": "Where?", "video": "v.mp4", "record": record}
-    cfg = coupled.Coupled(coupled="warp")
-    coupled.search_views([question | {"images": ["0"]}], None, tmp_path, tmp_path, cfg)
-    assert tried == [3]
+    cfg = evaluation.Config(coupled="warp")
+    evaluation.search_views([question | {"images": ["0"]}], None, tmp_path, tmp_path, cfg)
+    assert tried[0] == 3 and not any(tried[1:])
 
 
 def test_photographs_are_warped(tmp_path, monkeypatch):
@@ -285,9 +282,57 @@ def test_photographs_are_warped(tmp_path, monkeypatch):
         assert (after[:, :5] == after[0, 0]).all() and not (after[:, 30:] == after[0, 0]).all()
 
 
-def test_a_search_is_not_shared_out(tmp_path, capsys):
+def test_stated_motions_become_static_questions(rooms, monkeypatch, quick):
+    """A student that sees perfectly but knows no motion: of D2 it is told the true view, so that it
+    is wrong only where another object has the label; D1 and D4 are S5 and S6 word for word."""
+    build = load("03")
+    cfg = build.Config(run=str(rooms), formats=["open"], caps=["D2=9", "D4=9"])
+    views, _ = build.load_views(cfg, None)
+    written = [build.as_record(q) for q in build.ask_all(views, build.Survey(cfg, views))]
+    write(rooms / "3_qa/heldout.jsonl", written)
+    ends = [(pixels(rooms / v["frames"][-1]), v["objects"][-1]) for v in views_of(rooms)]
+    heard = []
+
+    def says(record):
+        text, images = asked(record), record["images"]
+        heard.append((text, len(images)))
+        if not (label := re.search("Is there any (.+) in the picture", text)):
+            return "yes" if "yes or no" in text else "[100, 100, 300, 300]"
+        shown = pixels(images[0])
+        objects = next(here for end, here in ends if (end != shown).mean() < 0.01)
+        return "Yes." if label[1] in [one["label"] for one in objects if one["box"]] else "no"
+
+    results, samples = take(rooms, monkeypatch, says, coupled_stated=True)
+    tasks = {sample["task_type"] for sample in samples}
+    assert tasks == {"D1", "D2", "D4"} == results["tasks"].keys() - {"all"}
+    kept = sum(record["task_type"] in tasks for record in written)
+    assert results["counts"]["dropped, no static question"] == len(written) - kept
+    assert results["counts"]["dropped, no view"] == kept - len(samples) == 0
+    assert not [text for text, _ in heard if re.search("meters|degrees", text)]
+    assert {images for text, images in heard if "in image 2" in text} == {2}
+    for sample in samples:
+        own, text, cost = sample["question"], sample["asked"], sample["cost"]
+        sentence = re.search(r" [^.:]*: .*(meters|degrees)\.", own)[0]
+        if sample["task_type"] == "D2":
+            ((words, path),) = sample["imagined"]
+            assert text.count("<image>") == 1 and (rooms / "6_eval/x" / path).is_file()
+            assert all(action in sentence for action in words.split("; "))
+            assert cost["views"] == words.count(";") + 1 and cost["world_seconds"] > 0
+        else:
+            assert text == own.replace(sentence, "") and sample["imagined"] == []
+            assert cost["views"] == cost["world_seconds"] == 0
+    d2 = [sample for sample in samples if sample["task_type"] == "D2"]
+    wrong = [sample for sample in d2 if sample["response"] != sample["truth"]]
+    assert len(d2) > 20 and len(wrong) < 0.3 * len(d2)
+    assert all(sample["truth"] == "yes" for sample in wrong)  # a twin is still there
+
+
+@pytest.mark.parametrize(
+    "settings", [{"coupled": "warp", "shard": "0/2"}, {"coupled_stated": True}]
+)
+def test_a_search_is_not_shared_out_and_needs_a_teacher(tmp_path, capsys, settings):
     with pytest.raises(SystemExit) as ended:
-        coupled.main(coupled.Coupled(run=str(tmp_path), shard="0/2"))
+        evaluation.main(evaluation.Config(run=str(tmp_path), **settings))
     assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -301,11 +346,11 @@ def test_a_fault_of_02_is_one_line(rooms, monkeypatch, capfd):
     mark = path.parent / "view.json"
     whole = mark.read_text()
     mark.write_text(whole.replace('"start"', '"stop"'))
-    assert coupled.origin(path, rooms) is None
+    assert evaluation.origin(path) is None
     mark.write_text(whole)
     assert "nothing is imagined" in capfd.readouterr().err
     (broken := path.parent / "broken.png").write_text("no picture")
-    assert coupled.origin(broken, rooms) is None
+    assert evaluation.origin(broken) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2.5"])
@@ -338,10 +383,8 @@ def test_a_real_student_pays_for_its_search(run):
     write_questions(run / "3_qa/heldout.jsonl", run, scenes=2, per_scene=1)
     usual, said, costs = {"run": str(run), "checkpoint": "4_base", "max_new_tokens": 4}, [], []
     for tag in ("alone", "coupled"):
-        if tag == "alone":
-            evaluation.main(evaluation.Config(**usual, tag=tag))
-        else:
-            coupled.main(coupled.Coupled(**usual, tag=tag, coupled="warp"))
+        teacher = "warp" if tag == "coupled" else ""
+        evaluation.main(evaluation.Config(**usual, tag=tag, coupled=teacher))
         samples = lines(run / "6_eval" / tag / "samples.jsonl")
         said.append([sample["response"] for sample in samples])
         costs.append(json.loads((run / "6_eval" / tag / "results.json").read_text())["cost"])
