@@ -56,6 +56,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ RECIPES = {
 
 @dataclass
 class Config:
-    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="run folder; this stage writes RUN/1_trajectories")
     images: str = HfArg(default="", help="photographs: a folder, one picture or a manifest.jsonl")
     rooms: int = HfArg(default=0, help="procedural rooms to draw")
@@ -807,10 +808,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
     parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    recipe = parser.parse_args().recipe
-    if recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
-    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
+    flags = [*RECIPES[parser.parse_args().recipe].split(), *sys.argv[1:]]
+    cfg = config_class(**vars(parser.parse_args(flags)))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses

@@ -68,7 +68,6 @@ import math
 import multiprocessing
 import os
 import re
-import struct
 import sys
 import threading
 import time
@@ -95,13 +94,14 @@ from transformers.hf_argparser import HfArg
 from kernels import plucker_rays
 from kernels.seva import Seva, SevaConfig
 from kernels.temporal import MAX_FRAMES
+from kernels.student import read_picture
 
 RECIPES = {"paper": "", "tiny": "--keep ends"}
 
 
 @dataclass
 class Config:
-    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="folder of the run, for 1_trajectories and 2_views")
     teacher: list[str] = HfArg(
         default_factory=lambda: ["simulator"], help="rows of TEACHERS; the first that can is taken"
@@ -2220,10 +2220,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
     parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    recipe = parser.parse_args().recipe
-    if recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
-    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
+    flags = [*RECIPES[parser.parse_args().recipe].split(), *sys.argv[1:]]
+    cfg = config_class(**vars(parser.parse_args(flags)))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -2310,25 +2308,6 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 
 # --- end: settings, files and faults ---
-# --- same in 02, 04, 05, 06: a picture ---
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
-BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """RGB, upright as EXIF says; ValueError, with the reason, for a file that is no picture."""
-    try:
-        if not Path(path).is_file():
-            raise ValueError("no such file")  # opening a named pipe would wait for ever
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError("16 or 32 bits a pixel: save it with 8")
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except BROKEN as error:
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
-
-
-# --- end: a picture ---
 # --- same in 02, 06: shards ---
 @contextmanager
 def alone(folder: Path):

@@ -97,7 +97,7 @@ RECIPES = {
 
 @dataclass
 class Config:
-    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="run folder; reads RUN/2_views, writes RUN/OUT")
     out: str = HfArg(default="3_qa", help="folder of the questions, under RUN")
     seed: int = HfArg(default=0, help="of every draw, with scene, trajectory and task")
@@ -1266,10 +1266,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
     parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    recipe = parser.parse_args().recipe
-    if recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
-    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
+    flags = [*RECIPES[parser.parse_args().recipe].split(), *sys.argv[1:]]
+    cfg = config_class(**vars(parser.parse_args(flags)))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses

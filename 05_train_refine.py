@@ -54,7 +54,6 @@ import os
 import re
 import resource
 import shutil
-import struct
 import sys
 import time
 from collections import Counter
@@ -69,7 +68,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -80,9 +78,9 @@ from transformers.utils import cached_file, logging
 from kernels.decode import end_tokens
 from kernels.lora import add_lora, exchange, gathered, merge_lora, save_adapter, trained_weights
 from kernels.prefill import generate_groups
-from kernels.register import Student, load_student
 from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
 from kernels.rows import packs, row_logprobs, shard, share
+from kernels.student import Student, load_student, open_pictures
 
 logging.disable_progress_bar()
 
@@ -99,7 +97,7 @@ BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "save_every")
 
 @dataclass
 class Config:
-    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="run folder; reads 3_qa/ and the student in it")
     out: str = HfArg(default="5_refine", help="folder written inside the run")
     student: str = HfArg(default="4_sft", help="folder in the run, any checkpoint, or hub id")
@@ -541,10 +539,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
     parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    recipe = parser.parse_args().recipe
-    if recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
-    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
+    flags = [*RECIPES[parser.parse_args().recipe].split(), *sys.argv[1:]]
+    cfg = config_class(**vars(parser.parse_args(flags)))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -631,25 +627,6 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 
 # --- end: settings, files and faults ---
-# --- same in 02, 04, 05, 06: a picture ---
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
-BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """RGB, upright as EXIF says; ValueError, with the reason, for a file that is no picture."""
-    try:
-        if not Path(path).is_file():
-            raise ValueError("no such file")  # opening a named pipe would wait for ever
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError("16 or 32 bits a pixel: save it with 8")
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except BROKEN as error:
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
-
-
-# --- end: a picture ---
 # --- same in 04, 05, 06: a student ---
 LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
 
@@ -689,15 +666,6 @@ def read_questions(path: Path, root: Path) -> list[dict]:
             more = {"name": f"{path.name} line {number}", "written": record["images"]}
             questions.append(record | {"images": [str(image) for image in images]} | more)
     return questions
-
-
-def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tuple:
-    """Picture files -> patches [P, channels x patch] and grids [pictures, 3]; blank: mean grey."""
-    pictures = [read_picture(path) for path in paths]
-    if blank:
-        pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
-    seen = student.image_processor(images=pictures, return_tensors="pt")
-    return seen["pixel_values"], seen["image_grid_thw"]
 
 
 # --- end: a student ---

@@ -44,7 +44,6 @@ import os
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -71,8 +70,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from kernels.prefill import generate
-from kernels.register import Student, load_student
 from kernels.rows import encode_question
+from kernels.student import BROKEN, Student, load_student, open_pictures, read_picture
 
 TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
 RECIPES = {
@@ -84,7 +83,7 @@ RECIPES = {
 
 @dataclass
 class Config:
-    recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
+    recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
     run: str = HfArg(default="runs/demo", help="folder of the run")
     checkpoint: str = HfArg(default="5_refine", help="student: a folder (in the run) or a hub id")
     tag: str = HfArg(default="", help="name of the folder under 6_eval; empty: the checkpoint's")
@@ -1718,10 +1717,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def run(main, config_class):
     """Call main with the settings of the command line: the flags of --recipe, then your own."""
     parser = HfArgumentParser(config_class, description=__doc__, formatter_class=Help)
-    recipe = parser.parse_args().recipe
-    if recipe not in RECIPES:
-        parser.error(f"--recipe {recipe}: want one of {', '.join(RECIPES)}")
-    cfg = config_class(**vars(parser.parse_args([*RECIPES[recipe].split(), *sys.argv[1:]])))
+    flags = [*RECIPES[parser.parse_args().recipe].split(), *sys.argv[1:]]
+    cfg = config_class(**vars(parser.parse_args(flags)))
     try:
         main(cfg)
     except (OSError, SafetensorError) as error:  # what the disk refuses
@@ -1810,27 +1807,6 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 # --- end: settings, files and faults ---
 
 
-# --- same in 02, 04, 05, 06: a picture ---
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
-BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """RGB, upright as EXIF says; ValueError, with the reason, for a file that is no picture."""
-    try:
-        if not Path(path).is_file():
-            raise ValueError("no such file")  # opening a named pipe would wait for ever
-        with Image.open(path) as file:
-            if file.mode.startswith(("I", "F")):
-                raise ValueError("16 or 32 bits a pixel: save it with 8")
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except BROKEN as error:
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
-
-
-# --- end: a picture ---
-
-
 # --- same in 02, 06: shards ---
 @contextmanager
 def alone(folder: Path):
@@ -1884,15 +1860,6 @@ def read_questions(path: Path, root: Path) -> list[dict]:
             more = {"name": f"{path.name} line {number}", "written": record["images"]}
             questions.append(record | {"images": [str(image) for image in images]} | more)
     return questions
-
-
-def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tuple:
-    """Picture files -> patches [P, channels x patch] and grids [pictures, 3]; blank: mean grey."""
-    pictures = [read_picture(path) for path in paths]
-    if blank:
-        pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
-    seen = student.image_processor(images=pictures, return_tensors="pt")
-    return seen["pixel_values"], seen["image_grid_thw"]
 
 
 # --- end: a student ---

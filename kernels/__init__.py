@@ -2,7 +2,7 @@
 
 from kernels.attention import attention
 from kernels.rays import plucker_rays
-from kernels.register import load_student, prepare, register
+from kernels.register import load_model, prepare, register
 from kernels.temporal import temporal_attention
 
-__all__ = ["attention", "load_student", "plucker_rays", "prepare", "register", "temporal_attention"]
+__all__ = ["attention", "load_model", "plucker_rays", "prepare", "register", "temporal_attention"]

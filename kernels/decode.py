@@ -100,13 +100,9 @@ def decode(
         if done.all() or len(tokens) == max_new_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model(
-            input_ids=tokens[-1][:, None],
-            attention_mask=mask,
-            position_ids=position.expand(3, -1)[..., None],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        inputs = {"input_ids": tokens[-1][:, None], "attention_mask": mask}
+        inputs["position_ids"] = position.expand(3, -1)[..., None]
+        out = model(**inputs, past_key_values=cache, use_cache=True)
         logits, position = out.logits[:, -1], position + 1
     responses = []
     for row in torch.stack(tokens, 1).tolist():

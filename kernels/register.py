@@ -15,9 +15,6 @@ The vision tower receives them as well and would take a plain `cu_seqlens` for t
 hence "text_". The model has rotated q and k before it calls us.
 """
 
-import sys
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -48,9 +45,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, is_causal=N
     """query [B, H, S, D], key and value [B, Hk, Sk, D] -> ([B, S, H, D], None)."""
     prefix, window = options.get("prefix"), options.get("sliding_window")
     if options.get("dropout") or window is not None:
-        raise ValueError(
-            f"world2vlm attention has no dropout and no sliding window ({window}): use sdpa"
-        )
+        raise ValueError(f"world2vlm has no dropout and no sliding window ({window}): use sdpa")
     if "cu_seqlens" in options:
         raise ValueError("the vision tower took cu_seqlens for its own: pass text_cu_seqlens")
     device = query.device.type
@@ -136,42 +131,3 @@ def load_model(base: str, dtype, device: str, attention: str):
             raise ValueError(f"missing, unexpected or not finite: {', '.join(wrong[:3])}")
     prepare(model, attention)
     return model.to(device)
-
-
-@dataclass
-class Student:
-    model: torch.nn.Module
-    tokenizer: object  # of transformers, as is the next
-    image_processor: object
-    source: str  # the folder or hub id that its base came from
-
-
-def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
-    """What `load_model` loads, with its tokenizer, and pictures of at most max_pixels.
-
-    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision. What
-    does not load ends the script in one line, with status 2.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    from kernels.lora import adapter_config, load_adapter
-
-    broken = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-    broken += (RuntimeError, MemoryError, EOFError, StrictDataclassError, SafetensorError)
-    try:
-        base = adapter_config(source)["base_model_name_or_path"]
-        model = load_model(base, dtype, device, attention)
-        load_adapter(model, source)
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
-    except broken as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(
-            f"{source} does not load as an image-text-to-text checkpoint: {reason}", file=sys.stderr
-        )
-        raise SystemExit(2) from None
-    edges = ("shortest_edge", "longest_edge")
-    image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
-    return Student(model, tokenizer, image_processor, base)

@@ -25,11 +25,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -91,9 +88,7 @@ def recurrent(config) -> bool:
     return "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
-def share(
-    questions: list[dict], pixels: torch.Tensor, grids: torch.Tensor, config, max_tokens: int
-) -> list[dict]:
+def share(questions: list[dict], pixels, grids, config, max_tokens: int) -> list[dict]:
     """Encoded questions {ids, positions, prompt, name} about the same pictures -> rows.
 
     The prefix is the longest run of tokens with which all prompts begin. Where it lacks a picture,
@@ -141,15 +136,10 @@ def join(questions: list[dict], prefix: int) -> dict:
             target.append(start + i)
             owner.append(k)
         start += rest
-    return {
-        "ids": torch.cat(ids),
-        "positions": torch.cat(positions, 1),
-        "segment": torch.cat(segment),
-        "source": torch.tensor(source),
-        "target": torch.tensor(target),
-        "owner": torch.tensor(owner),
-        "questions": questions,
-    }
+    row = {"ids": torch.cat(ids), "positions": torch.cat(positions, 1)}
+    row |= {"segment": torch.cat(segment), "source": torch.tensor(source)}
+    row |= {"target": torch.tensor(target), "owner": torch.tensor(owner)}
+    return row | {"questions": questions}
 
 
 def answer_tokens(rows: list[dict]) -> torch.Tensor:

@@ -62,19 +62,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, cfg: SevaConfig):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
-        )
+        first = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), first)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.dense_emb_layers = nn.Sequential(nn.Conv2d(cfg.dense_in_channels, 2 * channels, 1))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Dropout(cfg.dropout),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        second = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        norm, drop = nn.GroupNorm(32, out_channels), nn.Dropout(cfg.dropout)
+        self.out_layers = nn.Sequential(norm, nn.SiLU(), drop, second)
         self.skip_connection = nn.Identity()
         if channels != out_channels:
             self.skip_connection = nn.Conv2d(channels, out_channels, 1)
@@ -242,9 +236,8 @@ class Seva(nn.Module):
         super().__init__()
         self.cfg = cfg
         width, last = cfg.model_channels, len(cfg.channel_mult) - 1
-        self.time_embed = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
-        )
+        wider, last_map = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
+        self.time_embed = nn.Sequential(wider, nn.SiLU(), last_map)
         # The way down: residual blocks per level, then half the size. Each output is a skip.
         stem = nn.Conv2d(cfg.in_channels, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage(stem)])
