@@ -229,13 +229,6 @@ def watch(skipped: dict, number):
         skipped[kind].append(f"question {number}, {type(error).__name__} {str(error)[:200]}")
 
 
-def kind_of(record: dict, answer: str) -> str | None:
-    """The type of a record's answer; None where the answer does not have it."""
-    said = record.get("answer_type")
-    kind = said if said in [*PARSERS] else ANSWER_TYPES.get(record["task_type"])
-    return kind if kind and reward(None, answer, answer, kind)["overall"] > 1 - 1e-9 else None
-
-
 def read_heldout(path: Path, root: Path, skipped: dict):
     """Questions of our own format, in file order."""
     records = read_questions(path, root)  # which names unusable lines
@@ -244,19 +237,21 @@ def read_heldout(path: Path, root: Path, skipped: dict):
     for number, record in enumerate(records, 1):
         with watch(skipped, number):
             *turns, last = record["messages"]
-            task, truth = record["task_type"], last["content"].strip()
-            kind = kind_of(record, truth)
-            if kind is None:
+            task, kind, truth = (
+                record["task_type"],
+                record.get("answer_type"),
+                last["content"].strip(),
+            )
+            kind = kind if kind in [*PARSERS] else ANSWER_TYPES.get(task)
+            if not kind or reward(None, truth, truth, kind)["overall"] < 1 - 1e-9:
                 raise ValueError(f"unknown task or answer: {task!r}, {truth[:60]!r}")
-            images = [Path(image).resolve() for image in record["images"]]
-            images = [str(image.relative_to(root.resolve())) for image in images]
             task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
             question = {"number": number, "id": str(number), "task_type": task, "answer_type": kind}
             question["question"] = "\n".join(turn["content"] for turn in turns)
-            options = [*map(str, record.get("options") or [])]
-            question |= {"truth": truth, "options": options, "images": images}
+            question |= {"truth": truth, "images": record["written"], "record": record}
+            question["options"] = [*map(str, record.get("options") or [])]
             question["scene_id"] = str(record.get("scene_id", f"question {number}"))
-            yield question | {"record": record}
+            yield question
 
 
 def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]:
@@ -264,14 +259,14 @@ def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]
 
     The orders of one row's choices stay together.
     """
-    groups = defaultdict(list)
+    groups, kept, counts = defaultdict(list), [], Counter()
     for question in questions:
         groups[question.get("group", question["number"])].append(question)
-    kept, counts, keys = [], Counter(), ("task_type", "question", "number")
+    keys = ("task_type", "question", "number")
     for group in sorted(groups.values(), key=lambda own: digest(*(own[0][key] for key in keys))):
         task = group[0]["task_type"]
         counts[task] += 1
-        asked = not tasks or task in tasks or task.removesuffix(" choice") in tasks
+        asked = not tasks or {task, task.removesuffix(" choice")} & {*tasks}
         if asked and (not per_task or counts[task] <= per_task):
             kept += group
     return sorted(kept, key=lambda question: question["number"])
@@ -346,23 +341,23 @@ def read_sat(exam: dict, path: Path, root: Path, skipped: dict):
             for picture in row["image_bytes"]:
                 stored = store_picture(picture["bytes"], root / folder, exam.get("square"))
                 images.append(str(folder / stored))
+            common = {"task_type": row["question_type"], "question": row["question"]}
+            common |= {"images": images, "scene_id": " ".join(images)}
             orders = [list(range(len(choices)))]
             if exam.get("circular"):
                 first = sorted(orders[0], key=lambda place: digest("order", last, place))
                 orders = [first[turn:] + first[:turn] for turn in orders[0]]
             for turn, order in enumerate(orders):
-                question = {"number": last, "id": str(last), "options": [choices[i] for i in order]}
-                question |= {"task_type": row["question_type"], "question": row["question"]}
-                letter = LETTERS[order.index(right)]
-                question["truth"] = letter if exam["scorer"] == "sat letter" else choices[right]
-                question |= {"images": images, "scene_id": " ".join(images), "order": order}
+                question = common | {"number": last, "id": str(last), "order": order}
                 if exam.get("circular"):
                     number = last * len(LETTERS) + turn
                     question |= {"number": number, "id": f"{last}/{turn}", "group": last}
+                letter = LETTERS[order.index(right)]
+                question["truth"] = letter if exam["scorer"] == "sat letter" else choices[right]
+                question["options"] = [choices[i] for i in order]
                 yield in_words(exam, root, question)
-    for row in sorted(wanted or ()):
-        if row > last:
-            skipped["missing row"].append(f"row {row} of {path.name}")
+    for row in sorted(row for row in wanted or () if row > last):
+        skipped["missing row"].append(f"row {row} of {path.name}")
 
 
 def store_picture(content: bytes, folder: Path, square: int | None) -> str:
@@ -391,12 +386,11 @@ def read_vsi(exam: dict, path: Path, root: Path, skipped: dict):
             if not (float(truth) > 0 if numeric else truth in [*LETTERS[: len(options)]]):
                 raise ValueError(f"{truth[:20]!r} is not an answer")
             scene = f"{row['dataset']}/{row['scene_name']}"
-            video = str(locate(path.parent, f"{scene}.mp4"))
-            folder = f"6_eval/pictures/vsibench/{scene}/{exam['frames']}"
-            images = [f"{folder}/{i:03d}.png" for i in range(exam["frames"])]
+            frames = Path("6_eval/pictures/vsibench", scene, str(exam["frames"]))
             question = {"number": number, "id": id, "task_type": task, "scene_id": scene}
             question |= {"question": row["question"], "options": options, "truth": truth}
-            question |= {"images": images, "video": video}
+            question["images"] = [str(frames / f"{i:03d}.png") for i in range(exam["frames"])]
+            question["video"] = str(locate(path.parent, f"{scene}.mp4"))
             yield in_words(exam, root, question)
 
 
@@ -457,32 +451,34 @@ def write_questions(questions: list[dict], path: Path, video: bool, cfg: Config)
         for turn in record["messages"][:-1]:
             content = []
             for part in filter(None, re.split("(<image>)", turn["content"])):
-                url = part == "<image>" and Path(next(files)).resolve().as_uri()
-                shown, text = {"type": kind, kind: {"url": url}}, {"type": "text", "text": part}
-                content.append(shown if url else text)
+                shown = {"type": "text", "text": part}
+                if part == "<image>":
+                    shown = {"type": kind, kind: {"url": Path(next(files)).resolve().as_uri()}}
+                content.append(shown)
             messages.append({"role": turn["role"], "content": content})
         body = {"model": cfg.checkpoint, "messages": messages, "max_tokens": cfg.max_new_tokens}
+        body["temperature"] = cfg.temperature
         line = {"custom_id": question["id"], "method": "POST", "url": "/v1/chat/completions"}
-        line |= {"body": body | {"temperature": cfg.temperature}}
         line |= {key: question[key] for key in ("task_type", "question", "options", "images")}
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps(line | {"body": body}) + "\n")
     save(path, "".join(lines))
     print(f"{len(lines)} questions written to {path}: answer them, then --answers FILE")
 
 
 def answer_in(line: dict) -> tuple[str, str, dict]:
     """(id, text, cost) of a line by hand, of a batch's output, or of lmms-eval's samples."""
-    said, cost = line.get("response"), {key: line.get(key) for key in ("seconds", "tokens")}
+    said, id = line.get("response"), line.get("id", line.get("custom_id"))
+    cost = {key: line.get(key) for key in ("seconds", "tokens")}
     if "custom_id" in line and isinstance(said, dict):
-        body = said.get("body") or said
+        id, body = line["custom_id"], said.get("body") or said
         cost["tokens"] = (body.get("usage") or {}).get("completion_tokens")
-        return line["custom_id"], body["choices"][0]["message"]["content"] or "", cost
-    if "doc_id" in line:
-        said = line.get("resps") or line["filtered_resps"]
+        said = body["choices"][0]["message"]["content"] or ""
+    elif "doc_id" in line:
+        id, said = (line.get("doc") or {}).get("id", line["doc_id"]), line.get("resps")
+        said = said or line["filtered_resps"]
         while isinstance(said, list):
             said = said[0]
-        return str((line.get("doc") or {}).get("id", line["doc_id"])), str(said), cost
-    return str(line.get("id", line.get("custom_id"))), line["response"], cost
+    return str(id), said.strip(), dict.fromkeys(NOTHING) | cost
 
 
 def read_answers(questions: list[dict], path: Path, skipped: dict) -> dict[int, dict]:
@@ -491,13 +487,13 @@ def read_answers(questions: list[dict], path: Path, skipped: dict) -> dict[int, 
     for number, line in read_lines(path):
         try:
             id, text, cost = answer_in(line)
-            found[id] = {"response": text.strip(), "cost": dict.fromkeys(NOTHING) | cost}
-        except (*BROKEN, AttributeError) as error:
+            found[id] = {"response": text, "cost": cost}
+        except BROKEN as error:
             skipped["unusable answer"].append(f"line {number}, {error!r}")
     if not found.keys() & {question["id"] for question in questions}:
         stop(f"{path} answers no question of this exam by its id: write the exam, --questions_out")
+    none = {"response": "", "cost": dict.fromkeys(NOTHING)}
     for question in questions:
-        none = {"response": "", "cost": dict.fromkeys(NOTHING)}
         record = question | found.get(question["id"], none) | {"blank_response": None}
         del record["record"]
         records[question["number"]] = record
@@ -528,26 +524,28 @@ def prompts_of(student: Student, batch: list[dict], blank: bool) -> list[dict]:
     return prompts
 
 
-def respond(student: Student, batch: list[dict], found: list[dict], cfg: Config) -> list[dict]:
-    """Per prompt {"response", "cost"}, or the "fault" for which it cannot be asked.
+def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> list[dict]:
+    """Per question {"response", "cost"}, or the "fault" for which it cannot be asked.
 
-    The clock runs for the student alone: pictures were read before, whoever asks first.
+    The clock runs for the student alone: pictures are read before, whoever asks first.
     """
-    begun, draw, found = time.perf_counter(), [], [*found]
-    good = [i for i, prompt in enumerate(found) if "fault" not in prompt]
+    found, draw = prompts_of(student, batch, blank), []
+    begun, good = time.perf_counter(), [i for i, one in enumerate(found) if "fault" not in one]
+    if not good:
+        return found
     prompts = [found[i] for i in good]
-    if cfg.temperature and good:  # numbers of the question's own, whatever its batch is
+    if cfg.temperature:  # numbers of the question's own, whatever its batch is
         streams = [digest("draw", cfg.seed, batch[i]["number"]) for i in good]
         numbers = [np.random.default_rng([*key]).random(cfg.max_new_tokens) for key in streams]
         draw = [cfg.temperature, torch.tensor(np.array(numbers), dtype=torch.float32)]
     try:
-        tokens = generate(student, prompts, cfg.max_new_tokens, *draw) if good else []
+        tokens = generate(student, prompts, cfg.max_new_tokens, *draw)
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate", str(error)):
             raise
         stop(f"out of memory with {len(good)} questions at a time: lower --batch {cfg.batch}")
-    texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True) if good else []
-    seconds = (time.perf_counter() - begun) / max(1, len(good))
+    texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    seconds = (time.perf_counter() - begun) / len(good)
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
         if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
             text = "no" if said else "yes"
@@ -581,17 +579,17 @@ def ask_all(questions: list[dict], load, folder: Path, cfg: Config) -> dict[int,
     own = [question for question in questions if tuple(question["images"]) in lists]
     own = [question for question in own if "response" not in done.get(question["number"], {})]
     own.sort(key=lambda one: (len(one["record"]["images"]), one["images"], one["number"]))
-    views = {"both": (False, True), "shown": (False,), "blank": (True,)}[cfg.pictures]
     for start in tqdm(range(0, len(own), cfg.batch), unit="batch", desc=f"6_eval/{folder.name}"):
         batch = own[start : start + cfg.batch]
-        said = [respond(load(), batch, prompts_of(load(), batch, grey), cfg) for grey in views]
-        blind = said[1] if len(said) == 2 else [{}] * len(batch)
+        said = respond(load(), batch, cfg.pictures == "blank", cfg)
+        blind = respond(load(), batch, True, cfg) if cfg.pictures == "both" else [{}] * len(batch)
         with log.open("a") as lines:
-            for question, found, control in zip(batch, said[0], blind, strict=True):
+            for question, found, control in zip(batch, said, blind, strict=True):
                 record = question | found | {"blank_response": control.get("response")}
-                del record["record"]
                 costs = [found.get("cost", NOTHING), question.get("cost", NOTHING)]
-                lines.write(json.dumps(record | {"cost": total_cost(costs)}) + "\n")
+                record["cost"] = total_cost(costs)
+                del record["record"]
+                lines.write(json.dumps(record) + "\n")
     return logged(folder)
 
 
@@ -602,28 +600,28 @@ SMALL += "fifteen sixteen seventeen eighteen nineteen twenty"
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred"
 NUMBER_WORDS = {word: value for value, word in enumerate(SMALL.split())} | {"thousand": 1000}
 NUMBER_WORDS |= {word: 10 * i for i, word in enumerate(TENS.split(), 2)}
+FIRST_NUMBER = rf"-?\d+(?:\.\d+)?|(?<![a-z])(?:{'|'.join(NUMBER_WORDS)})(?![a-z])"
+FIRST_NUMBER = re.compile(FIRST_NUMBER)
 
 
 def first_number(text: str) -> float | None:
     """The first number of a text, in digits (".5" is read as 5, "1,200" as 1) or in words."""
     text = text.lower()
-    written, words = re.search(r"-?\d+(?:\.\d+)?", text), list(re.finditer("[a-z]+", text))
-    while words and words[0][0] not in NUMBER_WORDS:
-        words.pop(0)
-    if written and not (words and words[0].start() < written.start()):
-        return float(written[0])
-    if not words:
+    found = FIRST_NUMBER.search(text)
+    if not found:
         return None
+    if not found[0].isalpha():
+        return float(found[0])
     thousands, rest = 0, 0
-    for word in words:  # "one hundred and five"
-        value = NUMBER_WORDS.get(word[0])
+    for word in re.findall("[a-z]+", text[found.start() :]):  # "one hundred and five"
+        value = NUMBER_WORDS.get(word)
         if value == 1000:
             thousands, rest = thousands + max(rest, 1) * 1000, 0
         elif value == 100:
             rest = max(rest, 1) * 100
         elif value is not None:
             rest += value
-        elif word[0] != "and":
+        elif word != "and":
             break
     return float(thousands + rest)
 
@@ -641,9 +639,7 @@ def score_vsi(question_type: str, prediction: str, truth) -> float:
 
 def without_thoughts(text: str) -> str:
     """What lmms-eval's command line cuts off before any task sees the answer."""
-    for tag in ("think", "analysis"):
-        text = re.sub(rf"<{tag}>.*?</{tag}>", "", text, flags=re.S)
-    return text.strip()
+    return re.sub(r"<(think|analysis)>.*?</\1>", "", text, flags=re.S).strip()
 
 
 def extract_choice(text: str | None) -> str | None:
@@ -677,8 +673,8 @@ def score_sat(response: str, choices: list[str], answer: str) -> float:
 def sat_letter(response: str, question: str) -> str:
     """SAT by lmms-eval: the first word, or the letter of a choice that the *question* lists."""
     clean = re.sub(r"[^\w\s]", "", response).strip()
-    listed = enumerate(re.findall(r"\b[A-Z]\.\s+([^\n]*)", question))
-    letters = {text.strip(): LETTERS[i] for i, text in listed}
+    listed = re.findall(r"\b[A-Z]\.\s+([^\n]*)", question)
+    letters = dict(zip(map(str.strip, listed), LETTERS, strict=False))
     found = re.search("|".join(map(re.escape, letters)), clean) if letters else None
     return (letters.get(found[0], clean) if found else clean).split(" ")[0]
 
@@ -834,38 +830,34 @@ def weights_of(own: list[dict]) -> np.ndarray:
     return np.array([1.0 if row is None else 1 / counts[row] for row in rows])
 
 
-def in_all_orders(own: list[dict], scored: list[dict]) -> list[dict]:
-    """The scores with "circular", which is a row's worst, where rows were asked in all orders."""
-    worst, rows = {}, [one.get("group") for one in own]
-    for row, scores in zip(rows, scored, strict=True):
-        if row is not None:
-            worst[row] = min(scores["score"], worst.get(row, 1.0))
-    more = [{} if row is None else {"circular": worst[row], "right": worst[row]} for row in rows]
-    return [scores | new for scores, new in zip(scored, more, strict=True)]
-
-
 def fill_scores(own: list[dict], exam: dict) -> dict[str, str]:
     """Fill in a task's scores and controls -> {metric: the best constant answer}."""
     counts = Counter(sample["truth"] for sample in own)
     truths = frozenset(counts)
 
     def score(responses):
-        scored = []
+        scored, worst = [], {}
         for one, said in zip(own, responses, strict=True):
             if "scorer" in exam:
                 scored.append(score_choice(exam["scorer"], one, said))
             else:
                 options = tuple(one.get("options", ()))
                 scored.append(measure(one["answer_type"], one["truth"], said, truths, options))
-        return in_all_orders(own, scored)
+            if "group" in one:  # a row asked in all orders is as right as in the worst of them
+                worst[one["group"]] = min(scored[-1]["score"], worst.get(one["group"], 1.0))
+        for one, scores in zip(own, scored, strict=True):
+            if "group" in one:
+                scores |= dict.fromkeys(("circular", "right"), worst[one["group"]])
+        return scored
 
     said = {name: [sample[name] for sample in own] for name in ("response", "blank_response")}
     boxes = [BOX.search(sample["question"]) for sample in own]
     if all(boxes) and own[0]["answer_type"] == "box":
         said["copy_response"] = [box[0] for box in boxes]  # the first picture's box, said again
     if all(sample.get("options") for sample in own):
-        letters = [LETTERS[: len(sample["options"])] for sample in own]
-        listed = [one["options"] for one in own] if exam.get("scorer") == "sat text" else letters
+        listed = [sample["options"] for sample in own]
+        if exam.get("scorer") != "sat text":
+            listed = [LETTERS[: len(options)] for options in listed]
         said |= {"first_response": [one[0] for one in listed]}
         said |= {"last_response": [one[-1] for one in listed]}
     for name, responses in said.items():
@@ -885,18 +877,18 @@ def fill_scores(own: list[dict], exam: dict) -> dict[str, str]:
     return {metric: answer for metric, (_, answer, _) in best.items()}
 
 
-def summary(own: list[dict], metric: str, *key) -> dict:
+def summary(own: list[dict], metric: str, *key, controls=tuple(CONTROLS)) -> dict:
     """The interval of a score, of its controls, and of the difference from each of them."""
-    scenes, weights = [sample["scene_id"] for sample in own], weights_of(own)
+    scenes = [sample["scene_id"] for sample in own]
+    how = {"weights": weights_of(own), "share": "error" not in metric}
 
     def values(name):
         found = [sample.get(name, {}).get(metric) for sample in own]
         return None if None in found else np.array(found, float)
 
     score = values("scores")
-    how = {"weights": weights, "share": "error" not in metric}
     result = estimate(score, scenes, *key, **how)
-    for name in CONTROLS:
+    for name in controls:
         control = values(f"{name}_scores")
         if control is not None:
             result[name] = estimate(control, scenes, *key, **how)
@@ -916,17 +908,17 @@ def grade(samples: list[dict], exam: dict, seed: int) -> dict:
             if category(sample["task_type"]) not in best:
                 groups[category(sample["task_type"])].append(sample)
     left_out = exam.get("not_counted", [])
-    everything = [one for one in samples if one["task_type"] not in left_out] or samples
-    for task, own in [*sorted(groups.items()), ("all", everything)]:
+    groups = dict(sorted(groups.items()))
+    groups["all"] = [one for one in samples if one["task_type"] not in left_out] or samples
+    for task, own in groups.items():
         metrics = {}
         for metric in metrics_of(*(sample["scores"] for sample in own)):
             counted = samples if metric == "lmms" and task == "all" else own  # it leaves out none
             metrics[metric] = summary(counted, metric, seed, task)
             if metric in best.get(task, {}):
                 metrics[metric]["constant"]["answer"] = best[task][metric]
-        unparsable = sum(not sample["scores"]["answered"] for sample in own)
-        scenes = len({sample["scene_id"] for sample in own})
-        tasks[task] = {"questions": len(own), "scenes": scenes, "unparsable": unparsable}
+        tasks[task] = {"questions": len(own), "scenes": len({one["scene_id"] for one in own})}
+        tasks[task]["unparsable"] = sum(not sample["scores"]["answered"] for sample in own)
         tasks[task]["metrics"] = metrics
     return tasks
 
@@ -934,29 +926,22 @@ def grade(samples: list[dict], exam: dict, seed: int) -> dict:
 def differences(a: list[dict], b: list[dict], seed: int) -> dict:
     """{task: {"n", metric: summary with "above_a", B minus A}} on the questions of both; "holm" is
     the p-value corrected for all that stand here: the tasks' scores, not their mean."""
-    keys = ("task_type", "question", "truth", "images")
-    known = {repr([sample[key] for key in keys]): sample for sample in a}
-    pairs = []
-    for sample in b:
-        if (name := repr([sample[key] for key in keys])) in known:
-            pairs.append(sample | {"a_scores": known[name]["scores"], "name": name})
-    pairs.sort(key=lambda pair: pair["name"])
+
+    def name(sample):
+        return repr([sample[key] for key in ("task_type", "question", "truth", "images")])
+
+    known = {name(sample): sample["scores"] for sample in a}
+    pairs = [one | {"a_scores": known[name(one)]} for one in b if name(one) in known]
+    pairs.sort(key=name)
     tasks, tests = {}, []
     for task in [*sorted({sample["task_type"] for sample in pairs}), "all"] * bool(pairs):
         own = [sample for sample in pairs if task in (sample["task_type"], "all")]
         found = tasks[task] = {"n": len(own), "scenes": len({one["scene_id"] for one in own})}
-        weights, scenes = weights_of(own), [sample["scene_id"] for sample in own]
-        sides = [sample[side] for sample in own for side in ("scores", "a_scores")]
-        for metric in metrics_of(*sides):
-            if metric == "right" and task != "all":
-                continue  # nearly always the main score once more
-            both = [[one[side][metric] for one in own] for side in ("a_scores", "scores")]
-            (before, after), how = np.array(both, float), {"weights": weights}
-            apart = estimate(after - before, scenes, seed, task, metric, difference=True, **how)
-            means = [round(float(np.average(x, weights=weights)), 6) for x in (before, after)]
-            found[metric] = {"a": {"mean": means[0]}, "mean": means[1], "above_a": apart}
-            if task != "all" and apart["p"] is not None:
-                tests.append(apart)
+        for metric in metrics_of(*(one[side] for one in own for side in ("scores", "a_scores"))):
+            if metric != "right" or task == "all":  # nearly always the main score once more
+                found[metric] = summary(own, metric, seed, task, metric, controls=["a"])
+                above = found[metric]["above_a"]
+                tests += [above] * (task != "all" and above["p"] is not None)
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["holm"] = round(p, 6)
     return tasks
@@ -972,12 +957,10 @@ def figure(value: dict | None, metric: str, ends=False, sign="") -> str:
     """A mean; with `ends`, its interval behind."""
     if value is None:
         return "-"
-    digits = {"error_deg": 1, "error_m": 2}.get(metric, 3)
+    form = f"{sign}.{ {'error_deg': 1, 'error_m': 2}.get(metric, 3) }f"
     mean, low, high = (value.get(end) for end in ("mean", "low", "high"))
-    form = f"{sign}.{digits}f"
-    if not ends or low is None:
-        return format(mean, form)
-    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+    interval = f" ({low:{form}} to {high:{form}})" if ends and low is not None else ""
+    return f"{mean:{form}}{interval}"
 
 
 def table(evaluations: list[dict]) -> list[list[str]]:
@@ -985,28 +968,27 @@ def table(evaluations: list[dict]) -> list[list[str]]:
     tasks = evaluations[-1]["tasks"]
     metrics = [values for one in tasks.values() for values in one["metrics"].values()]
     controls = [name for name in CONTROLS if any(name in values for values in metrics)]
-    above = "above_blank" if "blank" in controls else None
+    above = ["above_blank"] * ("blank" in controls)
     tags = [one["tag"] + " (*)" * unreliable(one) for one in evaluations]
     head = ["task", "score", "n", *(CONTROLS[name] for name in controls), *tags]
-    rows = [head + ["above blank"] * bool(above)]
+    rows = [head + ["above blank" for _ in above]]
     for task, result in tasks.items():
         others = [one["tasks"].get(task, {"metrics": {}})["metrics"] for one in evaluations]
         for metric, values in result["metrics"].items():
             if metric != "right" or task == "all":  # nearly always the main score once more
                 cells = [figure(values.get(name), metric) for name in controls]
                 cells += [figure(other.get(metric), metric, ends=True) for other in others]
-                cells += [figure(values.get(above), metric, ends=True, sign="+")] * bool(above)
+                cells += [figure(values.get(name), metric, True, "+") for name in above]
                 rows.append([task, WORDS[metric], str(result["questions"]), *cells])
-    empty, after = [""] * (1 + len(controls)), [""] * bool(above)
+    more = []
     for key, words in COSTS.items():
-        costs = [
-            "-" if one["cost"][key] is None else f"{one['cost'][key]:.3g}" for one in evaluations
-        ]
-        rows.append(["cost", words, *empty, *costs, *after])
+        costs = [one["cost"][key] for one in evaluations]
+        more.append(["cost", words, *("-" if cost is None else f"{cost:.3g}" for cost in costs)])
     counted = [one["counts"] | {"questions at a time": one["batch"]} for one in evaluations]
     for what in sorted({what for counts in counted for what in counts}):
-        rows.append(["count", what, *empty, *(str(one.get(what, 0)) for one in counted), *after])
-    return rows
+        more.append(["count", what, *(str(one.get(what, 0)) for one in counted)])
+    empty = [""] * (1 + len(controls))
+    return rows + [[*row[:2], *empty, *row[2:], *([""] * len(above))] for row in more]
 
 
 def difference_rows(tasks: dict, names: list[str]) -> list[list[str]]:
@@ -1025,12 +1007,12 @@ def difference_rows(tasks: dict, names: list[str]) -> list[list[str]]:
 
 def aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<"] * 2 + [">"] * len(widths)
-    padded = [
-        [f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=False)]
-        for row in rows
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    lines = []
+    for row in rows:
+        words = [cell.ljust(n) for cell, n in zip(row[:2], widths, strict=False)]
+        words += [cell.rjust(n) for cell, n in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
 
 
 def draw(evaluations: list[dict]) -> bytes:
@@ -1038,9 +1020,9 @@ def draw(evaluations: list[dict]) -> bytes:
     plot, file = Figure(figsize=(4.2, 3.4), layout="constrained"), io.BytesIO()
     timed = [one for one in evaluations if one["cost"]["seconds"]]
     seconds = [one["cost"]["seconds"] for one in timed] or [1]
-    limits = {"xlim": (min(seconds) / 2, max(seconds) * 2), "ylim": (0, 1.03)}
-    axes = plot.add_subplot(xscale="log", **limits)
+    axes = plot.add_subplot(xscale="log", ylim=(0, 1.03))
     axes.set(xlabel="seconds per question", ylabel="right answers")
+    axes.set(xlim=(min(seconds) / 2, max(seconds) * 2))
     for name, colour in (("blank", "grey"), ("constant", "orange")):
         if control := evaluations[-1]["right"].get(name):
             axes.axhline(control["mean"], color=colour, linestyle="--", label=CONTROLS[name])
@@ -1130,11 +1112,8 @@ chosen for every score anew, knowing these questions. In brackets: 95 %, by draw
 {% for note in notes %}{{ note }} {% endfor %}</p>
 <img class="plot" alt="accuracy and cost" src="data:image/svg+xml;base64,{{ plot | safe }}">
 <p>Click a column's head to sort by it.</p>{{ grid(rows) }}
-<details><summary>How it was asked</summary>{{ grid(protocol, "text") }}</details>
-{% for name, rows in changes.items() %}<details open><summary>{{ last.tag }} minus {{ name }}
-</summary>{{ grid(rows) }}</details>{% endfor %}
-{% if confused %}<details><summary>What was said for what was true</summary>{{ grid(confused) }}
-</details>{% endif %}
+{% for name, rows in grids.items() %}<details><summary>{{ name }}</summary>
+{{ grid(rows, "text" if loop.first else "sort") }}</details>{% endfor %}
 <p>Examples; all answers are in <a href="samples.jsonl">samples.jsonl</a>. Boxes: orange as the
 question names them, green true, red answered.</p>
 {% for task, cards in tasks.items() %}
@@ -1156,6 +1135,7 @@ def report(evaluations: list[dict], samples: list[dict], others: dict, root: Pat
     """Write the page and the plot. The last evaluation is this one, which has the samples;
     others: {tag: samples} of those beside it."""
     last, tasks, counts, plot = evaluations[-1], {}, Counter(), draw(evaluations)
+    save(folder / "accuracy_cost.svg", plot)
     for sample in sorted(samples, key=lambda one: digest(one["question"], one["number"])):
         kind = sample["task_type"], sample["scores"]["right"] >= 0.5
         counts[kind] += 1
@@ -1163,18 +1143,16 @@ def report(evaluations: list[dict], samples: list[dict], others: dict, root: Pat
             with suppress(ValueError):  # gone since it was asked about
                 sample = sample | {"pictures": pictures_of(sample, root)}
             tasks.setdefault(kind[0], []).append(sample)
-    save(folder / "accuracy_cost.svg", plot)
-    changes = {}
+    protocol = last["protocol"] | {"seed": last["config"]["seed"], "asked": last["asked_sha256"]}
+    grids = {"How it was asked": [[key, json.dumps(value)] for key, value in protocol.items()]}
     for tag, theirs in others.items():
         found = differences(theirs, samples, last["config"]["seed"])
-        changes[tag] = difference_rows(found, [tag, last["tag"]])
-    protocol = last["protocol"] | {"seed": last["config"]["seed"], "asked": last["asked_sha256"]}
-    protocol = [[key, json.dumps(value)] for key, value in protocol.items()]
+        grids[f"{last['tag']} minus {tag}"] = difference_rows(found, [tag, last["tag"]])
+    grids["What was said for what was true"] = confusion(samples)
     content = {"last": last, "rows": table(evaluations), "notes": notes(evaluations)}
-    content |= {"protocol": protocol, "changes": changes, "confused": confusion(samples)}
-    content |= {"plot": base64.b64encode(plot).decode(), "tasks": dict(sorted(tasks.items()))}
-    hashed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    content |= {"script": SCRIPT, "hash": hashed}
+    content |= {"grids": grids, "tasks": dict(sorted(tasks.items())), "script": SCRIPT}
+    content["plot"] = base64.b64encode(plot).decode()
+    content["hash"] = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     page = jinja2.Environment(autoescape=True, finalize=visible).from_string(PAGE)
     save(folder / "report.html", page.render(content))
 
@@ -1186,9 +1164,10 @@ def unreliable(one: dict) -> bool:
 
 def notes(evaluations: list[dict]) -> list[str]:
     """What a reader of the table has to know."""
-    last = evaluations[-1]
-    others = [one["tag"] for one in evaluations if one["asked_sha256"] != last["asked_sha256"]]
-    found = [f"{tag} was asked other questions, or in another way." for tag in others]
+    last, found = evaluations[-1], []
+    for one in evaluations:
+        if one["asked_sha256"] != last["asked_sha256"]:
+            found.append(f"{one['tag']} was asked other questions, or in another way.")
     if any(map(unreliable, evaluations)):
         found.append("(*): too few of its lists of scores could be read, this is no result.")
     if (scenes := last["tasks"]["all"]["scenes"]) < 20:
@@ -1202,19 +1181,22 @@ def compare_two(cfg: Config):
     if len(cfg.compare) != 2:
         stop("--compare wants two finished evaluations, tags or folders: --compare base sft")
     home, names = Path(cfg.run) / "6_eval", [Path(name).name for name in cfg.compare]
-    keys = ("task_type", "question", "truth", "images", "scene_id", "scores")
-    paths = [existing(home, name) / "samples.jsonl" for name in cfg.compare]
-    a, b = ([sample for _, sample in read_lines(path, *keys)] for path in paths)
-    tasks = differences(a, b, cfg.seed)
+    keys, samples = ("task_type", "question", "truth", "images", "scene_id", "scores"), []
+    for name in cfg.compare:
+        lines = read_lines(existing(home, name) / "samples.jsonl", *keys)
+        samples.append([sample for _, sample in lines])
+    tasks = differences(*samples, cfg.seed)
     if not tasks:
         stop(f"{' and '.join(cfg.compare)} have no question in common: ask both the same")
     n, scenes = tasks["all"]["n"], tasks["all"]["scenes"]
-    result = {"only_a": len(a) - n, "only_b": len(b) - n, "tasks": tasks}
+    only_a, only_b = (len(own) - n for own in samples)
+    result = dict(zip("ab", cfg.compare, strict=True)) | {"only_a": only_a, "only_b": only_b}
     path = home / f"compare_{'_'.join(names)}.json"
-    save(path, json.dumps(dict(zip("ab", cfg.compare, strict=True)) | result, indent=1))
+    save(path, json.dumps(result | {"tasks": tasks}, indent=1))
     print(aligned(difference_rows(tasks, names)))
-    print(f"{n} questions that both answered, {len(a) - n} only A, {len(b) - n} only B")
-    print(f"note: {scenes} scenes, trust p by Holm, not the interval\n" * (scenes < 20), end="")
+    print(f"{n} questions that both answered, {only_a} only A, {only_b} only B")
+    if scenes < 20:
+        print(f"note: {scenes} scenes, trust p by Holm, not the interval")
     print(f"written: {path}")
 
 
@@ -1286,14 +1268,23 @@ CRITERIA = [
     "how helpful it is for answering the question: a view that does not show the answer may still "
     "rule out wrong ones; a picture of bad quality gets a low score, any other a higher one",
 ]
+DEMAND = """
+Do not answer it yet. Score each of the {n} imagined views from 0 to 9: {criterion}. Output a list \
+of {n} scores in the order of the views, separated by ',', and nothing else. Output: """
 
 
-def motion_text(actions: tuple) -> str:
-    """Actions in words; those of one name in a row are one."""
-    texts = []
+def merged(actions: tuple) -> tuple:
+    """A walk: the actions, those of one name in a row as one."""
+    walk = []
     for name, same in itertools.groupby(actions, lambda action: action[0]):
+        walk.append((name, sum(value for _, value in same)))
+    return tuple(walk)
+
+
+def motion_text(walk: tuple) -> str:
+    texts = []
+    for name, value in walk:
         verb, unit = ("turn", "degrees") if name.startswith("turn") else ("move", "meters")
-        value = sum(value for _, value in same)
         texts.append(f"{verb} {name.split('_')[-1]} {value:g} {unit}")
     return "; ".join(texts)
 
@@ -1304,9 +1295,8 @@ def motion_poses(actions: tuple) -> tuple[np.ndarray, list[int]]:
     for name, value in actions:
         most = 5.0 if name.startswith("turn") else 0.2  # degrees or meters per frame
         count = max(1, math.ceil(value / most - 1e-9))
-        step = motion_pose(name, value / count)
-        for _ in range(count):
-            poses.append(poses[-1] @ step)
+        steps = [motion_pose(name, value * i / count) for i in range(1, count + 1)]
+        poses += [poses[-1] @ step for step in steps]
         keyframes.append(len(poses) - 1)
     return np.stack(poses), keyframes
 
@@ -1347,18 +1337,15 @@ def draw_paths(run: Path, paths: list[tuple], root: Path, cfg: Config) -> tuple[
 
     A path that 02 cannot draw has no pictures; one that begins nowhere known is missing.
     """
-    starts = {picture: origin(Path(picture)) for picture, _ in paths}
-    paths, pictures, lines = [path for path in paths if starts[path[0]]], [*starts], []
+    starts, lines = {picture: origin(Path(picture)) for picture, _ in paths}, []
+    paths = [path for path in paths if starts[path[0]]]
+    if not paths:
+        return {}, 0.0
     for number, (picture, actions) in enumerate(paths):
         c2w, keyframes = motion_poses(actions)
-        line = {"scene_id": f"p{pictures.index(picture):05d}", "traj_id": f"w{number:06d}"}
+        line = {"scene_id": f"p{[*starts].index(picture):05d}", "traj_id": f"w{number:06d}"}
         line |= {"split": "heldout", "actions": actions, "keyframes": keyframes}
         lines.append(line | {"c2w": (c2w.round(7) + 0.0).tolist()} | starts[picture])
-    if not lines:
-        return {}, 0.0
-    command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py"))]
-    command += ["--run", str(run), "--keep", "keyframes", "--seed", str(cfg.seed)]
-    command += ["--teacher", *cfg.coupled.split()]
     if not read_meta(run / "2_views").get("finished"):
         for room in {line["room"] for line in lines} - {None}:
             save(run / room, (root / room).read_bytes())
@@ -1366,19 +1353,21 @@ def draw_paths(run: Path, paths: list[tuple], root: Path, cfg: Config) -> tuple[
         save(run / "1_trajectories/trajectories.jsonl", text)
         meta = {"stage": "06_eval", "finished": True, "counts": {"trajectories": len(lines)}}
         save(run / "1_trajectories/meta.json", json.dumps(meta))
+        command = [sys.executable, str(Path(__file__).with_name("02_imagine_views.py"))]
+        command += ["--run", str(run), "--keep", "keyframes", "--seed", str(cfg.seed)]
         with (run / "02.log").open("a") as log:
-            if subprocess.run(command, stdout=log).returncode:
-                stop(f"02 ended with a fault (see {run / '02.log'}): correct --coupled")
-    views = read_lines(run / "2_views/views.jsonl", "traj_id", "frames")
-    frames = {view["traj_id"]: view["frames"][1:] for _, view in views}
-    seen = {}
-    for line, path in zip(lines, paths, strict=True):
-        seen[path] = [str(run / frame) for frame in frames.get(line["traj_id"], [])]
+            done = subprocess.run([*command, "--teacher", *cfg.coupled.split()], stdout=log)
+        if done.returncode:
+            stop(f"02 ended with a fault (see {run / '02.log'}): correct --coupled")
+    frames = {}
+    for _, view in read_lines(run / "2_views/views.jsonl", "traj_id", "frames"):
+        frames[view["traj_id"]] = [str(run / frame) for frame in view["frames"][1:]]
+    seen = {path: frames.get(f"w{number:06d}", []) for number, path in enumerate(paths)}
     return seen, read_meta(run / "2_views")["seconds"] / len(lines)
 
 
 def imagine(run: Path, wanted: list[list[tuple]], root: Path, cfg: Config) -> list[tuple]:
-    """Per question, of which each wants paths, ({words: (actions, picture)}, cost).
+    """Per question, of which each wants paths, ({walk: picture}, cost): its views.
 
     Questions share equal paths, and their price. 02 does not count a network's operations.
     """
@@ -1388,15 +1377,14 @@ def imagine(run: Path, wanted: list[list[tuple]], root: Path, cfg: Config) -> li
     found = []
     for paths in wanted:
         views, own = {}, [path for path in paths if path in seen]
-        for path in own:
-            for i, picture in enumerate(seen[path], 1):
-                actions = path[1][:i]
-                views[motion_text(actions)] = actions, picture
         price = sum(seconds / users[path] for path in own)
-        cost = {"seconds": price, "world_seconds": price}
-        cost["views"] = sum(len(seen[path]) for path in own)
+        cost = NOTHING | {"seconds": price, "world_seconds": price}
         cost["world_flops"] = None if networks and own else 0
-        found.append((views, NOTHING | cost))
+        for path in own:
+            cost["views"] += len(seen[path])
+            for end, picture in enumerate(seen[path], 1):
+                views[merged(path[1][:end])] = picture
+        found.append((views, cost))
     return found
 
 
@@ -1409,23 +1397,14 @@ def paths_from(picture: str, beams: list[tuple]) -> list[tuple]:
     return paths
 
 
-def with_views(record: dict, views: dict[str, str], demand: str = "") -> dict:
-    """The question with imagined views {words: picture} behind its own, and a demand at its end."""
+def with_views(record: dict, views: dict[tuple, str], demand: str = "") -> dict:
+    """The question with views {walk: picture} behind its own pictures, and a demand at its end."""
     *turns, last, told = record["messages"]
     own, mark, rest = last["content"].rpartition("<image>")
-    shown = "".join(f" Imagined from image 1, after {words}: <image>" for words in views)
-    content = own + mark + shown + ("\n" if views else "") + rest + demand
+    shown = [f" Imagined from image 1, after {motion_text(walk)}: <image>" for walk in views]
+    content = own + mark + "".join(shown) + "\n" * bool(views) + rest + demand
     images = [*record["images"], *views.values()]
     return record | {"messages": [*turns, last | {"content": content}, told], "images": images}
-
-
-def to_score(record: dict, views: dict, criterion: str) -> dict:
-    """The question that has new views {words: (actions, picture)} scored."""
-    n, pictures = len(views), {words: picture for words, (_, picture) in views.items()}
-    demand = f"\nDo not answer it yet. Score each of the {n} imagined views from 0 to 9: "
-    demand += f"{criterion}. Output a list of {n} scores in the order of the views, "
-    demand += "separated by ',', and nothing else. Output: "
-    return {"record": with_views(record, pictures, demand)}
 
 
 def scores_in(response: str) -> list[int] | None:
@@ -1436,75 +1415,76 @@ def scores_in(response: str) -> list[int] | None:
         return None
 
 
-def best_of(views: dict, scores: list[int] | None) -> list[str]:
-    """Words of the views that score high enough, the best first; a missing score is none."""
+def best_of(views: dict, scores: list[int] | None) -> list[tuple]:
+    """Walks to the views that score high enough, the best first; a missing score is none."""
     scored = sorted(zip(views, scores or [], strict=False), key=lambda one: -one[1])
-    return [words for words, score in scored if score >= LEAST_SCORE]
+    return [walk for walk, score in scored if score >= LEAST_SCORE]
 
 
 def in_order(shown: dict) -> dict:
-    """Views {words: picture}, by what was done before their last amount, then by that amount."""
+    """The views by what was done before their last amount, then by that amount."""
     ways = defaultdict(list)
-    for words, picture in shown.items():
-        way, amount, _ = words.rsplit(" ", 2)
-        ways[way].append((float(amount), words, picture))
-    return {words: picture for own in ways.values() for _, words, picture in sorted(own)}
+    for walk in shown:
+        ways[walk[:-1], walk[-1][0]].append(walk)
+    return {walk: shown[walk] for own in ways.values() for walk in sorted(own)}
+
+
+def named(views: dict, folder: Path) -> list[tuple]:
+    """(words, picture) of views {walk: picture}, for the samples."""
+    return [(motion_text(walk), os.path.relpath(path, folder)) for walk, path in views.items()]
 
 
 @dataclass
 class Search:
-    """What the baseline knows about a question; words are those of the actions to a view."""
+    """What the baseline knows about a question; its views are {walk: picture}."""
 
     record: dict
-    paths: list[tuple]  # what the next step imagines
-    views: dict = field(default_factory=dict)  # new ones of this step: words -> (actions, picture)
-    known: set = field(default_factory=set)  # words of all views so far
-    shown: dict = field(default_factory=dict)  # words -> picture, to join the question
+    paths: list[tuple]  # what the next step imagines: (picture, actions)
+    new: dict = field(default_factory=dict)  # views of this step
+    known: set = field(default_factory=set)  # walks to all views so far
+    shown: dict = field(default_factory=dict)  # views to join the question
     costs: list = field(default_factory=list)
 
 
 def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
     """The questions with imagined views among their pictures and their "cost"; and counts."""
-    searches, scorings, unparsable = [], 0, 0
+    searches, asked, scorings, unparsable = [], [], 0, 0
     for question in questions:
         record = question["record"]
+        first = Path(record["images"][0])
         if "video" in question:
             with suppress(OSError, ValueError):  # `prompts_of` will name it
-                cut_frames(
-                    question["video"], Path(record["images"][0]).parent, len(record["images"])
-                )
-        searches.append(Search(record, paths_from(record["images"][0], [()])))
+                cut_frames(question["video"], first.parent, len(record["images"]))
+        searches.append(Search(record, paths_from(str(first), [()])))
     scoring = replace(cfg, temperature=0, max_new_tokens=8 + 3 * BEAMS * len(SEARCH) * SUBSTEPS)
     for step in range(1, STEPS + 1):  # each is one call of 02 for all questions
         run = folder / "imagined" / str(step)
         found = imagine(run, [search.paths for search in searches], root, cfg)
         for search, (views, cost) in zip(searches, found, strict=True):
-            search.views = {words: views[words] for words in views if words not in search.known}
+            search.new = {walk: views[walk] for walk in views if walk not in search.known}
             search.known |= views.keys()
             search.costs.append(cost)
             search.paths = []
-        looking = [search for search in searches if search.views]
+        looking = [search for search in searches if search.new]
         for start in tqdm(range(0, len(looking), cfg.batch), unit="batch", desc=f"step {step}"):
-            batch = looking[start : start + cfg.batch]
-            demands = [to_score(one.record, one.views, how) for one in batch for how in CRITERIA]
+            batch, demands = looking[start : start + cfg.batch], []
+            for search, criterion in itertools.product(batch, CRITERIA):
+                demand = DEMAND.format(n=len(search.new), criterion=criterion)
+                demands.append({"record": with_views(search.record, search.new, demand)})
             file = run / "scores" / f"{start}_{cfg.batch}.json"  # so that a killed search goes on
             if not file.is_file():
-                prompts = prompts_of(load(), demands, False)
-                save(file, json.dumps(respond(load(), demands, prompts, scoring)))
+                save(file, json.dumps(respond(load(), demands, False, scoring)))
             said = json.loads(file.read_text())
             for search, *both in zip(batch, said[::2], said[1::2], strict=True):
                 search.costs += [one.get("cost", NOTHING) for one in both]
                 scores = [scores_in(one.get("response", "")) for one in both]
                 scorings, unparsable = scorings + 2, unparsable + scores.count(None)
-                explore, helpful = (best_of(search.views, one) for one in scores)
-                beams = [search.views[words][0] for words in explore[:BEAMS]]
-                search.paths = paths_from(search.record["images"][0], beams)
-                search.shown |= {words: search.views[words][1] for words in helpful[:SHOWN]}
-    asked = []
+                explore, helpful = (best_of(search.new, one) for one in scores)
+                search.paths = paths_from(search.record["images"][0], explore[:BEAMS])
+                search.shown |= {walk: search.new[walk] for walk in helpful[:SHOWN]}
     for question, search in zip(questions, searches, strict=True):
         shown = in_order(search.shown)
-        paths = [(words, os.path.relpath(path, folder)) for words, path in shown.items()]
-        more = {"record": with_views(search.record, shown), "imagined": paths}
+        more = {"record": with_views(search.record, shown), "imagined": named(shown, folder)}
         asked.append(question | more | {"cost": total_cost(search.costs)})
     counts = {"imagined views shown": sum(len(search.shown) for search in searches)}
     counts["questions without them"] = sum(not search.shown for search in searches)
@@ -1523,40 +1503,40 @@ def restated(question: dict, view: str | None) -> dict:
     one in the view (S2), whose answers are those of D2 the other way round. Image 2 is the
     question's own, and the view only where it has none.
     """
-    record = question["record"]
-    *turns, last, told = record["messages"]
-    content, images = STATED.sub("", last["content"], count=1), [*record["images"]]
+    *turns, last, told = question["record"]["messages"]
+    content, images = STATED.sub("", last["content"], count=1), question["record"]["images"]
     if question["task_type"] == "D2":
         label = re.search(r"[Tt]he (.+?) (?:is )?at \[", content)[1]
-        content = f"<image>Is there any {label} in the picture? Answer yes or no."
-        images = [view]
+        content, images = f"<image>Is there any {label} in the picture? Answer yes or no.", [view]
     elif view:
         content, images = "<image>" + content, [*images, view]
     messages = [*turns, last | {"content": content}, told]
-    more = {"record": record | {"messages": messages, "images": images}, "asked": content}
-    return question | more | {"inverted": question["task_type"] == "D2"}
+    record = question["record"] | {"messages": messages, "images": images}
+    more = {"record": record, "asked": content, "inverted": question["task_type"] == "D2"}
+    return question | more
 
 
 def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
-    """The static questions of those that have one, with the view after the stated motion in place
-    of what they do not show, and their "cost"; and counts."""
+    """Static questions instead of those that have one, with the view from the end of the stated
+    motion where they do not show it themselves, and with their "cost"; and counts."""
     fit, wanted, asked = [], [], []
     for question in questions:
-        images = question["record"]["images"]
-        stated = STATED.search(question["record"]["messages"][-2]["content"])
-        if stated and question["task_type"] in ("D1", "D1 choice", "D2", "D4", "D4 choice"):
+        record, task = question["record"], question["task_type"]
+        stated = STATED.search(record["messages"][-2]["content"])
+        if stated and task in ("D1", "D1 choice", "D2", "D4", "D4 choice"):
             actions = [parse_actions(found[0])[0] for found in ACTION.finditer(stated[1])]
             if sum(value for _, value in actions) <= LONGEST:
                 fit.append(question)
-                wanted.append([(images[0], (*actions,))] * (len(images) == 1))
+                path = record["images"][0], tuple(actions)
+                wanted.append([path] * (len(record["images"]) == 1))
     found = imagine(folder / "imagined/1", wanted, root, cfg)
     for question, paths, (views, cost) in zip(fit, wanted, found, strict=True):
-        words, (_, view) = [*views.items()][-1] if views else ("", ((), None))
-        if view or not paths:
-            shown = [(words, os.path.relpath(view, folder))] if view else []
-            asked.append(restated(question, view) | {"imagined": shown, "cost": cost})
-    dropped = {"dropped, no static question": len(questions) - len(fit)}
-    return asked, dropped | {"dropped, no view": len(fit) - len(asked)}
+        last = dict([*views.items()][-1:])  # the others are seen on the way
+        if last or not paths:
+            more = {"imagined": named(last, folder), "cost": cost}
+            asked.append(restated(question, *(last.values() or [None])) | more)
+    counts = {"dropped, no static question": len(questions) - len(fit)}
+    return asked, counts | {"dropped, no view": len(fit) - len(asked)}
 
 
 # --- all together
@@ -1590,7 +1570,7 @@ def settle(cfg: Config) -> tuple[Config, dict]:
         stop(f"{cfg.benchmark} is for engines that read videos: --questions_out, --answers")
     name = Path(cfg.answers).stem if cfg.answers else Path(cfg.checkpoint).name
     parts = [re.sub(r"^\d+_", "", name), cfg.benchmark, *cfg.coupled.split()[:1]]
-    parts += ["stated"] * cfg.coupled_stated
+    parts.append("stated" * cfg.coupled_stated)
     tag = cfg.tag or "-".join(part for part in parts if part not in ("", "heldout"))
     if not re.fullmatch(r"\w[\w.-]*", tag):
         stop(f"the tag {tag!r} is no folder name: choose another --tag")
@@ -1626,12 +1606,12 @@ def tell(skipped: dict[str, list[str]]):
 
 def load_for(cfg: Config, exam: dict) -> Student:
     """The student. An exam may have small pictures enlarged, as far as its own limit lets."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    bfloat16 = device != "cpu" and torch.cuda.is_bf16_supported()
-    bfloat16 = bfloat16 if cfg.dtype == "auto" else cfg.dtype == "bfloat16"
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    if device != "cpu":
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)  # Triton launches there
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else dtype
+    dtype = dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     source = str(existing(Path(cfg.run), cfg.checkpoint))
     student = load_student(source, dtype, device, "world2vlm", exam["max_pixels"])
     size = student.image_processor.size
