@@ -345,46 +345,17 @@ def scores(a, b, i, j, count, keys, mine, theirs, scale, CAUSAL, SEGMENT):
     return tl.where(visible, s, float("-inf"))
 
 
+# fmt: off
 @jit
 def forward_kernel(
-    Q,
-    K,
-    V,
-    OUT,
-    LSE,
-    # Who sees whom: where sequences begin, segment ids, `prefix_ranges`.
-    CU,
-    SEGMENT,
-    FIRST,
-    PREFIX_ENDS,
-    # What is encoded: the matrix of a view and its inverse.
-    P,
-    INVERSE,
-    # Numbers: parts of a walk, tokens per view, blocks per sequence, query heads per key head.
-    parts,
-    scale,
-    S,
-    Sk,
-    per_view,
-    blocks,
-    H,
-    group,
-    # Strides of q, k, v: row of the batch, head, token.
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    Q, K, V, OUT, LSE,
+    CU, SEGMENT, FIRST, PREFIX_ENDS,  # who sees whom: sequences, segment ids, `prefix_ranges`
+    P, INVERSE,  # what is encoded: the matrix of a view and its inverse
+    # parts of a walk, tokens per view, blocks per sequence, query heads per key head
+    parts, scale, S, Sk, per_view, blocks, H, group,
+    qb, qh, qs, kb, kh, ks, vb, vh, vs,  # strides of q, k, v: row of the batch, head, token
+    CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: on
     """One program: BM queries of one head of one sequence, a part of the keys that they see.
 
     OUT [B, H, S, parts, D] and LSE [B, H, S, parts] are contiguous.
@@ -436,43 +407,13 @@ def forward_kernel(
     tl.store(LSE + at + i * parts, lse, mask=i < count)
 
 
+# fmt: off
 @jit
 def dq_kernel(
-    Q,
-    K,
-    V,
-    DO,
-    DQ,
-    LSE,
-    DELTA,
-    CU,
-    SEGMENT,
-    FIRST,
-    PREFIX_ENDS,
-    P,
-    INVERSE,
-    scale,
-    S,
-    Sk,
-    per_view,
-    blocks,
-    H,
-    group,
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    Q, K, V, DO, DQ, LSE, DELTA, CU, SEGMENT, FIRST, PREFIX_ENDS, P, INVERSE,
+    scale, S, Sk, per_view, blocks, H, group, qb, qh, qs, kb, kh, ks, vb, vh, vs,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: on
     """The forward walk again, p recomputed from lse: dq = scale sum_j p (do.v - delta) k.
 
     DO and DQ are contiguous.
@@ -511,43 +452,13 @@ def dq_kernel(
     store_rows(DQ + line * D, D, i, count, dq, D, BD)
 
 
+# fmt: off
 @jit
 def dkdv_kernel(
-    Q,
-    K,
-    V,
-    DO,
-    DK,
-    DV,
-    LSE,
-    DELTA,
-    CU,
-    SEGMENT,
-    LAST,
-    P,
-    INVERSE,
-    scale,
-    S,
-    Sk,
-    per_view,
-    blocks,
-    H,
-    group,
-    qb,
-    qh,
-    qs,
-    kb,
-    kh,
-    ks,
-    vb,
-    vh,
-    vs,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    Q, K, V, DO, DK, DV, LSE, DELTA, CU, SEGMENT, LAST, P, INVERSE,
+    scale, S, Sk, per_view, blocks, H, group, qb, qh, qs, kb, kh, ks, vb, vh, vs,
+    CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: on
     """One program: BN keys of one key head, over all queries that see them, of all its query heads.
 
     DK and DV are contiguous.

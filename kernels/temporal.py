@@ -130,30 +130,14 @@ def _softmax(q, k, group, scale):
     return p, tl.sum(p, axis=1)[:, None]
 
 
+# fmt: off
 @jit
 def temporal_forward(
-    q,
-    k,
-    v,
-    out,
-    q_frame,
-    q_pixel,
-    q_head,
-    k_frame,
-    k_pixel,
-    k_head,
-    v_frame,
-    v_pixel,
-    v_head,
-    S,
-    H,
-    pixels,
-    scale,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    q, k, v, out,
+    q_frame, q_pixel, q_head, k_frame, k_pixel, k_head, v_frame, v_pixel, v_head,
+    S, H, pixels, scale,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: on
     group, bt, s, head, exists = _rows(S, H, pixels, T, ROWS)
     q = _load(q, bt, s, head, q_frame, q_pixel, q_head, exists, D, D_PAD)
     k = _load(k, bt, s, head, k_frame, k_pixel, k_head, exists, D, D_PAD)
@@ -163,36 +147,14 @@ def temporal_forward(
     _store(out, o, bt, s, head, S, H, exists, D, D_PAD)
 
 
+# fmt: off
 @jit
 def temporal_backward(
-    q,
-    k,
-    v,
-    dout,
-    dq,
-    dk,
-    dv,
-    q_frame,
-    q_pixel,
-    q_head,
-    k_frame,
-    k_pixel,
-    k_head,
-    v_frame,
-    v_pixel,
-    v_head,
-    dout_frame,
-    dout_pixel,
-    dout_head,
-    S,
-    H,
-    pixels,
-    scale,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    q, k, v, dout, dq, dk, dv,
+    q_frame, q_pixel, q_head, k_frame, k_pixel, k_head, v_frame, v_pixel, v_head,
+    dout_frame, dout_pixel, dout_head, S, H, pixels, scale,
+    T: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: on
     """The gradients of q, k and v.
 
     With dO the gradient of out = P v, row by row (t and u are frames of one pixel):
