@@ -80,7 +80,7 @@ from kernels.lora import add_lora, exchange, gathered, merge_lora, save_adapter,
 from kernels.prefill import generate_groups
 from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
 from kernels.rows import packs, row_logprobs, shard, share
-from kernels.student import Student, load_student, open_pictures
+from kernels.student import Student, load_student, open_pictures, read_questions
 
 logging.disable_progress_bar()
 
@@ -627,48 +627,6 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 
 # --- end: settings, files and faults ---
-# --- same in 04, 05, 06: a student ---
-LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
-
-
-@functools.cache  # many questions ask about the same picture
-def check_picture(image: Path, root: Path):
-    """ValueError where a question may not use this file."""
-    if not image.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
-    if not image.is_file():
-        raise ValueError(f"{image} is missing")
-
-
-def read_questions(path: Path, root: Path) -> list[dict]:
-    """Records with `images` resolved inside `root`; unusable ones are named and skipped.
-
-    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
-    """
-    questions = []
-    for number, record in read_lines(path, "task_type", "messages", "images"):
-        try:
-            roles = [message["role"] for message in record["messages"]]
-            text = "".join(message["content"] for message in record["messages"])
-            images = [root / image for image in record["images"]]
-            "".join([*roles, text]).encode()  # TypeError for other things, ValueError for no UTF-8
-            if len(roles) < 2 or roles[-1] != "assistant":
-                raise ValueError("messages must be a user's question and the assistant's answer")
-            if not images or text.count("<image>") != len(images):
-                raise ValueError(f"{len(images)} images but {text.count('<image>')} <image> marks")
-            if len(text) > LONGEST_TEXT:
-                raise ValueError(f"its text has {len(text)} characters, more than {LONGEST_TEXT}")
-            for image in images:
-                check_picture(image, root)
-        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-        else:
-            more = {"name": f"{path.name} line {number}", "written": record["images"]}
-            questions.append(record | {"images": [str(image) for image in images]} | more)
-    return questions
-
-
-# --- end: a student ---
 # --- same in 04, 05: training state ---
 ATTENTION = "world2vlm"  # kernels/; or sdpa, eager of transformers: the same, with padding
 MAX_PIXELS = 1_003_520  # of a picture at most, larger ones are scaled down; the paper's
@@ -838,13 +796,18 @@ def take_step(optimizers: list, schedule: str, warmup: float, step: int, steps: 
 
 def log_step(folder: Path, line: dict, shown: str, steps: int):
     """One line of metrics.jsonl, with the peak memory so far; the metrics `shown` are printed."""
+    step = line["step"]
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line["peak_gb"] = round((torch.cuda.max_memory_allocated() or host) / 1e9, 2)
+    peak = torch.cuda.max_memory_allocated() or host
+    line["peak_gb"] = round(peak / 1e9, 2)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    words = [f"{name} {line[name]:<9.4g}" for name in shown.split() if name in line]
-    eta_min = line["seconds"] * (steps - line["step"]) / 60
-    print(f"step {line['step']:>5}/{steps} ", *words, f"ETA {eta_min:.1f} min", flush=True)
+    words = []
+    for name in shown.split():
+        if name in line:
+            words.append(f"{name} {line[name]:<9.4g}")
+    eta_min = line["seconds"] * (steps - step) / 60
+    print(f"step {step:>5}/{steps} ", *words, f"ETA {eta_min:.1f} min", flush=True)
 
 
 def draw_curves(folder: Path, shown: str):

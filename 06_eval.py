@@ -42,8 +42,6 @@ import json
 import math
 import os
 import re
-import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -55,7 +53,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import av
 import jinja2
 import numpy as np
 import torch
@@ -71,7 +68,8 @@ from transformers.hf_argparser import HfArg
 
 from kernels.prefill import generate
 from kernels.rows import encode_question
-from kernels.student import BROKEN, Student, load_student, open_pictures, read_picture
+from kernels.student import BROKEN, Student, cut_frames, load_student, open_pictures
+from kernels.student import read_picture, read_questions, spent
 
 TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
 RECIPES = {
@@ -394,33 +392,6 @@ def read_vsi(exam: dict, path: Path, root: Path, skipped: dict):
             yield in_words(exam, root, question)
 
 
-def cut_frames(video: str, folder: Path, count: int):
-    """Write frames linspace(0, n - 1, count) of a video's n; ValueError where it is damaged."""
-    part, taken, last = folder.with_name(folder.name + ".part"), {}, -1
-    with alone(folder.parent):  # two shards may ask about the same video
-        if folder.is_dir():
-            return
-        try:
-            with av.open(video) as container:
-                n = sum(packet.size > 0 for packet in container.demux(video=0))
-            wanted = np.linspace(0, n - 1, count).astype(int).tolist()
-            with av.open(video) as container:
-                container.streams.video[0].thread_type = "AUTO"
-                for last, frame in enumerate(container.decode(video=0)):
-                    if last in wanted:
-                        taken[last] = frame.to_image()
-        except (av.FFmpegError, IndexError) as error:
-            raise ValueError(str(error)) from error
-        if last + 1 < max(1, 0.98 * n):  # a good video may hide its last frames
-            raise ValueError(f"ends after {last + 1} of its {n} frames")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for i, number in enumerate(wanted):
-            picture = taken[number] if number in taken else frame.to_image()
-            picture.save(part / f"{i:03d}.png", compress_level=1)
-        os.replace(part, folder)
-
-
 def read_mindcube(exam: dict, path: Path, root: Path, skipped: dict):
     """MindCube: MindCube_tinybench.jsonl, whose texts hold the options, and pictures."""
     base = path.parents[1] if path.parent.name == "raw" else path.parent
@@ -549,7 +520,7 @@ def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> li
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
         if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
             text = "no" if said else "yes"
-        cost = spent(student, prompt, len(own), seconds)
+        cost = NOTHING | spent(student, prompt, len(own), seconds)
         found[i] = {"response": text.strip(), "cost": cost}
     return found
 
@@ -1204,45 +1175,6 @@ def compare_two(cfg: Config):
 NOTHING = dict.fromkeys([*COSTS, "prompt_tokens"], 0)
 
 
-def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) -> int:
-    """Operations of one answer, without padding: 2 per weight that a token or a patch meets, and
-    per layer 4 width times the sum over queries of the keys that they are compared with.
-
-    grids [pictures, 3]: frames, rows and columns in patches. No mask counts, nor the last token.
-    """
-    text, vision = model.config.get_text_config(), model.config.vision_config
-    weights = Counter()
-    for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
-            part = re.search("head|language_model|merger|$", name)[0]  # "": the tower
-            weights[part] += module.weight.numel()
-    frames, patches = grids[:, 0], grids[:, 1] * grids[:, 2]  # the tower looks at a frame at a time
-    every = int((frames * patches).sum())
-    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2  # of the other layers
-    keys = whole * patches + (vision.depth - whole) * patches.clamp(max=window)
-    seen = 2 * weights[""] * every
-    seen += 2 * weights["merger"] * (every // vision.spatial_merge_size**2)
-    seen += 4 * vision.hidden_size * int((frames * patches * keys).sum())
-    read, heads = prompt_tokens + generated - 1, text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    pairs = prompt_tokens**2 + sum(range(prompt_tokens + 1, read + 1))
-    spoken = 2 * weights["language_model"] * read + 2 * weights["head"] * generated
-    return seen + spoken + 4 * width * text.num_hidden_layers * pairs
-
-
-def spent(student: Student, prompt: dict, generated: int, seconds: float) -> dict:
-    """What one response cost: a share of its batch's seconds, tokens, operations, peak memory."""
-    n, device = len(prompt["ids"]), student.model.device
-    if device.type == "cuda":
-        peak_gb = torch.cuda.max_memory_allocated(device) / 2**30
-    else:  # of the largest process: this one or the world model's
-        users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        peak_gb = max(resource.getrusage(user).ru_maxrss for user in users) / 2**20
-    cost = {"seconds": seconds, "tokens": generated, "prompt_tokens": n, "peak_gb": peak_gb}
-    return NOTHING | cost | {"vlm_flops": vlm_flops(student.model, n, prompt["grids"], generated)}
-
-
 def total_cost(costs: list[dict], share: int = 1) -> dict:
     """Costs added up and divided by `share` (None stays None); of the memory the highest."""
     total = {}
@@ -1801,50 +1733,6 @@ def alone(folder: Path):
 
 
 # --- end: shards ---
-# --- same in 04, 05, 06: a student ---
-LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
-
-
-@functools.cache  # many questions ask about the same picture
-def check_picture(image: Path, root: Path):
-    """ValueError where a question may not use this file."""
-    if not image.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
-    if not image.is_file():
-        raise ValueError(f"{image} is missing")
-
-
-def read_questions(path: Path, root: Path) -> list[dict]:
-    """Records with `images` resolved inside `root`; unusable ones are named and skipped.
-
-    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
-    """
-    questions = []
-    for number, record in read_lines(path, "task_type", "messages", "images"):
-        try:
-            roles = [message["role"] for message in record["messages"]]
-            text = "".join(message["content"] for message in record["messages"])
-            images = [root / image for image in record["images"]]
-            "".join([*roles, text]).encode()  # TypeError for other things, ValueError for no UTF-8
-            if len(roles) < 2 or roles[-1] != "assistant":
-                raise ValueError("messages must be a user's question and the assistant's answer")
-            if not images or text.count("<image>") != len(images):
-                raise ValueError(f"{len(images)} images but {text.count('<image>')} <image> marks")
-            if len(text) > LONGEST_TEXT:
-                raise ValueError(f"its text has {len(text)} characters, more than {LONGEST_TEXT}")
-            for image in images:
-                check_picture(image, root)
-        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
-        else:
-            more = {"name": f"{path.name} line {number}", "written": record["images"]}
-            questions.append(record | {"images": [str(image) for image in images]} | more)
-    return questions
-
-
-# --- end: a student ---
-
-
 # --- same in 05, 06: answers and the reward ---
 ANSWER_TYPES = {"A1": "motion", "A2": "motion", "A3": "motions", "D3": "motions", "D1": "box"}
 ANSWER_TYPES |= dict.fromkeys(("A4", "D2", "D4", "S2", "S6"), "yes_no")

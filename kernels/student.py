@@ -1,10 +1,19 @@
-"""A student, a Qwen-VL checkpoint with what its questions need, and pictures as it sees them."""
+"""A student: the checkpoint, the questions and pictures that it reads, what its answers cost."""
 
+import json
+import os
+import re
+import resource
+import shutil
 import struct
 import sys
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
@@ -17,6 +26,12 @@ from kernels.register import load_model
 
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
 BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
+
+
+def stop(why: str):
+    """End the run for bad input after which nothing sensible can follow: one line, status 2."""
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 @dataclass
@@ -41,9 +56,7 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
         image_processor = AutoImageProcessor.from_pretrained(base, trust_remote_code=False)
     except (*BROKEN, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        why = f"{source} does not load as an image-text-to-text checkpoint: {reason}"
-        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(f"{source} does not load as an image-text-to-text checkpoint: {reason}")
     edges = ("shortest_edge", "longest_edge")
     image_processor.size = {edge: min(image_processor.size[edge], max_pixels) for edge in edges}
     return Student(model, tokenizer, image_processor, base)
@@ -62,6 +75,35 @@ def read_picture(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
 
 
+def cut_frames(video: str, folder: Path, count: int):
+    """Write frames linspace(0, n - 1, count) of a video's n; ValueError where it is damaged."""
+    import av  # for videos only: training needs none
+
+    part, taken, last = folder.with_name(f"{folder.name}.{os.getpid()}.part"), {}, -1
+    if folder.is_dir():
+        return
+    try:
+        with av.open(video) as container:
+            n = sum(packet.size > 0 for packet in container.demux(video=0))
+        wanted = np.linspace(0, n - 1, count).astype(int).tolist()
+        with av.open(video) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for last, frame in enumerate(container.decode(video=0)):
+                if last in wanted:
+                    taken[last] = frame.to_image()
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(str(error)) from error
+    if last + 1 < max(1, 0.98 * n):  # a good video may hide its last frames
+        raise ValueError(f"ends after {last + 1} of its {n} frames")
+    part.mkdir(parents=True)
+    for i, number in enumerate(wanted):
+        picture = taken[number] if number in taken else frame.to_image()
+        picture.save(part / f"{i:03d}.png", compress_level=1)
+    with suppress(OSError):  # another shard was first
+        part.rename(folder)
+    shutil.rmtree(part, ignore_errors=True)
+
+
 def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tuple:
     """Picture files -> patches [P, channels x patch] and grids [pictures, 3]; blank: mean grey."""
     pictures = [read_picture(path) for path in paths]
@@ -69,3 +111,87 @@ def open_pictures(student: Student, paths: list[str], blank: bool = False) -> tu
         pictures = [Image.new("RGB", picture.size, (127, 127, 127)) for picture in pictures]
     seen = student.image_processor(images=pictures, return_tensors="pt")
     return seen["pixel_values"], seen["image_grid_thw"]
+
+
+LONGEST_TEXT = 40_000  # characters of a question and its answer: one more would fill the memory
+
+
+@cache  # many questions ask about the same picture
+def check_picture(image: Path, root: Path):
+    """ValueError where a question may not use this file."""
+    if not image.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{image} lies outside the data root {root}: copy it, or set --data_root")
+    if not image.is_file():
+        raise ValueError(f"{image} is missing")
+
+
+def read_questions(path: Path, root: Path) -> list[dict]:
+    """Records with `images` resolved inside `root`; unusable ones are named and skipped.
+
+    Each gets a `name`, its line, and `written`, its paths: draws go by them wherever the run lies.
+    """
+    if not path.is_file():
+        stop(f"{path} is missing: run the stage that writes it, or name another file")
+    questions, keys = [], {"task_type", "messages", "images"}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not record.keys() >= keys:
+                raise ValueError(f"not a JSON object with {', '.join(sorted(keys))}")
+            roles = [message["role"] for message in record["messages"]]
+            text = "".join(message["content"] for message in record["messages"])
+            images = [root / image for image in record["images"]]
+            "".join([*roles, text]).encode()  # TypeError for other things, ValueError for no UTF-8
+            if len(roles) < 2 or roles[-1] != "assistant":
+                raise ValueError("messages must be a user's question and the assistant's answer")
+            if not images or text.count("<image>") != len(images):
+                raise ValueError(f"{len(images)} images but {text.count('<image>')} <image> marks")
+            if len(text) > LONGEST_TEXT:
+                raise ValueError(f"its text has {len(text)} characters, more than {LONGEST_TEXT}")
+            for image in images:
+                check_picture(image, root)
+        except (*BROKEN, RecursionError) as error:
+            print(f"{path}:{number}: skipped, {error}", file=sys.stderr)
+        else:
+            more = {"name": f"{path.name} line {number}", "written": record["images"]}
+            questions.append(record | {"images": [str(image) for image in images]} | more)
+    return questions
+
+
+def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) -> int:
+    """Operations of one answer, without padding: 2 per weight that a token or a patch meets, and
+    per layer 4 width times the sum over queries of the keys that they are compared with.
+
+    grids [pictures, 3]: frames, rows and columns in patches. No mask counts, nor the last token.
+    """
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    weights = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
+            part = re.search("head|language_model|merger|$", name)[0]  # "": the tower
+            weights[part] += module.weight.numel()
+    frames, patches = grids[:, 0], grids[:, 1] * grids[:, 2]  # the tower looks at a frame at a time
+    every = int((frames * patches).sum())
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2  # of the other layers
+    keys = whole * patches + (vision.depth - whole) * patches.clamp(max=window)
+    seen = 2 * weights[""] * every
+    seen += 2 * weights["merger"] * (every // vision.spatial_merge_size**2)
+    seen += 4 * vision.hidden_size * int((frames * patches * keys).sum())
+    read, heads = prompt_tokens + generated - 1, text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    pairs = prompt_tokens**2 + sum(range(prompt_tokens + 1, read + 1))
+    spoken = 2 * weights["language_model"] * read + 2 * weights["head"] * generated
+    return seen + spoken + 4 * width * text.num_hidden_layers * pairs
+
+
+def spent(student: Student, prompt: dict, generated: int, seconds: float) -> dict:
+    """What one response cost: a share of its batch's seconds, tokens, operations, peak memory."""
+    n, device = len(prompt["ids"]), student.model.device
+    if device.type == "cuda":
+        peak_gb = torch.cuda.max_memory_allocated(device) / 2**30
+    else:  # of the largest process: this one or the world model's
+        users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        peak_gb = max(resource.getrusage(user).ru_maxrss for user in users) / 2**20
+    cost = {"seconds": seconds, "tokens": generated, "prompt_tokens": n, "peak_gb": peak_gb}
+    return cost | {"vlm_flops": vlm_flops(student.model, n, prompt["grids"], generated)}

@@ -14,6 +14,8 @@ import pytest
 from conftest import load, script
 from PIL import Image
 
+from kernels.student import check_picture
+
 evaluation = load("06_eval")
 ANSWERS = {
     "A1": ["move left 1 meters", "move forward 0.5 meters", "move right 1.5 meters"],
@@ -456,10 +458,10 @@ def test_a_picture_that_comes_back_makes_it_another_evaluation(run, monkeypatch)
     content = picture.read_bytes()
     evaluate(run, monkeypatch, truth)
     picture.unlink()
-    evaluation.check_picture.cache_clear()
+    check_picture.cache_clear()
     refused(run, monkeypatch)
     picture.write_bytes(content)
-    evaluation.check_picture.cache_clear()
+    check_picture.cache_clear()
     refused(run, monkeypatch, status=0)
 
 
