@@ -1102,7 +1102,8 @@ class Pan(Teacher):
         return "pan turns inside a photograph: make its trajectories by 01 --images ... --pan"
 
     def anchor(self, trajectory: dict):
-        yaw_deg, fov_deg = trajectory["start_yaw_deg"], trajectory["photo_fov_deg"]
+        yaw_deg = trajectory["start_yaw_deg"]
+        fov_deg = trajectory["photo_fov_deg"]
         photo = load_photo(Path(trajectory["anchor"]))
         if not trajectory["panorama"]:
             # brought to the frames' pixels per degree, so that nothing flickers
@@ -1355,7 +1356,8 @@ class VideoModel(Generative):
         if len(poses) > self.MOST_FRAMES:
             raise Unusable(f"its path has {len(poses)} frames, want at most {self.MOST_FRAMES}")
         image, K = middle(picture, K, *self.frame_size(size_of(K)))
-        steps, guidance = cfg.steps or self.STEPS, cfg.guidance or self.GUIDANCE
+        steps = cfg.steps or self.STEPS
+        guidance = cfg.guidance or self.GUIDANCE
         how = {"num_inference_steps": steps, "guidance_scale": guidance, "prompt": self.PROMPT}
         how |= {"generator": random_numbers(cfg.seed, *name, self.KEY), "output_type": "pt"}
         video = self.film(pipe, image, poses, K, how)

@@ -252,10 +252,11 @@ def judge(question: dict, text: str, grid: dict, cfg: Config) -> tuple[float, bo
     answer, options = question["messages"][-1]["content"], question.get("options")
     about = (question["task_type"], answer, text, question.get("answer_type"), options)
     strict = reward(*about, grid)
-    right = strict["iou"] >= 0.5 if "iou" in strict else strict["overall"] > 1 - 1e-9
+    full = strict["overall"] > 1 - 1e-9
+    right = strict["iou"] >= 0.5 if "iou" in strict else full
     if cfg.reward == "published":
         return reward(*about)["overall"], right
-    return (1 - EXACT) * strict["overall"] + EXACT * (strict["overall"] > 1 - 1e-9), right
+    return (1 - EXACT) * strict["overall"] + EXACT * full, right
 
 
 def roll_out(student: Student, prompts: list[dict], step: int, grid: dict, cfg: Config):
@@ -287,8 +288,10 @@ def roll_out(student: Student, prompts: list[dict], step: int, grid: dict, cfg: 
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
             judged = [judge(prompt["question"], text, grid, cfg) for text in texts]
             cut = [ids[-1] not in ends for ids in group]
-            scores = [min(0.0, s) if c else s for (s, _), c in zip(judged, cut, strict=True)]
-            right = [r and not c for (_, r), c in zip(judged, cut, strict=True)]
+            scores, right = [], []
+            for (score, good), short in zip(judged, cut, strict=True):
+                scores.append(min(0.0, score) if short else score)
+                right.append(good and not short)
             found = {"tokens": group, "texts": texts, "scores": scores, "right": right, "cut": cut}
             prompt |= {name: values[: cfg.group] for name, values in found.items()}
             prompt["greedy"], prompt["greedy_text"] = scores[-1], texts[-1]
@@ -467,7 +470,8 @@ def main(cfg: Config):
     if world > 1:  # the first reads the weights for all
         place = "meta" if rank else "cpu"
     student = load_student(str(source), dtype, place, ATTENTION, MAX_PIXELS)
-    model, (rollout_student, mirrors) = student.model, rollout_copy(student, cfg, device)
+    model = student.model
+    rollout_student, mirrors = rollout_copy(student, cfg, device)
     choose_trained(model, cfg, LORA_RANK)
     shard(model, device, cfg.dtype)
     came = [weight.clone() for weight in trained_weights(model)] if cfg.kl else []
@@ -479,14 +483,16 @@ def main(cfg: Config):
     if missing or not questions:
         stop(f"{data} holds no usable question of {' '.join(sorted(missing)) or 'any task'}")
     questions = [one for one in questions if not cfg.tasks or one["task_type"] in cfg.tasks]
-    grid, exam = grid_of(questions), pick_exam(run, {q["task_type"] for q in questions}, cfg)
+    grid = grid_of(questions)
+    exam = pick_exam(run, {q["task_type"] for q in questions}, cfg)
     steps = cfg.steps or math.ceil(len(questions) / cfg.prompts)
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")
     first = load_checkpoint(folder, model, optimizers, rank)
     plan = in_random_order(questions, steps, cfg)[first * (1 + cfg.refills) :, rank::world]
     plan = ahead(partial(open_prompt, student), plan, device)  # prompts, a step before they are due
-    dummy, norms = dummy_row(student), []
+    dummy = dummy_row(student)
+    norms = []
     for step in range(first, steps):
         # ask: every process answers its share of the questions, with the weights as they are now
         tick = time.perf_counter()

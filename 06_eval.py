@@ -19,9 +19,12 @@ Reads   RUN/3_qa/heldout.jsonl or any file of that format (--questions), or a be
          "messages": [{"role": "user", "content": "<image><image>Which way did the camera turn?"},
          {"role": "assistant", "content": "turn right 30 degrees"}], "scene_id": "room_7", ...}
 Writes  RUN/6_eval/TAG/samples.jsonl, results.json, report.html, accuracy_cost.svg;
-        imagined/, the runs in which 02 imagined for --coupled; compare_A_B.json (--compare A B)
+        imagined/ (by 02, for --coupled); RUN/6_eval/compare_A_B.json (--compare A B)
         {"number": 12, "task_type": "A2", "truth": "turn right 30 degrees", "response": "turn right
          20 degrees", "scores": {"answered": true, "direction": 1.0, "error_deg": 10.0, ...}, ...}
+        results.json: per task and score mean, low and high (95 %), the same of its controls
+        (constant, blank, copy, first, last) and of the difference from them (above_...); cost: per
+        question, null where nobody counted; counts: what was skipped, dropped or unparsable.
 
     python 06_eval.py --run runs/demo --checkpoint 5_refine --beside base sft
     python 06_eval.py --run runs/big --benchmark vsibench-multiimage --data ~/VSI-Bench
@@ -47,10 +50,11 @@ import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import jinja2
@@ -67,9 +71,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from kernels.prefill import generate
-from kernels.rows import encode_question
-from kernels.student import BROKEN, Student, cut_frames, load_student, open_pictures
-from kernels.student import read_picture, read_questions, spent
+from kernels.student import BROKEN, NOTHING, Student, cut_frames, load_student, prompts_of
+from kernels.student import read_picture, read_questions, spent, total_cost
 
 TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
 RECIPES = {
@@ -96,18 +99,12 @@ class Config:
     batch: int = HfArg(default=64, help="questions answered at a time; lower it to save memory")
     temperature: float = HfArg(default=0.0, help="0: greedy; 1: drawn as GRPO draws")
     max_new_tokens: int = HfArg(default=0, help="per answer; 0: as EXAMS says")
-    shard: str = HfArg(
-        default="0/1", help="i/n: ask about every n-th picture list; so does torchrun"
-    )
+    shard: str = HfArg(default="0/1", help="i/n: every n-th list of pictures; so does torchrun")
     questions_out: str = HfArg(default="", help="only write the exam there, for another engine")
     answers: str = HfArg(default="", help="grade this file of another engine's answers instead")
     compare: list[str] = HfArg(default_factory=list, help="only compare two finished evaluations")
-    coupled: str = HfArg(
-        default="", help="ask a world model while answering: a teacher of 02 and its flags"
-    )
-    coupled_stated: bool = HfArg(
-        default=False, help="and only about the stated motion: D1, D2, D4 as static questions"
-    )
+    coupled: str = HfArg(default="", help="a teacher of 02 and its flags: asked while answering")
+    coupled_stated: bool = HfArg(default=False, help="... for the stated motion, without search")
     seed: int = HfArg(default=0, help="of the bootstrap, and of answers that are drawn")
     dtype: Literal["auto", "bfloat16", "float32"] = HfArg(default="auto", help="of the arithmetic")
 
@@ -474,34 +471,14 @@ def read_answers(questions: list[dict], path: Path, skipped: dict) -> dict[int, 
 
 
 # --- generation
-def prompts_of(student: Student, batch: list[dict], blank: bool) -> list[dict]:
-    """Per question its prompt, as `generate` takes it, or the "fault" for which there is none."""
-    seen, prompts = {}, []
-    for question in batch:
-        paths, video = question["record"]["images"], question.get("video")
-        what = f"unreadable video: {video}" if video else f"unreadable picture: {paths[-1]}"
-        try:
-            if str(paths) not in seen:  # the same pictures are the same tensor
-                if video:
-                    cut_frames(video, Path(paths[0]).parent, len(question["images"]))
-                seen[str(paths)] = open_pictures(student, paths, blank)
-            what, (pixels, grids) = "unusable text", seen[str(paths)]
-            whole = encode_question(student, question["record"], grids)
-        except (OSError, ValueError) as error:
-            prompts.append({"fault": f"{what}: {str(error)[:200]}"})
-            continue
-        ids, positions = whole["ids"][: whole["prompt"]], whole["positions"][:, : whole["prompt"]]
-        prompts.append({"ids": ids, "positions": positions, "pixels": pixels, "grids": grids})
-    return prompts
-
-
 def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> list[dict]:
     """Per question {"response", "cost"}, or the "fault" for which it cannot be asked.
 
     The clock runs for the student alone: pictures are read before, whoever asks first.
     """
     found, draw = prompts_of(student, batch, blank), []
-    begun, good = time.perf_counter(), [i for i, one in enumerate(found) if "fault" not in one]
+    begun = time.perf_counter()
+    good = [i for i, one in enumerate(found) if "fault" not in one]
     if not good:
         return found
     prompts = [found[i] for i in good]
@@ -977,6 +954,7 @@ def difference_rows(tasks: dict, names: list[str]) -> list[list[str]]:
 
 
 def aligned(rows: list[list[str]]) -> str:
+    """The rows as lines: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -1159,30 +1137,15 @@ def compare_two(cfg: Config):
     tasks = differences(*samples, cfg.seed)
     if not tasks:
         stop(f"{' and '.join(cfg.compare)} have no question in common: ask both the same")
-    n, scenes = tasks["all"]["n"], tasks["all"]["scenes"]
+    n, path = tasks["all"]["n"], home / f"compare_{'_'.join(names)}.json"
     only_a, only_b = (len(own) - n for own in samples)
     result = dict(zip("ab", cfg.compare, strict=True)) | {"only_a": only_a, "only_b": only_b}
-    path = home / f"compare_{'_'.join(names)}.json"
     save(path, json.dumps(result | {"tasks": tasks}, indent=1))
     print(aligned(difference_rows(tasks, names)))
     print(f"{n} questions that both answered, {only_a} only A, {only_b} only B")
-    if scenes < 20:
+    if (scenes := tasks["all"]["scenes"]) < 20:
         print(f"note: {scenes} scenes, trust p by Holm, not the interval")
     print(f"written: {path}")
-
-
-# --- the cost of an answer; None: not counted
-NOTHING = dict.fromkeys([*COSTS, "prompt_tokens"], 0)
-
-
-def total_cost(costs: list[dict], share: int = 1) -> dict:
-    """Costs added up and divided by `share` (None stays None); of the memory the highest."""
-    total = {}
-    for key in NOTHING:
-        column = [cost[key] for cost in costs]
-        total[key] = None if None in column else round(sum(column) / share, 6)
-    peaks = [cost["peak_gb"] for cost in costs]
-    return total | {"peak_gb": None if None in peaks else max(peaks)}
 
 
 # --- the test-time baseline: the student asks the world model while it answers. After MindJourney
@@ -1192,6 +1155,8 @@ def total_cost(costs: list[dict], share: int = 1) -> dict:
 # our words, and the question's own form around the views; scores that cannot be read are not asked
 # for again, as greedy answers would only repeat (it draws random scores 0..5 then, all below 8, so
 # that its search ends as ours does); a view that two ways reach is one.
+# A walk: ((name, value), ...) with no two of one name in a row. A path: (picture, actions), whose
+# every action ends in a view. Views: {walk: picture}.
 SEARCH = {"forward": 0.25, "turn_left": 9.0, "turn_right": 9.0}  # sub-steps (meters, degrees)
 BACK = {"turn_left": "turn_right", "turn_right": "turn_left"}  # are not tried behind each other
 SUBSTEPS, STEPS, BEAMS, SHOWN, LEAST_SCORE = 3, 3, 2, 18, 8  # SHOWN: views per step at most
@@ -1214,6 +1179,7 @@ def merged(actions: tuple) -> tuple:
 
 
 def motion_text(walk: tuple) -> str:
+    """(("turn_left", 18.0), ("forward", 0.5)) -> `turn left 18 degrees; move forward 0.5 meters`"""
     texts = []
     for name, value in walk:
         verb, unit = ("turn", "degrees") if name.startswith("turn") else ("move", "meters")
@@ -1366,28 +1332,19 @@ def named(views: dict, folder: Path) -> list[tuple]:
     return [(motion_text(walk), os.path.relpath(path, folder)) for walk, path in views.items()]
 
 
-@dataclass
-class Search:
-    """What the baseline knows about a question; its views are {walk: picture}."""
-
-    record: dict
-    paths: list[tuple]  # what the next step imagines: (picture, actions)
-    new: dict = field(default_factory=dict)  # views of this step
-    known: set = field(default_factory=set)  # walks to all views so far
-    shown: dict = field(default_factory=dict)  # views to join the question
-    costs: list = field(default_factory=list)
-
-
 def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
     """The questions with imagined views among their pictures and their "cost"; and counts."""
-    searches, asked, scorings, unparsable = [], [], 0, 0
+    # per question: the paths of the next step, the walks known so far, the views shown at last
+    searches, asked = [], []
+    scorings = unparsable = 0
     for question in questions:
         record = question["record"]
         first = Path(record["images"][0])
         if "video" in question:
             with suppress(OSError, ValueError):  # `prompts_of` will name it
                 cut_frames(question["video"], first.parent, len(record["images"]))
-        searches.append(Search(record, paths_from(str(first), [()])))
+        search = {"record": record, "paths": paths_from(str(first), [()])}
+        searches.append(SimpleNamespace(**search, known=set(), shown={}, costs=[]))
     scoring = replace(cfg, temperature=0, max_new_tokens=8 + 3 * BEAMS * len(SEARCH) * SUBSTEPS)
     for step in range(1, STEPS + 1):  # each is one call of 02 for all questions
         run = folder / "imagined" / str(step)
@@ -1410,7 +1367,8 @@ def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Con
             for search, *both in zip(batch, said[::2], said[1::2], strict=True):
                 search.costs += [one.get("cost", NOTHING) for one in both]
                 scores = [scores_in(one.get("response", "")) for one in both]
-                scorings, unparsable = scorings + 2, unparsable + scores.count(None)
+                scorings += 2
+                unparsable += scores.count(None)
                 explore, helpful = (best_of(search.new, one) for one in scores)
                 search.paths = paths_from(search.record["images"][0], explore[:BEAMS])
                 search.shown |= {walk: search.new[walk] for walk in helpful[:SHOWN]}
@@ -1428,29 +1386,16 @@ STATED = re.compile(r" [^.:]*: ([^:]*? (?:meters|degrees))\.(?= )")
 LONGEST = 1000  # meters and degrees together: longer paths would fill the memory
 
 
-def restated(question: dict, view: str | None) -> dict:
-    """D1, D2 and D4 as the static question that a view from the motion's end makes of each.
-
-    D1: where in image 2 is what image 1 shows in a box (S5); D4: is it the same (S6); D2: is there
-    one in the view (S2), whose answers are those of D2 the other way round. Image 2 is the
-    question's own, and the view only where it has none.
-    """
-    *turns, last, told = question["record"]["messages"]
-    content, images = STATED.sub("", last["content"], count=1), question["record"]["images"]
-    if question["task_type"] == "D2":
-        label = re.search(r"[Tt]he (.+?) (?:is )?at \[", content)[1]
-        content, images = f"<image>Is there any {label} in the picture? Answer yes or no.", [view]
-    elif view:
-        content, images = "<image>" + content, [*images, view]
-    messages = [*turns, last | {"content": content}, told]
-    record = question["record"] | {"messages": messages, "images": images}
-    more = {"record": record, "asked": content, "inverted": question["task_type"] == "D2"}
-    return question | more
-
-
 def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) -> tuple:
-    """Static questions instead of those that have one, with the view from the end of the stated
-    motion where they do not show it themselves, and with their "cost"; and counts."""
+    """Static questions instead of those that have one, and counts: D1 as where in image 2 is what
+    image 1 shows in a box (S5), D4 as is it the same (S6), D2 as is there one (S2), whose answers
+    are those of D2 the other way round. A view from the end of the stated motion is what D2 shows,
+    and image 2 where the question has none.
+
+    D1: "... The camera then did this: turn left 40 degrees. Find it in image 2." but the motion.
+    D2: "The lamp is at [...]. Next camera motion: ... Does it disappear from view?" with image 1 ->
+        "Is there any lamp in the picture?" with the view.
+    """
     fit, wanted, asked = [], [], []
     for question in questions:
         record, task = question["record"], question["task_type"]
@@ -1463,10 +1408,24 @@ def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) 
                 wanted.append([path] * (len(record["images"]) == 1))
     found = imagine(folder / "imagined/1", wanted, root, cfg)
     for question, paths, (views, cost) in zip(fit, wanted, found, strict=True):
-        last = dict([*views.items()][-1:])  # the others are seen on the way
-        if last or not paths:
-            more = {"imagined": named(last, folder), "cost": cost}
-            asked.append(restated(question, *(last.values() or [None])) | more)
+        views = dict([*views.items()][-1:])  # the others are seen on the way
+        if paths and not views:
+            continue
+        *turns, last, told = question["record"]["messages"]
+        text = STATED.sub("", last["content"], count=1)
+        images = [*question["record"]["images"], *views.values()]
+        if inverted := question["task_type"] == "D2":
+            label = re.search(r"[Tt]he (.+?) (?:is )?at \[", text)[1]
+            text, images = (
+                f"<image>Is there any {label} in the picture? Answer yes or no.",
+                images[1:],
+            )
+        elif views:
+            text = "<image>" + text
+        messages = [*turns, last | {"content": text}, told]
+        record = question["record"] | {"messages": messages, "images": images}
+        more = {"record": record, "asked": text, "inverted": inverted, "cost": cost}
+        asked.append(question | more | {"imagined": named(views, folder)})
     counts = {"dropped, no static question": len(questions) - len(fit)}
     return asked, counts | {"dropped, no view": len(fit) - len(asked)}
 
@@ -1553,9 +1512,11 @@ def load_for(cfg: Config, exam: dict) -> Student:
 
 
 def main(cfg: Config):
+    """Read the questions, ask them (or read what others answered), grade, write the report."""
     if cfg.compare:
         return compare_two(cfg)
-    started, run, skipped = time.perf_counter(), Path(cfg.run), defaultdict(list)
+    started = time.perf_counter()
+    run, skipped = Path(cfg.run), defaultdict(list)
     cfg, exam = settle(cfg)
     folder, checkpoint = run / "6_eval" / cfg.tag, existing(run, cfg.checkpoint)
     elsewhere = cfg.answers or cfg.questions_out

@@ -55,17 +55,21 @@ miniature:
 	$(MAKE) test-time-baseline RUN=runs/miniature
 
 # The base of a run that asks a world model while it answers, beside the students that do not:
-# right answers, seconds and operations per question, on 200 questions per task.
+# right answers, seconds and operations per question, on 200 questions per task. The simulator is an
+# oracle. Stated: the base knows static skills only, so it is asked the static question that a view
+# from the end of the stated motion makes of D1, D2 and D4.
 BASELINE = $(EVAL) --recipe tiny --per_task 200
-COUPLED = $(PY) tests/coupled.py --run $(RUN) --recipe tiny --per_task 200
+COUPLED = $(BASELINE) --checkpoint base --coupled
 test-time-baseline: $(VENV)/ready
 	$(BASELINE) --checkpoint base --tag rival-base
-	$(COUPLED) --checkpoint base --coupled simulator
-	$(COUPLED) --checkpoint base --coupled warp
+	$(COUPLED) simulator
+	$(COUPLED) "warp --fill base/world"
+	$(COUPLED) simulator --coupled_stated
+	$(COUPLED) "warp --fill base/world" --coupled_stated
 	$(BASELINE) --checkpoint 4_sft --tag rival-sft
-	$(BASELINE) --checkpoint 5_refine --tag rival-refined \
-		--beside rival-base base-simulator base-warp rival-sft
-	$(EVAL) --compare base-simulator rival-refined
+	$(BASELINE) --checkpoint 5_refine --tag rival-refined --beside rival-base base-simulator \
+		base-warp base-simulator-stated base-warp-stated rival-sft
+	$(EVAL) --compare base-warp-stated rival-refined
 
 # One part of the method changed at a time, three seeds, one line of tests/ablations.jsonl per
 # student, in any number of sittings (many hours).

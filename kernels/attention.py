@@ -66,8 +66,6 @@ except ImportError:  # macOS, Windows: the reference still runs on the CPU
 
 
 # The reference
-
-
 def transform(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Every 4-vector of [B, H, S, D] times its token's matrix; [B, V, 4, 4], V equal runs."""
     B, H, S, D = x.shape
@@ -472,9 +470,7 @@ def dkdv_kernel(
     shift = keys - count
     K = head_start(K, b, hk, start, kb, kh, ks)
     V = head_start(V, b, hk, start, vb, vh, vs)
-    k, v, k_tokens, theirs = key_tile(
-        K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD
-    )
+    k, v, at, theirs = key_tile(K, V, SEGMENT, INVERSE, ks, vs, j, keys, first, per_view, D, BD)
 
     # Queries that may see this block of keys: i0 BM .. end.
     i0 = count * 0
@@ -492,11 +488,9 @@ def dkdv_kernel(
     for t in range(0, visits * group):
         h = hk * group + t // visits
         i = (i0 + t % visits) * BM + tl.arange(0, BM)
-        first_key = first + shift
+        key = first + shift
         Q_h = head_start(Q, b, h, start, qb, qh, qs)
-        q, tokens, mine = query_tile(
-            Q_h, SEGMENT, P, qs, i, count, query, first_key, per_view, D, BD
-        )
+        q, tokens, mine = query_tile(Q_h, SEGMENT, P, qs, i, count, query, key, per_view, D, BD)
         line = (b.to(tl.int64) * H + h) * S + start
         do, lse, delta = gradient_tile(DO, LSE, DELTA, P, i, tokens, count, line, per_view, D, BD)
         # [BN, BM]: p and ds are left factors as they are, and need not go through shared memory.
@@ -509,7 +503,7 @@ def dkdv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dk *= scale
     if INVERSE is not None:
-        views = k_tokens // per_view
+        views = at // per_view
         dk = mix(dk, INVERSE, views, True)
         dv = mix(dv, INVERSE, views, True)
     line = (b.to(tl.int64) * Hk + hk) * Sk + start
@@ -706,10 +700,8 @@ def attention(
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter errs in bfloat16: use float16 or float32 there")
     if D % 8 or not 32 <= D <= 128 or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            "the kernels take bf16, fp16 and fp32 heads of 32 to 128 in steps of 8, not "
-            f"{q.dtype} heads of {D}"
-        )
+        kinds = "bf16, fp16 and fp32 heads of 32 to 128 in steps of 8"
+        raise ValueError(f"the kernels take {kinds}, not {q.dtype} heads of {D}")
     if cameras is not None and cameras.requires_grad:
         raise ValueError("the kernels give no gradient to cameras: detach them")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -735,22 +727,17 @@ def refuse_misfits(q, k, v, causal, cu_seqlens, prefix, cameras):
     """ValueError for arguments of `attention` that do not fit together, whatever computes it."""
     (B, H, S, D), (Hk, Sk) = q.shape, k.shape[1:3]
     if k.shape != (B, Hk, Sk, D) or v.shape != k.shape or H % Hk:
-        raise ValueError(
-            "q, k and v want [B, H, S, D] and twice [B, Hk, Sk, D] with H a multiple of Hk, not "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        want = "[B, H, S, D] and twice [B, Hk, Sk, D] with H a multiple of Hk"
+        found = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"q, k and v want {want}, not {found}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one dtype")
     if cu_seqlens is not None and (B > 1 or Sk != S or cu_seqlens.ndim != 1):
-        raise ValueError(
-            "cu_seqlens wants one row (B = 1) and as many queries as keys, not "
-            f"B = {B}, S = {S}, Sk = {Sk}"
-        )
+        want = "one row (B = 1) and as many queries as keys"
+        raise ValueError(f"cu_seqlens wants {want}, not B = {B}, S = {S}, Sk = {Sk}")
     if prefix is not None and (not causal or prefix.shape != (B, Sk)):
-        raise ValueError(
-            f"prefix wants causal=True and the shape {(B, Sk)} of the keys, not causal={causal} "
-            f"and {tuple(prefix.shape)}"
-        )
+        want, found = f"the shape {(B, Sk)} of the keys", tuple(prefix.shape)
+        raise ValueError(f"prefix wants causal=True and {want}, not causal={causal} and {found}")
     if cameras is None:
         return
     fits = Sk == S and cameras.ndim == 4 and cameras.shape == (B, cameras.shape[1], 4, 4)

@@ -93,15 +93,10 @@ def save_adapter(model: torch.nn.Module, folder: Path, base: str, writes: bool) 
             tensors[key] = gathered(p.detach()).float().cpu()
     if layers and writes:
         lora = next(iter(layers.values()))
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
-            "r": len(lora.lora_A),
-            "lora_alpha": lora.scale * len(lora.lora_A),
-            "target_modules": [*layers],
-            "modules_to_save": ["model.visual"] if whole else None,
-        }
+        base, rank = str(Path(base).resolve()) if Path(base).is_dir() else base, len(lora.lora_A)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+        config |= {"r": rank, "lora_alpha": lora.scale * rank, "target_modules": [*layers]}
+        config["modules_to_save"] = ["model.visual"] if whole else None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

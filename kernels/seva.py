@@ -96,10 +96,8 @@ class Attention(nn.Module):
 
     def within(self, x: torch.Tensor) -> torch.Tensor:
         """x [n,s,C]: every token attends to all tokens of its row."""
-        q, k, v = (
-            rearrange(to(x), "n s (h d) -> n h s d", d=self.head_width)
-            for to in (self.to_q, self.to_k, self.to_v)
-        )
+        maps = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (rearrange(to(x), "n s (h d) -> n h s d", d=self.head_width) for to in maps)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(mixed, "n h s d -> n s (h d)"))
 
@@ -275,14 +273,7 @@ class Seva(nn.Module):
             stage.append(MultiviewTransformer(out_channels, depth, cfg, across))
         return stage
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        dense_y: torch.Tensor,
-        num_frames: int | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x, t, y, dense_y, num_frames: int | None = None) -> torch.Tensor:
         """x [b t,11,h,w], t [b t] in 0..999, context y [b t,1,D], rays dense_y [b t,6,h,w]
         -> the noise in x, [b t,4,h,w], in x's type, whatever that of the weights. h and w are
         multiples of 8.

@@ -23,6 +23,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from kernels.lora import adapter_config, load_adapter
 from kernels.register import load_model
+from kernels.rows import encode_question
 
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError)
 BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombError)  # PIL's many
@@ -45,8 +46,7 @@ class Student:
 def load_student(source: str, dtype, device: str, attention: str, max_pixels: int) -> Student:
     """A Qwen-VL checkpoint by folder or hub id; see `load_model`. Pictures have max_pixels at most.
 
-    A folder with adapter/ is a LoRA beside its base. AutoProcessor would ask for torchvision. What
-    does not load ends the run: one line, status 2.
+    adapter/ in it is a LoRA. AutoProcessor would ask for torchvision. Refusals: see `stop`.
     """
     try:
         base = adapter_config(source)["base_model_name_or_path"]
@@ -158,6 +158,28 @@ def read_questions(path: Path, root: Path) -> list[dict]:
     return questions
 
 
+def prompts_of(student: Student, batch: list[dict], blank: bool) -> list[dict]:
+    """Per question its prompt, as `generate` takes it, or the "fault" for which there is none."""
+    seen, prompts = {}, []
+    for question in batch:
+        paths, video = question["record"]["images"], question.get("video")
+        what = f"unreadable video: {video}" if video else f"unreadable picture: {paths[-1]}"
+        try:
+            if str(paths) not in seen:  # the same pictures are the same tensor
+                if video:
+                    cut_frames(video, Path(paths[0]).parent, len(question["images"]))
+                seen[str(paths)] = open_pictures(student, paths, blank)
+            what, (pixels, grids) = "unusable text", seen[str(paths)]
+            whole = encode_question(student, question["record"], grids)
+        except (OSError, ValueError) as error:
+            prompts.append({"fault": f"{what}: {str(error)[:200]}"})
+            continue
+        prompt = {"ids": whole["ids"][: whole["prompt"]], "pixels": pixels, "grids": grids}
+        prompt["positions"] = whole["positions"][:, : whole["prompt"]]
+        prompts.append(prompt)
+    return prompts
+
+
 def vlm_flops(model, prompt_tokens: int, grids: torch.Tensor, generated: int) -> int:
     """Operations of one answer, without padding: 2 per weight that a token or a patch meets, and
     per layer 4 width times the sum over queries of the keys that they are compared with.
@@ -195,3 +217,17 @@ def spent(student: Student, prompt: dict, generated: int, seconds: float) -> dic
         peak_gb = max(resource.getrusage(user).ru_maxrss for user in users) / 2**20
     cost = {"seconds": seconds, "tokens": generated, "prompt_tokens": n, "peak_gb": peak_gb}
     return cost | {"vlm_flops": vlm_flops(student.model, n, prompt["grids"], generated)}
+
+
+NOTHING = ("seconds", "world_seconds", "views", "tokens", "prompt_tokens", "vlm_flops")
+NOTHING = dict.fromkeys((*NOTHING, "world_flops", "peak_gb"), 0)  # a cost; None: not counted
+
+
+def total_cost(costs: list[dict], share: int = 1) -> dict:
+    """Costs added up and divided by `share` (None stays None); of the memory the highest."""
+    total = {}
+    for key in NOTHING:
+        column = [cost[key] for cost in costs]
+        total[key] = None if None in column else round(sum(column) / share, 6)
+    peaks = [cost["peak_gb"] for cost in costs]
+    return total | {"peak_gb": None if None in peaks else max(peaks)}

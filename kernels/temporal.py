@@ -251,21 +251,15 @@ def temporal_attention(q, k, v, num_frames: int, *, scale=None, head_width: int 
     does not take, RuntimeError for a CUDA tensor without triton.
     """
     if q.ndim not in (3, 4) or not q.shape == k.shape == v.shape:
-        raise ValueError(
-            "q, k, v must be of one shape, [B*T, S, H*D] or [B*T, S, H, D], got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        found = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        raise ValueError(f"q, k, v must be of one shape, [B*T, S, H*D] or [B*T, S, H, D]: {found}")
     D = head_width if q.ndim == 3 else q.shape[3]
     if not 1 <= D <= 128 or q.ndim == 3 and q.shape[2] % D:
-        raise ValueError(
-            f"heads must be 1 to 128 wide and divide the last dimension, got {D} for shape "
-            f"{tuple(q.shape)}: set head_width"
-        )
+        found = f"{D} for shape {tuple(q.shape)}: set head_width"
+        raise ValueError(f"heads must be 1 to 128 wide and divide the last dimension, got {found}")
     if not 1 <= num_frames <= MAX_FRAMES or q.shape[0] % num_frames:
-        raise ValueError(
-            f"num_frames must be 1 to {MAX_FRAMES} and divide the first dimension {q.shape[0]}, "
-            f"got {num_frames}"
-        )
+        found = f"the first dimension {q.shape[0]}, got {num_frames}"
+        raise ValueError(f"num_frames must be 1 to {MAX_FRAMES} and divide {found}")
     if not q.device == k.device == v.device or q.device.type not in ("cpu", "cuda"):
         devices = f"{q.device}, {k.device}, {v.device}"
         raise ValueError(f"q, k, v must be together on a CPU or a CUDA device, got {devices}")
@@ -275,11 +269,9 @@ def temporal_attention(q, k, v, num_frames: int, *, scale=None, head_width: int 
         raise ValueError(f"q, k, v must be all bfloat16, float16 or float32, got {found}")
     views = [x.unflatten(2, (-1, D)) if x.ndim == 3 else x for x in (q, k, v)]  # (b t) s h d
     if D * q.element_size() % 16 or not all(map(_aligned, views)):
-        raise ValueError(
-            "a head's row must be contiguous and start on 16 bytes, got head width "
-            f"{D} of {q.dtype}, strides {[x.stride() for x in views]} and offsets "
-            f"{[x.storage_offset() for x in views]}: call .contiguous()"
-        )
+        strides = [(*x.stride(), x.storage_offset()) for x in views]
+        found = f"head width {D} of {q.dtype}, strides and offset {strides}: call .contiguous()"
+        raise ValueError(f"a head's row must be contiguous and start on 16 bytes, got {found}")
     if q.is_cuda and triton is None:
         raise RuntimeError("temporal_attention on a CUDA tensor needs triton: pip install triton")
     if q.device.type == "cpu" and not (triton and triton.knobs.runtime.interpret):

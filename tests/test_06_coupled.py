@@ -15,6 +15,8 @@ from PIL import Image
 from test_06_eval import fake, write
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.student import vlm_flops
+
 evaluation = load("06")
 
 
@@ -374,7 +376,7 @@ def test_counted_operations_are_those_of_the_profiler(run, tmp_path, family):
         with FlopCounterMode(display=False) as counter:
             (tokens,) = evaluation.generate(student, [prompt], most)
         n = len(prompt["ids"])
-        counted = evaluation.vlm_flops(student.model, n, prompt["grids"], len(tokens))
+        counted = vlm_flops(student.model, n, prompt["grids"], len(tokens))
         assert counted == pytest.approx(counter.get_total_flops(), rel=0.03), len(tokens)
 
 

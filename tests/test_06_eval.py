@@ -14,6 +14,7 @@ import pytest
 from conftest import load, script
 from PIL import Image
 
+from kernels import student as student_module
 from kernels.student import check_picture
 
 evaluation = load("06_eval")
@@ -105,8 +106,8 @@ def fake(monkeypatch, says, cost=None):
     monkeypatch.setattr(evaluation, "load_for", lambda *_: student)
     monkeypatch.setattr(evaluation, "prompts_of", prompts_of)
     monkeypatch.setattr(evaluation, "generate", generate)
-    monkeypatch.setattr(evaluation, "open_pictures", open_pictures)
-    monkeypatch.setattr(evaluation, "encode_question", lambda *_: encoded)
+    monkeypatch.setattr(student_module, "open_pictures", open_pictures)
+    monkeypatch.setattr(student_module, "encode_question", lambda *_: encoded)
     monkeypatch.setattr(evaluation, "spent", lambda *_: cost)
 
 
