@@ -1,5 +1,6 @@
 """Loads the numbered scripts, which `import` cannot, and makes small question files."""
 
+import atexit
 import functools
 import importlib.util
 import json
@@ -41,10 +42,12 @@ def load(name: str):
 
 @functools.cache
 def warm() -> subprocess.Popen:
-    """The process that runs the scripts in its forks; it ends when this one does."""
+    """The process that runs the scripts in its forks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "tests/warm.py"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    atexit.register(process.communicate)  # ends its input
+    return process
 
 
 class Started:
@@ -76,7 +79,8 @@ class Started:
         return status
 
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def said(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -87,14 +91,14 @@ def script_path(name: str) -> Path:
     return path
 
 
-def start(name: str, *arguments, **options) -> Started:
+def launch(name: str, *arguments, **options) -> Started:
     return Started(script_path(name), *arguments, **options)
 
 
-def start_all(name: str, *arguments, processes: int, **options) -> list[Started]:
+def launch_all(name: str, *arguments, processes: int, **options) -> list[Started]:
     """As torchrun would: its variables tell the processes of each other."""
     if processes == 1:
-        return [start(name, *arguments, **options)]
+        return [launch(name, *arguments, **options)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started, more = [], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -102,7 +106,7 @@ def start_all(name: str, *arguments, processes: int, **options) -> list[Started]
     more |= options.pop("env", os.environ)
     for rank in range(processes):
         env = more | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-        started.append(start(name, *arguments, env=env, **options))
+        started.append(launch(name, *arguments, env=env, **options))
     return started
 
 
@@ -129,7 +133,7 @@ def script(name: str, *arguments, processes: int = 1, check: bool = True, fresh=
     if fresh:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     else:
-        started = start_all(name, *arguments, processes=processes, **options)
+        started = launch_all(name, *arguments, processes=processes, **options)
         status = wait_for_all(started)
         said = ["".join(one.said(output) for one in started) for output in ("out", "err")]
         done = subprocess.CompletedProcess(command, status, *said)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, load, script, write_lines, write_questions
+from conftest import launch, lines, load, script, write_lines, write_questions
 from safetensors.torch import load_file
 
 from kernels.prefill import generate_groups
@@ -155,13 +154,11 @@ def undisturbed(run):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_run_goes_on_with_the_same_losses(run, undisturbed, stage):
     out, settings = run / f"{stage}_killed", arguments(run, stage, f"{stage}_killed")
-    command = [sys.executable, next(ROOT.glob(f"{stage}*.py")), *settings]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([str(word) for word in command], **quiet)
+    process = launch(stage, *settings)
     while not (out / "metrics.jsonl").is_file() or len(lines(out / "metrics.jsonl")) < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert "resumed after step" in script(stage, *settings).stdout
     assert logged(out) == undisturbed[stage]
@@ -203,7 +200,7 @@ def test_an_unknown_choice_is_one_line(tmp_path, stage, flag, value):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_to_the_same_loss(run, undisturbed, stage):
     out = f"{stage}_two"
-    script(stage, *arguments(run, stage, out), processes=2)
+    script(stage, *arguments(run, stage, out), processes=2, fresh=True)
     assert np.allclose(logged(run / out), undisturbed[stage], atol=1e-4)
     if stage == "05":
         for name in ("truncated", "equal", "spread", "entropy"):

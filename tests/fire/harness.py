@@ -24,7 +24,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import safetensors.torch
-from PIL import Image
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
 from warm import SCRIPTS, become, warm_up  # noqa: E402, F401
