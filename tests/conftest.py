@@ -45,7 +45,7 @@ def warm() -> subprocess.Popen:
     """The process that runs the scripts in its forks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "tests/warm.py"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
     atexit.register(process.communicate)  # ends its input
     return process
 
@@ -86,12 +86,13 @@ class Started:
         return (self.folder / name).read_text()
 
 
-def script_path(name: str) -> Path:
-    (path,) = ROOT.glob(f"{name}*.py")
+def script_path(name: str | Path) -> Path:
+    """script_path("04"), script_path("tests/gpu/bench"); a path as it is."""
+    (path,) = [name] if isinstance(name, Path) else ROOT.glob(f"{name}*.py")
     return path
 
 
-def launch(name: str, *arguments, **options) -> Started:
+def launch(name: str | Path, *arguments, **options) -> Started:
     return Started(script_path(name), *arguments, **options)
 
 
@@ -121,7 +122,9 @@ def wait_for_all(started: list[Started]) -> int:
     return next(filter(None, found), 0)
 
 
-def script(name: str, *arguments, processes: int = 1, check: bool = True, fresh=False, **options):
+def script(
+    name: str | Path, *arguments, processes: int = 1, check: bool = True, fresh=False, **options
+):
     """Run a script as a user would, in a fork of warm(), or in several that know of each other.
 
     fresh: with a user's imports and torchrun itself, which take seconds.

@@ -51,7 +51,7 @@ def become(script: Path, arguments: list[str], plant, outputs: list[int]):
         for number, fd in enumerate(outputs, 1):
             os.dup2(fd, number)
             os.close(fd)
-        sys.argv = [str(script), *arguments]
+        sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
         if plant:
             plant()
         runpy.run_path(str(script), run_name="__main__")
