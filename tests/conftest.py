@@ -1,11 +1,17 @@
 """Loads the numbered scripts, which `import` cannot, and makes small question files."""
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +40,106 @@ def load(name: str):
     return sys.modules[path.stem]
 
 
-def script(name: str, *arguments, processes: int = 1, check: bool = True, **options):
-    """Run a script as a user would, under torchrun where `processes` says so."""
-    (path,) = ROOT.glob(f"{name}*.py")
-    command = [sys.executable, str(path), *map(str, arguments)]
-    if processes > 1:
+@functools.cache
+def warm() -> subprocess.Popen:
+    """The process that runs the scripts in its forks."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests/warm.py"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
+    atexit.register(process.communicate)  # ends its input
+    return process
+
+
+class Started:
+    """A script that runs in a fork of warm(), to be asked what subprocess.Popen is asked."""
+
+    def __init__(self, path: Path, *arguments, plant: str = "", env: dict | None = None):
+        """plant: Python that runs before the script, in its process."""
+        self.kept = tempfile.TemporaryDirectory()
+        self.folder = Path(self.kept.name)
+        call = {"script": str(path), "arguments": [*map(str, arguments)], "plant": plant}
+        call |= {"environment": dict(env or os.environ), "folder": str(self.folder)}
+        warm().stdin.write(json.dumps(call) + "\n")
+        warm().stdin.flush()
+        while not (self.folder / "pid").exists():
+            assert warm().poll() is None, "tests/warm.py ended"
+            time.sleep(0.002)
+        self.pid = int((self.folder / "pid").read_text())
+
+    def poll(self) -> int | None:
+        assert warm().poll() is None, "tests/warm.py ended"
+        file = self.folder / "status"
+        return int(file.read_text()) if file.exists() else None
+
+    def wait(self, timeout_s: float = 600) -> int:
+        end = time.monotonic() + timeout_s
+        while (status := self.poll()) is None:
+            assert time.monotonic() < end, f"still running after {timeout_s} s"
+            time.sleep(0.005)
+        return status
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def said(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+
+def script_path(name: str | Path) -> Path:
+    """script_path("04"), script_path("tests/gpu/bench"); a path as it is."""
+    (path,) = [name] if isinstance(name, Path) else ROOT.glob(f"{name}*.py")
+    return path
+
+
+def launch(name: str | Path, *arguments, **options) -> Started:
+    return Started(script_path(name), *arguments, **options)
+
+
+def launch_all(name: str, *arguments, processes: int, **options) -> list[Started]:
+    """As torchrun would: its variables tell the processes of each other."""
+    if processes == 1:
+        return [launch(name, *arguments, **options)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started, more = [], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    more |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    more |= options.pop("env", os.environ)
+    for rank in range(processes):
+        env = more | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        started.append(launch(name, *arguments, env=env, **options))
+    return started
+
+
+def wait_for_all(started: list[Started]) -> int:
+    """The first status that is not 0, upon which the others are killed; otherwise 0."""
+    while None in (found := [one.poll() for one in started]) and not any(found):
+        time.sleep(0.005)
+    for one, status in zip(started, found, strict=True):
+        if status is None:
+            one.kill()
+            one.wait()
+    return next(filter(None, found), 0)
+
+
+def script(
+    name: str | Path, *arguments, processes: int = 1, check: bool = True, fresh=False, **options
+):
+    """Run a script as a user would, in a fork of warm(), or in several that know of each other.
+
+    fresh: with a user's imports and torchrun itself, which take seconds.
+    """
+    command = [sys.executable, str(script_path(name)), *map(str, arguments)]
+    if fresh and processes > 1:
         torchrun = "-m torch.distributed.run --standalone --nproc-per-node"
         command[1:1] = [*torchrun.split(), str(processes), "--"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if fresh:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    else:
+        started = launch_all(name, *arguments, processes=processes, **options)
+        status = wait_for_all(started)
+        said = ["".join(one.said(output) for one in started) for output in ("out", "err")]
+        done = subprocess.CompletedProcess(command, status, *said)
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

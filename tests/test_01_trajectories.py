@@ -6,15 +6,13 @@ import itertools
 import json
 import math
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load, script
+from conftest import ROOT, launch, load, script
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -534,20 +532,18 @@ def test_impossible_settings_end_with_one_line(
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
     """The kill comes when the folder holds so many files, however fast the machine is."""
-    command = [sys.executable, str(SCRIPT), "--rooms", "30", "--room_trajectories", "2", "--run"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    command = ["01", "--rooms", 30, "--room_trajectories", 2, "--run"]
+    script(*command, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     for moment, files in enumerate((1, 4, 20, 32)):
         run = tmp_path / str(moment)
-        process = subprocess.Popen(
-            [*command, str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = launch(*command, run)
         while process.poll() is None and sum(p.is_file() for p in run.rglob("*")) < files:
             time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         meta = run / "1_trajectories/meta.json"  # the first file may still bear its temporary name
         assert not (meta.is_file() and json.loads(meta.read_text())["finished"])
-        subprocess.run([*command, str(run)], check=True, capture_output=True)
+        script(*command, run)
         assert contents(run) == expected
         shutil.rmtree(run)

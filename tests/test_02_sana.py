@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_of, lines, load, script
+from conftest import ROOT, copy_of, launch, lines, load, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -308,12 +306,7 @@ def test_a_run_keeps_frames_and_their_record(done, weights):
 
 def test_a_killed_run_goes_on_at_its_unfinished_trajectory(stage, done, paths, weights, tmp_path):
     run = copy_of(paths, tmp_path)
-    arguments = ["--run", run, *SETTINGS, "--sana", weights, "--keep", "all"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = launch("02", "--run", run, *SETTINGS, "--sana", weights, "--keep", "all")
     until = time.time() + 120
     while not (marks := list(run.glob("2_views/*/*/view.json"))) and time.time() < until:
         assert process.poll() is None

@@ -8,14 +8,13 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_of, load, script
+from conftest import ROOT, copy_of, launch, load, script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -424,11 +423,9 @@ def test_shards_write_the_same_bytes(photographs, weights, done, tmp_path):
 
 def test_killed_it_resumes_at_the_unfinished_trajectory(photographs, weights, done, tmp_path):
     run = copy_of(photographs, tmp_path)
-    command = [sys.executable, SCRIPT, "--run", run, "--teacher", "svc", *names_of(weights)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*map(str, command)], **quiet)
+    process = launch("02", "--run", run, "--teacher", "svc", *names_of(weights))
     while len(whole := sorted(run.glob("2_views/*/*/view.json"))) < 2 and process.poll() is None:
-        pass
+        time.sleep(0.001)
     process.kill()
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in run.glob("2_views/*/*/view.json")}

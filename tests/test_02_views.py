@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_simulator import bench_room
-from conftest import ROOT, copy_of, lines, load, script
+from conftest import ROOT, copy_of, launch, lines, load, script
 from PIL import Image, ImageDraw, ImageFilter
 
 SCRIPT = ROOT / "02_imagine_views.py"
@@ -644,11 +644,6 @@ def test_a_camera_that_is_not_level_is_a_reason(stage, rooms):
 
 
 # --- runs
-def start(run: Path, *arguments) -> subprocess.Popen:
-    command = [*map(str, [sys.executable, SCRIPT, "--run", run, *arguments])]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def files_of(run: Path) -> int:
     return sum(1 for _ in (run / "2_views").glob("*/*/*"))
 
@@ -656,11 +651,11 @@ def files_of(run: Path) -> int:
 def kill_at(run: Path, files: int, *arguments):
     """Start the script and SIGKILL it (its first process alone, as when memory runs out) when it
     has written so many files."""
-    process = start(run, *arguments)
+    process = launch("02", "--run", run, *arguments)
     until = time.time() + 60
     while files_of(run) < files and process.poll() is None and time.time() < until:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert not json.loads((run / "2_views/meta.json").read_text())["finished"]
 
@@ -692,7 +687,7 @@ def test_workers_die_with_a_killed_run(rooms, tmp_path):
 def test_two_shards_at_once_equal_one_run(done, rooms, tmp_path):
     run = copy_of(rooms, tmp_path)
     shards = (("--shard", "0/2", "--workers", 1), ("--shard", "1/2", "--workers", 2))
-    processes = [start(run, "--keep", "all", *shard) for shard in shards]
+    processes = [launch("02", "--run", run, "--keep", "all", *shard) for shard in shards]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert contents(run) == contents(done)
 
@@ -700,10 +695,10 @@ def test_two_shards_at_once_equal_one_run(done, rooms, tmp_path):
 def test_two_processes_of_torchrun_equal_one_run(done, rooms, tmp_path):
     """Also where one has nothing to do and comes when the folder is finished."""
     run = copy_of(rooms, tmp_path)
-    told = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2).stdout
+    told = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2, fresh=True)
     assert contents(run) == contents(done)
     # the other completed the folder
-    assert sum(f"shard {i}/2 is done" in told for i in (0, 1)) == 1
+    assert sum(f"shard {i}/2 is done" in told.stdout for i in (0, 1)) == 1
     again = script("02", "--run", run, "--keep", "all", "--workers", 1, processes=2)
     assert again.stdout.count("nothing to do") == 2
     one = f"import os; os.environ['LOCAL_WORLD_SIZE'] = '{os.cpu_count() // 2 or 1}'"

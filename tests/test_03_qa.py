@@ -5,10 +5,7 @@ import itertools
 import json
 import os
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter, defaultdict
 
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, lines, load, script
+from conftest import launch, lines, load, script
 from PIL import Image
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
@@ -938,14 +935,12 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
     script("03", "--run", calm)
     killed = 0
     for patience_s in (0.05, 0.4):  # counted from the moment when the output folder appears
-        command = [sys.executable, ROOT / "03_build_qa.py", "--run", stormy]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        child = subprocess.Popen(command, **quiet)
+        child = launch("03", "--run", stormy)
         while child.poll() is None and not (stormy / "3_qa/meta.json").exists():
             time.sleep(0.005)
         time.sleep(patience_s)
         if child.poll() is None:
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             killed += 1
         child.wait()
     script("03", "--run", stormy)

@@ -292,10 +292,9 @@ PreTrainedModel.from_pretrained = classmethod(counted)
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_05_reads_the_weights_once_in_one_process(run, tmp_path, processes):
-    (tmp_path / "sitecustomize.py").write_text(COUNTING)
-    counts = {"PYTHONPATH": str(tmp_path), "LOADS": str(tmp_path / "loads")}
+    env = os.environ | {"LOADS": str(tmp_path / "loads")}
     flags = f"--out 5_loads{processes} --student 4_base --steps 1 --prompts 2 --max_new_tokens 4"
-    script("05", "--run", run, *flags.split(), processes=processes, env=os.environ | counts)
+    script("05", "--run", run, *flags.split(), processes=processes, env=env, plant=COUNTING)
     assert (tmp_path / "loads").read_text() == "x"
 
 

@@ -2,19 +2,14 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, load, script, student_of
+from conftest import launch_all, lines, load, script, student_of
 from safetensors.torch import load_file
 
 from kernels.prefill import generate_groups
@@ -367,19 +362,13 @@ def whole(run):
 def test_a_state_resumes_on_another_number_of_processes(run, whole, before, after):
     out = run / f"4_{before}to{after}"
     arguments = ["--run", run, "--out", out.name, *ROAD, *STEPS, "--save_every", 1]
-    command = [sys.executable, *map(str, [*ROOT.glob("04*.py"), *arguments])]
-    if before == 2:
-        torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --"
-        command[1:1] = torchrun.split()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process, log = subprocess.Popen(command, **quiet), out / "metrics.jsonl"
+    processes, log = launch_all("04", *arguments, processes=before), out / "metrics.jsonl"
     while not log.is_file() or len(log.read_text().splitlines()) < 4:
-        assert process.poll() is None
+        assert not [one for one in processes if one.poll() is not None]
         time.sleep(0.01)
-    for path in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's workers have their own group
-        if f"\0{out.name}\0".encode() in path.read_bytes():
-            os.kill(int(path.parent.name), signal.SIGKILL)
-    process.wait()
+    for process in processes:
+        process.kill()
+        process.wait()
     assert "resumed after step" in script("04", *arguments, processes=after).stdout
     losses = [[line["loss"] for line in lines(at / "metrics.jsonl")] for at in (out, whole)]
     assert np.allclose(*losses, atol=1e-4)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines, load, script, write_lines, write_questions
+from conftest import launch, lines, load, script, write_lines, write_questions
 from safetensors.torch import load_file
 
 from kernels.prefill import generate_groups
@@ -88,28 +87,33 @@ FRESH = """
 import json, sys, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, root, *base = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder)
-model = AutoModelForImageTextToText.from_pretrained(base[0] if base else folder)
-if base:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, folder + "/adapter")
-model.eval()
-for line in open(root + "/3_qa/grpo.jsonl"):
-    record = json.loads(line)
-    text = record["messages"][0]["content"].replace("<image>", "")
-    content = [{"type": "image", "image": Image.open(f"{root}/{p}")} for p in record["images"]]
-    content.append({"type": "text", "text": text})
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True,
-        tokenize=True, return_dict=True, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
-    print(out[0, inputs["input_ids"].shape[1]:].tolist())
+from peft import PeftModel
+root, *students = sys.argv[1:]
+for student in students:
+    folder, *adapter = student.split("+")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter[0])
+    model.eval()
+    answers = []
+    for line in open(root + "/3_qa/grpo.jsonl"):
+        record = json.loads(line)
+        text = record["messages"][0]["content"].replace("<image>", "")
+        content = [{"type": "image", "image": Image.open(f"{root}/{p}")} for p in record["images"]]
+        content.append({"type": "text", "text": text})
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True,
+            tokenize=True, return_dict=True, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        answers.append(out[0, inputs["input_ids"].shape[1]:].tolist())
+    print(json.dumps(answers))
 """
 
 
-def fresh_answers(*arguments):
-    command = [sys.executable, "-c", FRESH, *map(str, arguments)]
+def fresh_answers(run, *students):
+    """Of folders, and of a base with an adapter as "base+adapter"; without any code of ours."""
+    command = [sys.executable, "-c", FRESH, *map(str, [run, *students])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -126,9 +130,9 @@ def test_checkpoint_and_adapter_give_the_same_answers_in_a_fresh_process(run):
     questions = refine.read_questions(run / "3_qa/grpo.jsonl", run)
     prompts = [refine.open_prompt(student, one) for one in questions]
     ours = [response for (response,) in generate_groups(student, prompts, 10)]
-    assert fresh_answers(run / "4_lora", run) == ours
-    assert fresh_answers(run / "4_lora", run, run / "4_base") == ours
-    assert fresh_answers(run / "4_base", run) != ours
+    merged, base = run / "4_lora", run / "4_base"
+    of_merged, of_adapter, of_base = fresh_answers(run, merged, f"{base}+{merged}/adapter", base)
+    assert of_merged == of_adapter == ours != of_base
 
 
 # --- killed, resumed, parallel ---
@@ -155,13 +159,11 @@ def undisturbed(run):
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_run_goes_on_with_the_same_losses(run, undisturbed, stage):
     out, settings = run / f"{stage}_killed", arguments(run, stage, f"{stage}_killed")
-    command = [sys.executable, next(ROOT.glob(f"{stage}*.py")), *settings]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([str(word) for word in command], **quiet)
+    process = launch(stage, *settings)
     while not (out / "metrics.jsonl").is_file() or len(lines(out / "metrics.jsonl")) < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert "resumed after step" in script(stage, *settings).stdout
     assert logged(out) == undisturbed[stage]
@@ -203,7 +205,8 @@ def test_an_unknown_choice_is_one_line(tmp_path, stage, flag, value):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_to_the_same_loss(run, undisturbed, stage):
     out = f"{stage}_two"
-    script(stage, *arguments(run, stage, out), processes=2)
+    torchrun = stage == "04"  # itself; 05 begins with the same lines, and meets its variables
+    script(stage, *arguments(run, stage, out), processes=2, fresh=torchrun)
     assert np.allclose(logged(run / out), undisturbed[stage], atol=1e-4)
     if stage == "05":
         for name in ("truncated", "equal", "spread", "entropy"):

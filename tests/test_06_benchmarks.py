@@ -3,15 +3,13 @@ bad rows, shared prefill, shards."""
 
 import io
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import load, tiny_qwen
+from conftest import launch, load, tiny_qwen
 from PIL import Image
 from test_06_eval import evaluate, write
 
@@ -663,13 +661,13 @@ def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
     for shard in ("0/2", "1/2"):
         evaluation.main(evaluation.Config(**usual, tag="shards", shard=shard, batch=1))
     assert without_times(folder, "shards") == without_times(folder, "whole")
-    flags = [part for key, value in usual.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, evaluation.__file__, *flags, "--tag", "killed", "--batch", "1"]
+    flags = [part for key, value in usual.items() for part in (f"--{key}", value)]
     log = folder / "6_eval/killed/samples.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while process.poll() is None and not (log.is_file() and log.stat().st_size):
-            time.sleep(0.005)
-        process.kill()
+    process = launch("06", *flags, "--tag", "killed", "--batch", 1)
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
     assert not (log.parent / "results.json").is_file()
     assert 1 <= len(log.read_text().splitlines()) < 14
     evaluation.main(evaluation.Config(**usual, tag="killed"))

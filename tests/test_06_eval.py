@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import load, script
+from conftest import load
 from PIL import Image
 
 from kernels import student as student_module
@@ -464,11 +464,6 @@ def test_a_picture_that_comes_back_makes_it_another_evaluation(run, monkeypatch)
     picture.write_bytes(content)
     check_picture.cache_clear()
     refused(run, monkeypatch, status=0)
-
-
-def test_a_wrong_flag_ends_with_status_2():
-    done = script("06", "--dtype", "potato", check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "--dtype" in done.stderr
 
 
 def untrained_student(run):

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, lines, load, write_questions
+from conftest import ROOT, lines, load, script, write_questions
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_road import STAGES, call
@@ -21,8 +21,7 @@ TRAIN = "--train full --freeze_vision False --lr 1e-3 --no_checkpointing "
 
 def test_a_few_of_every_attack_survive():
     """What `make fire` does in full: everything survives, nothing is lost, no traceback."""
-    command = [sys.executable, ROOT / "tests/fire/run.py", "--short", "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = script("tests/fire/run", "--short", "--jobs", 1, check=False)
     sums = [line for line in done.stdout.splitlines() if line.startswith("all ")]
     assert done.returncode == 0 and len(sums) == 1, done.stdout + done.stderr[-6000:]
     tried, survived, lost, tracebacks = (int(n.replace(",", "")) for n in sums[0].split()[1:])

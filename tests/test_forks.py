@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, lines, script
@@ -33,9 +32,7 @@ def forked(name: str, folder):
 
     def stage(number: str, *arguments):
         (path,) = folder.glob(f"{number}_*.py")
-        command = [sys.executable, path, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        script(path, *arguments)
 
     return stage
 

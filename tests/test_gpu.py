@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, script
 from gpu import measure, parts
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
@@ -76,16 +76,16 @@ def test_every_part(part, tmp_path, monkeypatch):
 def test_a_part_that_dies_costs_no_other_its_figures(tmp_path):
     """The authors' network kills the process, after ours was measured; the next part still runs."""
     authors = checkout(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    arguments = ["tests/gpu/measure.py", "svc", "backward", "--tiny", "--out", tmp_path]
-    done = command(sys.executable, *arguments, "--seva", authors)
-    assert done.returncode == 0, done.stderr[-2000:]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["svc", "backward", "--tiny", "--out", tmp_path]
+    done = script("tests/gpu/measure", *arguments, "--seva", authors, env=env)
     found = json.loads((tmp_path / "gpu_tiny.json").read_text())["parts"]
     assert found["svc"]["state"] == "ended with status -9"
     assert [line["what"] for line in found["svc"]["measurements"]] == ["ours, 3 frames, 4 steps"]
     assert found["backward"]["state"] == "done" and len(found["backward"]["measurements"]) == 4
     assert "| svc | ended with status -9 |" in done.stdout
     # named parts are added to the file; a part for which no time is left says so
-    done = command(sys.executable, *arguments[:2], *arguments[3:], "--seconds", 1)
+    done = script("tests/gpu/measure", "svc", *arguments[2:], "--seconds", 1)
     found = json.loads((tmp_path / "gpu_tiny.json").read_text())["parts"]
     assert found["svc"]["state"].startswith("left out") and found["backward"]["state"] == "done"
     assert "| svc | left out" in done.stdout
@@ -148,8 +148,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 
 def test_wrong_arguments_are_named():
-    script = [sys.executable, "tests/gpu/measure.py"]
-    unknown = command(*script, "sfd")
+    unknown = script("tests/gpu/measure", "sfd", check=False)
     assert unknown.returncode == 2 and "no part is named sfd: want tests, bench" in unknown.stderr
-    nothing = command(*script, "--seva", "tests")
+    nothing = script("tests/gpu/measure", "--seva", "tests", check=False)
     assert nothing.returncode == 2 and "--seva tests: holds no seva/model.py" in nothing.stderr

@@ -12,6 +12,11 @@ import pytest
 from conftest import GPU, ROOT
 
 INTERPRETED = sorted((ROOT / "tests/gpu/interpreted").glob("*.py"))
+REGISTER = ROOT / "tests/test_kernels_register.py"
+MODEL = [
+    f"{REGISTER}::test_logits_of_a_left_padded_batch[qwen2.5]",
+    f"{REGISTER}::test_once_per_pass_is_found_what_the_kernels_may_skip[qwen2.5]",
+]
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None                # what `import triton` meets on macOS and Windows
@@ -33,26 +38,18 @@ def python(*arguments, **variables) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
-def test_interpreted(path):
+def test_interpreted():
+    """And with them part of test_kernels_register.py, a whole model on the kernels instead of the
+    reference; its gradients take minutes there.
+    """
     pytest.importorskip("triton")
-    python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="1")
+    python("-m", "pytest", "-q", "--durations=9", *INTERPRETED, *MODEL, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
 def test_on_the_gpu(path):
     python("-m", "pytest", "-q", "--durations=5", path, TRITON_INTERPRET="0")
-
-
-def test_a_whole_model_interpreted():
-    """Part of test_kernels_register.py on the kernels instead of the reference.
-
-    Its gradients take minutes there.
-    """
-    pytest.importorskip("triton")
-    path = ROOT / "tests/test_kernels_register.py"
-    python("-m", "pytest", "-q", path, "-k", "qwen2.5 and (logits or once)", TRITON_INTERPRET="1")
 
 
 def test_cpu_tensors_take_the_reference_without_triton():

@@ -4,11 +4,9 @@ matrix instruction, and no forward kernel spills. `make compile-kernels` compile
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import script
 from gpu import compile as ahead
 
 pytest.importorskip("triton", reason="triton is published for Linux only: kernels compile there")
@@ -20,10 +18,11 @@ SIXTEEN_BIT = "forward bf16"
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """Most of the table, by two processes that do not interpret, whatever this one does."""
+    jobs = [(name, target) for name in ahead.all_cases() for target in ahead.TARGETS]
+    jobs = [(name, target) for name, target in jobs if target == "sm_90" or SIXTEEN_BIT in name]
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        others = tuple(target for target in ahead.TARGETS if target != "sm_90")
-        return ahead.compile_all(("sm_90",)) + ahead.compile_all(others, SIXTEEN_BIT)
+        return ahead.compile_all(jobs)
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
@@ -117,14 +116,10 @@ def test_faults_are_found(change, said):
 
 
 def test_command_names_its_errors():
-    def run(*arguments, **variables):
-        environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, "tests/gpu/compile.py", *arguments]
-        options = {"capture_output": True, "text": True, "cwd": ROOT}
-        return subprocess.run(command, env=environment | variables, **options)
-
-    unknown = run("--only", "nothing")
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    unknown = script("tests/gpu/compile", "--only", "nothing", check=False, env=env)
     assert unknown.returncode == 1 and "'nothing'" in unknown.stderr
     assert "Traceback" not in unknown.stderr
-    interpreted = run(TRITON_INTERPRET="1")
+    env["TRITON_INTERPRET"] = "1"
+    interpreted = script("tests/gpu/compile", check=False, env=env)
     assert interpreted.returncode == 1 and "unset TRITON_INTERPRET" in interpreted.stderr

@@ -41,7 +41,7 @@ def test_rooms_through_all_six(tmp_path):
     """With the numbers of the demo's recipes, but few rooms and steps."""
     run, rooms = tmp_path / "rooms", "--rooms 24 --heldout 0.5"
     for stage, flags in {"01": rooms, "02": "--workers 2", "03": "", **ROAD}.items():
-        done = script(stage, "--run", run, "--recipe", "tiny", *flags.split())
+        done = script(stage, "--run", run, "--recipe", "tiny", *flags.split(), fresh=True)
     report = run / "6_eval/refine/report.html"
     assert str(report) in done.stdout.splitlines()[-1] and report.is_file()
     results = json.loads(report.with_name("results.json").read_text())

@@ -1,13 +1,12 @@
 """The probes of tests/shortcuts.py find a planted shortcut, and nothing where there is none."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shortcuts
+from conftest import script
 from PIL import Image, ImageDraw, ImageFilter
 
 
@@ -104,7 +103,6 @@ def test_what_only_picture_and_statement_together_tell_is_found(tmp_path, form):
 
 
 def test_a_run_without_questions_is_one_line(tmp_path):
-    command = [sys.executable, shortcuts.__file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = script("tests/shortcuts", tmp_path, check=False)
     assert done.returncode == 1 and "want a run folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,20 +5,16 @@ and transformers already: a case costs what the stage does, not the five seconds
 process itself computes nothing: a fork loses the threads of arithmetic.
 """
 
-import atexit
-import importlib
 import json
 import multiprocessing.util
 import os
 import re
 import resource
-import runpy
 import selectors
 import shutil
 import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,10 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import safetensors.torch
-from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = {path.name[:2]: path for path in sorted(ROOT.glob("0[1-6]_*.py"))}
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from warm import SCRIPTS, become, warm_up  # noqa: E402, F401
+
 MEMORY = 12 * 2**30  # bytes of address space of an attacked process: a bomb shall hurt nobody else
 # A student of four million weights: trained by 04 and 05, asked by 06.
 TRAIN = "--student 4_base --train full --freeze_vision False --lr 1e-3 --no_checkpointing "
@@ -86,23 +82,6 @@ class Outcome:
         return [f"status {self.status}: {self.err.strip()[-600:]}"] if self.status else []
 
 
-def warm_up():
-    """Import once what every forked script would import again."""
-    sys.path.insert(0, str(ROOT))  # kernels/
-    pixels = Image.MAX_IMAGE_PIXELS
-    for script in SCRIPTS.values():
-        runpy.run_path(str(script), run_name="warm")
-    Image.MAX_IMAGE_PIXELS = pixels  # 01 sets a limit that is not the others'
-    for name in (
-        "transformers.models.qwen3_vl.modeling_qwen3_vl",
-        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
-        "torch.distributed.checkpoint",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.pyplot",
-    ):
-        importlib.import_module(name)
-
-
 def run(stage, folder, flags="", *more, plant=None, kill_after_s=None, limit_s=300) -> Outcome:
     """A stage on `folder`, after plant() in its process; killed `kill_after_s` or when it hangs.
 
@@ -114,7 +93,7 @@ def run(stage, folder, flags="", *more, plant=None, kill_after_s=None, limit_s=3
     sys.stderr.flush()
     pid = os.fork()
     if not pid:
-        become(SCRIPTS[stage], arguments, plant, [write for _, write in pipes])
+        become(SCRIPTS[stage], arguments, partial(limited, plant), [write for _, write in pipes])
     said = {read: b"" for read, _ in pipes}
     end = started + (limit_s if kill_after_s is None else kill_after_s)
     with selectors.DefaultSelector() as selector:
@@ -137,29 +116,11 @@ def run(stage, folder, flags="", *more, plant=None, kill_after_s=None, limit_s=3
     return Outcome(status, out, err, time.time() - started)
 
 
-def become(script: Path, arguments: list[str], plant, outputs: list[int]):
-    """Never returns: this forked process runs the script and ends as Python would end."""
-    status = 1
-    try:
-        atexit._clear()  # what the parent wants done at its end is not this process's to do
-        for number, fd in enumerate(outputs, 1):
-            os.dup2(fd, number)
-            os.close(fd)
-        sys.argv = [str(script), *arguments]
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        if plant:
-            plant()
-        runpy.run_path(str(script), run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # the interpreter's own last resort, which prints a traceback
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        multiprocessing.util._exit_function()
-        os._exit(status)
+def limited(plant):
+    """What comes first in an attacked process: a bound on its memory, then the fault."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if plant:
+        plant()
 
 
 # --- faults in the file system ---

@@ -139,12 +139,11 @@ def attempt(job: tuple[str, str]) -> dict:
         return {"kernel": job[0], "target": job[1], "error": said}
 
 
-def compile_all(targets=tuple(TARGETS), only: str = "", processes: int = 2, progress=list):
-    """Rows of every case whose name contains `only`, for each target.
+def compile_all(jobs: list[tuple[str, str]], processes: int = 2, progress=list) -> list[dict]:
+    """A row per job, which is a case and a target.
 
     Fresh processes: they do not inherit this one's threads.
     """
-    jobs = [(name, target) for name in all_cases() if only in name for target in targets]
     rows = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(attempt, job) for job in jobs]
@@ -221,9 +220,11 @@ def main():
     def progress(jobs):
         return tqdm(jobs, "compile", mininterval=2)
 
-    rows = compile_all(arguments.targets, arguments.only, arguments.processes, progress)
-    if not rows:
+    names = [name for name in all_cases() if arguments.only in name]
+    if not names:
         sys.exit(f"no case's name contains {arguments.only!r}")
+    jobs = [(name, target) for name in names for target in arguments.targets]
+    rows = compile_all(jobs, arguments.processes, progress)
     print(markdown(rows) if arguments.markdown else table(rows))
     wrong = faults(rows)
     print("\n".join(wrong), end="\n" if wrong else "")
