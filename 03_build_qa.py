@@ -203,19 +203,19 @@ def shared_poses(max_move_m, max_turn_deg, lengths):
     """Keys of the poses that two or more sequences reach, of all that alternate moves of 0.1,
     0.2, ... metres and turns of 10, 20, ... degrees up to the largest of each.
     """
-    steps = [tenths / 10 for tenths in range(1, round(max_move_m * 10) + 1)]
-    angles = range(10, round(max_turn_deg) + 1, 10)
-    moves = [(step * TOWARDS[way], 0) for way in MOVES.values() for step in steps]
-    turns = [(0, sign * angle) for sign in TURNS.values() for angle in angles]
+    steps = np.arange(1, round(max_move_m * 10) + 1) / 10
+    angles = np.arange(10, round(max_turn_deg) + 1, 10)
+    move = np.outer(TOWARDS[[*MOVES.values()]], steps).ravel(), 0
+    turn = 0, np.concatenate([angles, -angles])
     keys = []
-    for kinds, length in itertools.product(((moves, turns), (turns, moves)), lengths):
-        position = np.zeros(1)
-        yaw = np.zeros(1, int)
-        for actions in (kinds * 2)[:length]:
+    for kinds, length in itertools.product(((move, turn), (turn, move)), lengths):
+        position = np.zeros((1, 1))
+        yaw = np.zeros((1, 1), int)
+        for step, angle in (kinds * 2)[:length]:
             # every sequence so far [n, 1] goes on with every action [m]
-            step, turn = np.array(actions, complex).reshape(-1, 2).T
-            position = (position[:, None] + TOWARDS[yaw % 360][:, None] * step).ravel()
-            yaw = (yaw[:, None] + turn.real.astype(int)).ravel()
+            position = position + TOWARDS[yaw % 360] * step
+            position, yaw = np.broadcast_arrays(position, yaw + angle)
+            position, yaw = position.reshape(-1, 1), yaw.reshape(-1, 1)
         keys.append(pose_key(position, yaw))
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
     return set(keys[times > 1].tolist())
@@ -578,8 +578,6 @@ class Shown:
         self.difficulty = f"{len(self.actions)} {far}"
         where = keyframes if self.actions else keyframes[0]
         self.key = (survey.cfg.seed, view["scene_id"], view["traj_id"], where)
-        # the tasks about a pair have a generator each, those about a single picture share one
-        self.draw = None if self.actions else self.generator("S")
 
     def generator(self, *purpose):
         """Python's, because numpy's takes longer to seed than a question to write."""
@@ -627,19 +625,20 @@ class Shown:
         if not options:
             self.survey.dropped[f"{q.task} choice: too few options that differ"] += 1
             return None
-        style, options = draw.choice(STYLES), draw.sample(options, len(options))
+        style, options = draw.choice(STYLES), some(draw, options)
         right = options.index(q.truth)
         options = [write(option, style) for option in options]
         return q._replace(options=options, right=right, order=draw.random())
 
 
-def some(draw, things, most):
+def some(draw, things, most=math.inf):
+    """At most so many of the things, in a random order."""
     return draw.sample(things, min(most, len(things)))
 
 
 def mixed(draw, one, other, most):
     """At most `most` of two lists, one of each before two of a kind: balancing drops little."""
-    sides = draw.sample([some(draw, one, len(one)), some(draw, other, len(other))], 2)
+    sides = some(draw, [some(draw, one), some(draw, other)])
     turns = [side[i] for i in range(most) for side in sides if i < len(side)]
     return turns[:most]
 
@@ -679,7 +678,7 @@ def four_boxes(draw, pair, true, words):
     boxes = [true]
     for picture in (pair.after, pair.before):
         others = [one.box for one in picture.usable.values() if str(one.box) not in words]
-        for box in draw.sample(others, len(others)):
+        for box in some(draw, others):
             if all(iou(box, known) < LEAST_APART for known in boxes):
                 boxes.append(box)
     if len(boxes) < 4:
@@ -696,6 +695,7 @@ def four_lengths(draw, truth):
 
 
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
+# draw: the generator of that task about that pair or picture.
 # What several tasks say. A question has one wording of each of its lists.
 SEEN = [
     "The {label} is at {box} in image 1.",
@@ -715,7 +715,7 @@ WILL = [
 ]
 
 
-def ask_motion(pair, task, most):
+def ask_motion(pair, task, most, draw):
     """A1, A2, A3: which actions lead from image 1 to image 2?"""
     verb = {"A1": "move", "A2": "turn", "A3": ""}[task]
     one = [
@@ -732,13 +732,11 @@ def ask_motion(pair, task, most):
         "It took the camera 2 or 3 actions to get from image 1 to image 2.",
     ]
     parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
-    fits = say(pair.actions).startswith(verb)
-    if most and fits and pair.survey.only_answer(task, pair.actions):
-        words = {"verb": verb}
-        yield pair.question(task, pair.generator(task), parts, pair.actions, words)
+    if most and verb in say(pair.actions) and pair.survey.only_answer(task, pair.actions):
+        yield pair.question(task, draw, parts, pair.actions, {"verb": verb})
 
 
-def ask_statement(pair, task, most):
+def ask_statement(pair, task, most, draw):
     """A4: is a statement about the motion true? True and false by turns."""
     claims = [
         "From image 1 to image 2 the camera did this: {actions}.",
@@ -746,7 +744,6 @@ def ask_statement(pair, task, most):
         "Someone says how the camera got from image 1 to image 2: {actions}.",
     ]
     parts = [claims, ["True or false?", "Is that true or false?"]]
-    draw = pair.generator(task)
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
@@ -767,19 +764,18 @@ def false_statement(pair, draw):
     return draw.choice(others) if others else None
 
 
-def ask_box(pair, task, most):
+def ask_box(pair, task, most, draw):
     """D1, S5: where is an object of image 1 in image 2, told the motion (D1) or not (S5)?"""
     ask = ["Where is it in image 2?", "Find it in image 2."]
     parts = [SEEN, DID, ask] if task == "D1" else [SEEN, ask]
     # where the box is unchanged, the prompt would hold the answer
     boxes = {key: pair.words(key) for key in pair.both}
     moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
-    draw = pair.generator(task)
     for key in some(draw, moved, most):
         yield pair.question(task, draw, parts, boxes[key]["box2"], boxes[key])
 
 
-def ask_gone(pair, task, most):
+def ask_gone(pair, task, most, draw):
     """D2: will an object be out of sight? Image 2 stays hidden."""
     ask = ["Will it be out of sight then?", "Does it disappear from view?"]
     gone = []
@@ -787,7 +783,6 @@ def ask_gone(pair, task, most):
         known = pair.view["exact"] or key in pair.after.hidden  # a detector may miss an object
         if known and key not in pair.after.visible:
             gone.append(key)
-    draw = pair.generator(task)
     # balanced by the way too: after a wide turn most objects are gone
     position, yaw = pose(pair.actions)
     alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {abs(round(position.imag))}"
@@ -797,7 +792,7 @@ def ask_gone(pair, task, most):
         yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, pictures=1)
 
 
-def ask_motion_of_object(pair, task, most):
+def ask_motion_of_object(pair, task, most, draw):
     """D3: which actions take an object from its box in image 1 to its box in image 2?"""
     seen = [
         "The {label} is at {box} in image 1 and at {box2} in image 2.",
@@ -809,12 +804,11 @@ def ask_motion_of_object(pair, task, most):
         "Name the 1 or 2 camera actions in between, in order.",
     ]
     if most and pair.both and pair.survey.only_answer(task, pair.actions):
-        draw = pair.generator(task)
         for key in some(draw, pair.both, most):
             yield pair.question(task, draw, [seen, ask], pair.actions, pair.words(key))
 
 
-def ask_same(pair, task, most):
+def ask_same(pair, task, most, _):
     """D4, S6: do two boxes hold one object, told the motion (D4) or not (S6)?
 
     D4 asks about two objects of one label, S6 about such and about any two, called "object". With
@@ -875,7 +869,7 @@ def shift_class(before, after, actions):
     return f"{turn != 0} {round(shift / 400)} {round(growth / 2)} {round(wider / 2)}"
 
 
-def ask_bearing(pair, task, most):
+def ask_bearing(pair, task, most, draw):
     """E2: on which side is an object after the motion; is it nearer or farther? Image 2 is hidden.
 
     From its bearing and distance in image 1, or from its box where the camera only turns.
@@ -886,12 +880,12 @@ def ask_bearing(pair, task, most):
     ]
     ways = ["Will {object} be nearer or farther?", "Does that bring {object} nearer or farther?"]
     position, yaw = pose(pair.actions)
-    draw, found = pair.generator(task), []
+    found = []
     for key, one in pair.before.usable.items():
         if one.distance_m or not position:
             place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
             found += [(key, answer) for answer in relations(place, position, yaw)]
-    found = draw.sample(found, len(found))
+    found = some(draw, found)
     found.sort(key=lambda one: one[1] in YES)  # the rare ones first
     way = f"{yaw} {round(position.real)} {round(position.imag)}"
     for key, answer in found[:most]:
@@ -911,7 +905,7 @@ def relations(place, position, yaw):
     return found + ([WAYS[int(nearer_m < 0)]] if abs(nearer_m) >= CLEAR_M else [])
 
 
-def ask_picture(pair, task, most):
+def ask_picture(pair, task, most, draw):
     """E3: which of four pictures follows the motion? All end trajectories of one start.
 
     Not after one move forward or backward: the nearest or the furthest of the four would be it.
@@ -922,36 +916,35 @@ def ask_picture(pair, task, most):
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
     survey = pair.survey
     siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
-    draw, ends = pair.generator(task), [(pair.actions, pair.after)]
-    for view in draw.sample(siblings, len(siblings)):
+    ends = [(pair.actions, pair.after)]
+    for view in some(draw, siblings):
         actions, picture = view["actions"], view["pictures"][-1]
         apart = all(survey.differ(task, actions, known) for known, _ in ends)
         if apart and picture.holes <= survey.cfg.max_holes:
             ends.append((actions, picture))
     if len(ends) >= 4:
-        order = draw.sample(range(4), 4)
+        order = some(draw, range(4))
         q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
         yield q._replace(images=[pair.before.path, *(ends[k][1].path for k in order)])
 
 
-def ask_where(shown, task, most):
+def ask_where(shown, task, most, draw):
     """S1: where is an object that is the only one of its label?"""
     parts = [["Find", "Locate", "Point out"], ["the {label}.", "the {label} in the picture."]]
     picture = shown.before
     alone = [key for key, one in picture.usable.items() if picture.counts[one.label] == 1]
-    for key in some(shown.draw, alone, most):
+    for key in some(draw, alone, most):
         words = shown.words(key)
-        yield shown.question(task, shown.draw, parts, words["box"], words)
+        yield shown.question(task, draw, parts, words["box"], words)
 
 
-def ask_whether_there(shown, task, most):
+def ask_whether_there(shown, task, most, draw):
     """S2: is a label in the picture? And is it at a box?"""
     seen = ["Do you see", "Can you see", "Is there"]
     parts = [seen, ["any {label}?", "any {label} in the picture?"]]
     parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
     if not shown.view["exact"]:  # a detector may miss an object
         return
-    draw = shown.draw
     picture = shown.before
     known = shown.survey.labels[shown.view["source"]]
     absent = sorted(label for label in known if not same_kind(label, picture.counts))
@@ -969,7 +962,7 @@ def ask_whether_there(shown, task, most):
         alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
         if wrong or true:
             answer = "yes" if true else "no"
-            yield shown.question(task, draw, parts_box, answer, words, alike=alike)
+            yield shown.question(task, draw, parts_box, answer, words, alike)
 
 
 def same_kind(label, others):
@@ -977,12 +970,11 @@ def same_kind(label, others):
     return label.endswith(tuple(others)) or any(other.endswith(label) for other in others)
 
 
-def ask_distance(shown, task, most):
+def ask_distance(shown, task, most, draw):
     """S3: how far away is an object, named by its label alone where that is unique?"""
     ask = ["How far away along the floor is", "How far along the floor is it to"]
     ask += ["What is the distance along the floor to"]
     parts = [ask, ["{object}?", "{object} in the picture?"]]
-    draw = shown.draw
     measured = [key for key, one in shown.before.usable.items() if one.distance_m]
     for key in some(draw, measured, most):
         answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
@@ -990,7 +982,7 @@ def ask_distance(shown, task, most):
         yield shown.question(task, draw, parts, answer, words)
 
 
-def ask_facing(shown, task, most):
+def ask_facing(shown, task, most, draw):
     """E1: which turn brings an object of a picture to its middle? From its box and the camera."""
     field = ["The picture spans {fov} degrees from side to side.", "Field of view: {fov} degrees."]
     ask = [
@@ -1000,7 +992,6 @@ def ask_facing(shown, task, most):
     ]
     fov_deg, usable = shown.view["fov_x_deg"], shown.before.usable
     beside = [key for key, one in usable.items() if turn_to(one.box, fov_deg)]
-    draw = shown.generator(task)
     for key in some(draw, beside, most):
         turn = turn_to(usable[key].box, fov_deg)
         words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
@@ -1031,8 +1022,7 @@ LETTER = ("choice", "Answer with one letter.")
 BOXES = " Boxes are [x1, y1, x2, y2] in thousandths of width and height."
 ONE = "objects with boxes (of photographs: --detector)"
 TWO = f"{ONE} in both pictures"
-# A task is a row here and its function above; no wording may hold its answer. S1-S3 share a
-# generator: another task of theirs goes behind them, then their questions stay the same.
+# A task is a row here and its function above; no wording may hold its answer.
 PAIR_TASKS = {
     "A1": Task(MOVE, "inverse", 1, ask_motion, "pairs with a single move"),
     "A2": Task(TURN, "inverse", 1, ask_motion, "pairs with a single turn"),
@@ -1054,6 +1044,7 @@ PICTURE_TASKS = {
     "E1": Task(TURN, "inverse", 0.5, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
+SHARING = ("S1", "S2", "S3")  # one generator; each other task has its own
 BALANCED = {task for task, row in TASKS.items() if row.answer[0] in ("yes_no", "relation")}
 # what cannot be answered where the pictures share too little
 COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
@@ -1101,11 +1092,13 @@ def ask_all(views, survey):
                 survey.dropped["all: pictures with more holes than --max_holes"] += 1
                 continue
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
+            shared = shown.generator("S")
             for task, row in tasks.items():
                 most = survey.caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
-                asked = row.ask(shown, task, int(most))
+                draw = shared if task in SHARING else shown.generator(task)
+                asked = row.ask(shown, task, int(most), draw)
                 if task in COMPARING and shown.share < cfg.least_covisible:
                     reason = f"{task}: pictures share less than --least_covisible"
                     survey.dropped[reason] += len([*asked])
@@ -1138,8 +1131,8 @@ def draw_questions(questions, most=None):
 
 def trains(cfg, task):
     """Whether --tasks and --directions ask for a task; static ones are of both directions."""
-    own = "both" if TASKS[task].direction == "static" else TASKS[task].direction
-    return task in cfg.tasks and (cfg.directions == own or "both" in (own, cfg.directions))
+    own = TASKS[task].direction
+    return task in cfg.tasks and (cfg.directions == "both" or own in ("static", cfg.directions))
 
 
 def make_files(survey, questions):
