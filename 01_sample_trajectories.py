@@ -77,6 +77,11 @@ RECIPES = {
 }
 
 
+def several(*values, help: str):
+    """A setting of several numbers."""
+    return HfArg(default_factory=lambda: [*values], help=help)
+
+
 @dataclass
 class Config:
     recipe: str = HfArg(default="paper", help="a row of RECIPES; your own flags win")
@@ -86,41 +91,25 @@ class Config:
     room_trajectories: int = HfArg(default=7, help="trajectories per room, each from its own start")
     photo_trajectories: int = HfArg(default=7, help="trajectories per photograph, all different")
     actions: str = HfArg(default="all", help="all | turns (single turns only) | moves (likewise)")
-    shares: list[float] = HfArg(
-        default_factory=lambda: [0.6, 0.2, 0.2],
-        help="of single actions (asked about by A1 and A2), presets and random sequences",
-    )
-    move_m: list[float] = HfArg(
-        default_factory=lambda: [0.3, 2.0],
-        help="least and largest move, metres: less hardly shows, more seldom fits a room",
-    )
+    shares: list[float] = several(0.6, 0.2, 0.2, help="of single actions, presets and random ones")
+    # less hardly shows, more seldom fits a room
+    move_m: list[float] = several(0.3, 2.0, help="least and largest move, metres")
     move_grid_m: float = HfArg(default=0.1, help="moves are multiples of this, metres")
-    turn_deg: list[float] = HfArg(
-        default_factory=lambda: [10.0, 80.0],
-        help="least and largest turn in a room, degrees: 90 leaves nothing of the view",
-    )
-    photo_turn_deg: list[float] = HfArg(
-        default_factory=lambda: [10.0, 30.0],
-        help="the same for photographs, degrees: of a 54-degree view, 30 leave 24",
-    )
+    # 90 degrees leave nothing of a view in a room; of a photograph's 54, 30 leave 24
+    turn_deg: list[float] = several(10.0, 80.0, help="least and largest turn in a room, degrees")
+    photo_turn_deg: list[float] = several(10.0, 30.0, help="the same for photographs, degrees")
     room_px: int = HfArg(default=112, help="side of a room's square frames, pixels")
-    room_fov_deg: list[float] = HfArg(
-        default_factory=lambda: [60.0, 100.0], help="least and largest field of view in rooms"
+    room_fov_deg: list[float] = several(
+        60.0, 100.0, help="least and largest field of view in rooms"
     )
-    objects: list[int] = HfArg(
-        default_factory=lambda: [7, 9], help="fewest and most objects per room"
-    )
+    objects: list[int] = several(7, 9, help="fewest and most objects per room")
     same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
     twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
     twin_gap_m: float = HfArg(default=0.4, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
-    fov_x_deg: float = HfArg(
-        default=0.0, help="of photographs, degrees; 0: as the manifest, transforms.json or EXIF say"
-    )
+    fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
     pan: bool = HfArg(
-        default=False,
-        help="frames are narrower cameras inside a photograph, single turns only, for teacher pan; "
-        "always so in 360-degree panoramas (2:1)",
+        default=False, help="turns inside a photograph, for teacher pan; in panoramas (2:1) always"
     )
     view_fov_deg: float = HfArg(
         default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
@@ -179,7 +168,7 @@ def integrate(actions, max_step_m=MAX_STEP_M, max_step_deg=MAX_STEP_DEG, min_fra
 def rng(*key) -> Generator:
     """A generator of its own for every (seed, scene, trajectory, purpose)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return default_rng(np.array([*digest], np.uint32))
+    return default_rng([*digest])
 
 
 def multiples(bounds: list, step: float) -> list:
@@ -322,28 +311,34 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
     paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
-    parts = []
-    for _, shape, *size, across, bottoms, along, paint in (row for row in KINDS if row[0] == kind):
-        size = np.array(size, float)
-        part = {"shape": shape, "color": paints[paint], "size_m": scale * size, "yaw_deg": 0.0}
-        for place in itertools.product(*(text.split(",") for text in (across, bottoms, along))):
-            x, bottom, z = map(float, place)
-            center_m = scale * np.array([x, -bottom - size[1] / 2, z])
-            parts.append(part | {"center_m": center_m})
-    centers_m, sizes_m = (np.array([part[key] for part in parts]) for key in ("center_m", "size_m"))
-    low, high = (centers_m - sizes_m / 2).min(0), (centers_m + sizes_m / 2).max(0)
-    for part in parts:
-        part["center_m"] = np.round(part["center_m"] - (low + high) / 2, 4).tolist()
-        part["size_m"] = np.round(part["size_m"], 4).tolist()
-    center_m, size_m = np.round([(low + high) / 2, high - low], 4).tolist()
-    return {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg, "parts": parts}
+    parts, boxes = [], []
+    for name, shape, *cells, paint in KINDS:
+        if name == kind:
+            for box in itertools.product(*(cell.split(",") for cell in cells)):
+                parts.append({"shape": shape, "color": paints[paint]})
+                boxes.append(box)
+    sizes_m, places_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
+    places_m[:, 1] = -places_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
+    sizes_m, centers_m = scale * sizes_m, scale * places_m
+    low = (centers_m - sizes_m / 2).min(0)
+    high = (centers_m + sizes_m / 2).max(0)
+    middle_m = (low + high) / 2
+    for part, size_m, center_m in zip(parts, sizes_m, centers_m - middle_m, strict=True):
+        part |= {"size_m": rounded(size_m), "yaw_deg": 0.0, "center_m": rounded(center_m)}
+    whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
+    return whole | {"yaw_deg": yaw_deg, "parts": parts}
+
+
+def rounded(values) -> list:
+    return np.round(values, 4).tolist()
 
 
 def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
     """The object on the one `under` it, on a wall, or clear of all others; None: nowhere."""
     y, radius_m = thing["center_m"][1], outer_radius(thing)
     if under:
-        x, top, z = np.subtract(under["center_m"], [0, under["size_m"][1] / 2, 0]).tolist()
+        x, middle, z = under["center_m"]
+        top = middle - under["size_m"][1] / 2
         return thing | {"center_m": [x, round(top + y, 4), z]}
     places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
     if thing["label"].split()[-1] in ON_WALLS:  # one of the four, its front to the room
@@ -396,6 +391,13 @@ def clearance(x, z, room: dict):
     return nearest
 
 
+def is_free(path, starts, room: dict):
+    """Paths [2, P] from starts [S, 3] -> [S]: does every place on it keep the margin?"""
+    x, z, yaw_deg = starts.T[:, :, None]
+    dx, dz = rotate(path, yaw_deg)  # [S, P]
+    return clearance(x + dx, z + dz, room).min(1) > MARGIN_M
+
+
 def sees_objects(x, z, yaw_deg, room: dict):
     """Starts [S, 1] each -> [S]: 0, 1 or, where two of one label are among them, 2: are objects
     well inside the picture?
@@ -426,7 +428,7 @@ BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombErr
 
 def list_photos(source: str):
     """--images -> [(name for the user, folder, {image, fov_x_deg}), ...] and malformed lines."""
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(os.path.abspath(Path(source).expanduser()))
     if path.suffix == ".jsonl":
         named = []
         for number, record in read_lines(path, "image"):
@@ -510,9 +512,8 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     if panorama:
         fov_deg, source = 360.0, "exact"
     view_deg = fov_deg
-    if (
-        panorama or cfg.pan
-    ):  # a narrower camera inside, with as many pixels as the picture has there
+    # a narrower camera inside, with as many pixels as the picture has there
+    if panorama or cfg.pan:
         view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
         whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
         share = math.tan(math.radians(view_deg) / 2) / whole
@@ -610,19 +611,16 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
         starts = np.array(shared) if shared else starts
-        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
-        dx, dz = rotate(path, yaw_deg)  # [S, P]
-        free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
         turned_deg = sum(TURNS[name] * value for name, value in actions if name in TURNS)
         side = int(g.integers(-1, 3))  # 0: the view before, 1: after
         at = 0 if side < 1 else -1
-        end_x, end_z = rotate(c2w[at, [0, 2], 3].astype(float), yaw_deg)
+        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
+        end_x, end_z = rotate(path[:, at], yaw_deg)
         # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: a single
         # move might as well have been the opposite one, for all that either picture tells
         seen = sees_objects(x + end_x, z + end_z, yaw_deg + side * turned_deg, room)
         beyond = np.array([-path[:, -1], 2 * path[:, -1]]).T if len(actions) == 1 else path
-        dx, dz = rotate(beyond, yaw_deg)
-        rank = free * (1 + 2 * seen + (clearance(x + dx, z + dz, room).min(1) > MARGIN_M))
+        rank = is_free(path, starts, room) * (1 + 2 * seen + is_free(beyond, starts, room))
         best = rank.argmax()
         found = actions, starts[best].tolist()
         if rank[best] >= 3:
@@ -652,8 +650,8 @@ def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
     reach_deg, bounds = math.inf, cfg.turn_deg
     if not scene["panorama"]:
         reach_deg, bounds = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2, cfg.photo_turn_deg
-    most_deg = min(reach_deg, MOST_TURN * scene["fov_x_deg"])
-    turns_deg = [value for value in multiples(bounds, TURN_GRID_DEG) if value <= most_deg]
+    most_deg = min(bounds[-1], reach_deg, MOST_TURN * scene["fov_x_deg"])
+    turns_deg = multiples([bounds[0], most_deg], TURN_GRID_DEG)
     for attempt in range(100 if turns_deg else 0):
         name, value = str(g.choice(list(TURNS))), float(g.choice(turns_deg))
         # from the first start every turn fits, so that others can share it
@@ -793,9 +791,8 @@ def main(cfg: Config):
     finish(folder, meta, counts, started)
     if counts["fields of view assumed"]:
         print(
-            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed where neither"
+            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed: --fov_x_deg"
         )
-        print("EXIF nor --fov_x_deg, a manifest or a transforms.json tells the field of view")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 

@@ -106,8 +106,7 @@ class Config:
     tasks: list[str] = HfArg(default_factory=lambda: sorted(TASKS), help="to train on")
     formats: list[str] = HfArg(
         default_factory=lambda: [*FORMATS],
-        help="open: an answer in words or numbers; choice: one "
-        "of lettered options; of each question both (E3: choice only)",
+        help="open: an answer in words or numbers; choice: a letter (E3 always); both of each",
     )
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
@@ -115,12 +114,8 @@ class Config:
     least_covisible: float = HfArg(
         default=0.15, help="A1-A4, D3, E3: least share of image 2 that image 1 shows, where known"
     )
-    max_holes: float = HfArg(
-        default=0.05, help="largest share of a picture that is holes; 1: ask all the same"
-    )
-    keep_unchecked: bool = HfArg(
-        default=False, help="ask about moves of a generating teacher that nothing could check"
-    )
+    max_holes: float = HfArg(default=0.05, help="largest share of a picture that is holes; 1: any")
+    keep_unchecked: bool = HfArg(default=False, help="ask about moves that nothing could check")
     most_actions: int = HfArg(default=0, help="in a pair asked about, an easier lesson; 0: any")
     caps: list[str] = HfArg(
         default_factory=list,
@@ -128,22 +123,14 @@ class Config:
         "of objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
     )
     box_step: int = HfArg(default=1, help="grid of boxes, thousandths; 10: a token each in tiny")
-    near_miss_m: float = HfArg(
-        default=0.3, help="a false A4 statement ends at least so far from the truth, metres ..."
-    )
-    near_miss_deg: float = HfArg(
-        default=20.0, help="... or is turned so far, degrees: nearer ones are not clearly false"
-    )
+    near_miss_m: float = HfArg(default=0.3, help="a false A4 ends at least so far off, metres ...")
+    near_miss_deg: float = HfArg(default=20.0, help="... or is turned so far, degrees")
     near_miss_box: int = HfArg(
-        default=0,
-        help="a D4 answered no shows any object so far to the side, thousandths: an easier lesson, "
-        "which boxes alone may answer; 0: another object of the same label",
+        default=0, help="a D4 answered no: any object so far aside, thousandths; 0: of its label"
     )
     grpo_per_task: int = HfArg(default=125, help="questions per task in grpo.jsonl (paper: 125)")
     detector: str = HfArg(
-        default="",
-        help="hub id or folder of an object detector, ordinary or zero-shot, for views without "
-        "exact boxes; empty: those views get A1-A4 only",
+        default="", help="of objects, zero-shot or not: hub id or folder; for views without boxes"
     )
     detector_labels: list[str] = HfArg(default_factory=list, help="labels to keep; empty: all")
     min_score: float = HfArg(default=0.3, help="detector score (0..1) of a box to be asked about")
@@ -313,19 +300,19 @@ def slim(view, cfg, detect):
     if objects is None and detect:
         objects = track(view, [detect(Path(cfg.run, path)) for path in view["frames"]])
     kept, fov_x_deg = view["kept"], float(view["fov_x_deg"])
-    objects, holes = objects or [[]] * len(kept), view.get("holes") or [0] * len(kept)
+    objects = objects or [[]] * len(kept)
+    holes = view["holes"] or [0] * len(kept)
     frames = zip(kept, view["frames"], objects, holes, strict=True)
     pictures = {index: see(*frame, fov_x_deg, cfg) for index, *frame in frames}
-    start = view["start"] and tuple(map(float, view["start"]))
-    shares = view.get("covisible") or []
+    start = [*map(float, view["start"] or [])]
     return {key: view[key] for key in (*ORIGIN, "keyframes")} | {
         "exact": view["objects"] is not None,
         "fov_x_deg": fov_x_deg,
         # frames 0 of the trajectories that share this are one picture
-        "start": (view["scene_id"], f"{view.get('anchor')} {view.get('start_yaw_deg')}", start),
+        "start": f"{view['scene_id']} {view['anchor']} {view['start_yaw_deg']} {start}",
         "actions": [tuple(action) for action in view["actions"]],
         "pictures": [pictures.get(index) for index in view["keyframes"]],
-        "covisible": {(i, j): float(share) for i, j, share in shares if share is not None},
+        "covisible": {(i, j): float(s) for i, j, s in view["covisible"] if s is not None},
     }
 
 
@@ -424,20 +411,18 @@ def iou(a, b):
 
 
 def turned(box, view, one, two):
-    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture: a corner
-    at (x, y), in tangents, to ((x cos - sin) / d, y / d) with d = x sin + cos. None after a move.
-    """
+    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture; None after
+    a move."""
     a, b = np.array([view["c2w"][one], view["c2w"][two]], float)
     if np.abs(a - b)[:3, 3].max() > 1e-3:
         return None
-    sin, _, cos = b[:3, 2] @ a[:3, :3]
     half = math.tan(math.radians(view["fov_x_deg"]) / 2)
-    x, y = np.array(box).reshape(2, 2).T / 500 - 1  # [2] each, -1..1
-    x = x * half
-    depth = np.maximum(x * sin + cos, 0.05)  # what comes to lie behind is far out
-    x = (x * cos - sin) / depth / half
-    y = y[:, None] / depth
-    return [500 * (v + 1) for v in (x.min(), y.min(), x.max(), y.max())]
+    x1, y1, x2, y2 = half * (np.array(box) / 500 - 1)
+    corners = np.array([[x1, y1, 1], [x1, y2, 1], [x2, y1, 1], [x2, y2, 1]])
+    corners = corners @ a[:3, :3].T @ b[:3, :3]
+    depth = np.maximum(corners[:, 2:], 0.05)  # what comes to lie behind is far out
+    places = 500 * (corners[:, :2] / depth / half + 1)
+    return [*places.min(0), *places.max(0)]
 
 
 def track(view, found):
@@ -488,7 +473,7 @@ class Question(NamedTuple):
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
-    options: list | None = None  # of a lettered choice, in the order of the letters
+    options: tuple | list = ()  # of a lettered choice, in the order of the letters
     right: int = 0  # which of them is
 
     @property
@@ -497,12 +482,13 @@ class Question(NamedTuple):
 
     @property
     def prompt(self):
-        lettered = zip(LETTERS, self.options or [], strict=False)
-        words = " ".join([self.words, *(f"{letter}. {option}" for letter, option in lettered)])
-        words += "." if self.options else ""
-        _, how = LETTER if self.options else TASKS[self.task].answer
-        how += BOXES if "[" in words or how == BOX[1] else ""
-        return f"{'<image>' * len(self.images)}{words} {how}"
+        words = "<image>" * len(self.images) + self.words
+        for letter, option in zip(LETTERS, self.options, strict=False):
+            words += f" {letter}. {option}"
+        _, how = TASKS[self.task].answer
+        if self.options:
+            words, (_, how) = words + ".", LETTER
+        return f"{words} {how}" + BOXES * ("[" in words or how == BOX[1])
 
 
 class Survey:
@@ -518,24 +504,23 @@ class Survey:
         self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
-            actions, pictures, frames = view["actions"], view["pictures"], view["keyframes"]
-            for name, value in actions:
-                largest[name in TURNS] = max(value, largest[name in TURNS])
-            for picture in filter(None, pictures):
+            for picture in filter(None, view["pictures"]):
                 self.labels[view["source"]].update(picture.counts)
                 for one in picture.usable.values():
                     self.facing += turn_to(one.box, view["fov_x_deg"])
-            if view["covisible"].get((frames[0], frames[-1]), 1) >= cfg.least_covisible:
-                self.motions[len(actions)].append(actions)
-                for kind in {False, not pictures[0].usable.keys().isdisjoint(pictures[-1].usable)}:
-                    for name, value in actions:
-                        self.steps[kind, len(actions), name in TURNS].append((name, value))
+            length = len(view["actions"])
+            pair = Shown(self, view, 0, length)
+            for name, value in pair.actions:
+                largest[name in TURNS] = max(value, largest[name in TURNS])
+            if pair.share >= cfg.least_covisible:
+                self.motions[length].append(pair.actions)
+                for kind in {False, bool(pair.both)}:
+                    for step in pair.actions:
+                        self.steps[kind, length, step[0] in TURNS].append(step)
         for view in sorted(views, key=lambda view: view["traj_id"]):
             self.starts[view["start"]].append(view)
         self.facing.sort()
-        self.shared = {}
-        for task, lengths in ONE_ANSWER.items():
-            self.shared[task] = shared_poses(*largest, lengths)
+        self.shared = {task: shared_poses(*largest, ONE_ANSWER[task]) for task in ONE_ANSWER}
 
     def unique(self, task, actions):
         """Whether no other sequence that the task may answer with ends at the same pose."""
@@ -576,13 +561,12 @@ class Shown:
         turned_deg = sum(value for name, value in self.actions if name in TURNS)
         far = "far" if moved_m > 1 or turned_deg > 40 else "near"
         self.difficulty = f"{len(self.actions)} {far}"
-        where = keyframes if self.actions else keyframes[0]
-        self.key = (survey.cfg.seed, view["scene_id"], view["traj_id"], where)
 
     def generator(self, *purpose):
         """Python's, because numpy's takes longer to seed than a question to write."""
-        key = repr((*self.key, *purpose))
-        return random.Random(hashlib.sha256(key.encode()).digest())
+        where = self.keyframes if self.actions else self.keyframes[0]
+        key = self.survey.cfg.seed, self.view["scene_id"], self.view["traj_id"], where, *purpose
+        return random.Random(hashlib.sha256(repr(key).encode()).digest())
 
     def words(self, key, key2=None):
         """What wordings may name of an object of image 1 and of one, or the same, of image 2."""
@@ -591,10 +575,11 @@ class Shown:
         return {"label": one.label, "box": one.box, "box2": two and two.box}
 
     def named(self, draw, key):
-        """An object of image 1: by its label alone (where that is unique, mostly), or its box."""
-        one = self.before.usable[key]
-        unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
-        return f"the {one.label}" + ("" if unique else f" at {one.box}")
+        """The same, and what to call it: by its label alone (if that is unique, mostly), or box."""
+        words = self.words(key)
+        unique = self.before.counts[words["label"]] == 1 and draw.random() < 0.7
+        name = "the {label}" if unique else "the {label} at {box}"
+        return words | {"object": name.format(**words)}
 
     def question(self, task, draw, parts, truth, words, alike="", pictures=2):
         """One wording of each of `parts`, with `words` filled in."""
@@ -604,7 +589,7 @@ class Shown:
         text = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
         more = (words["label"], alike, draw.random(), self.difficulty, self.view)
         q = Question(task, text, truth, images, *more)
-        if q.answer in text and TASKS[task].answer[0] not in ("yes_no", "relation"):
+        if q.answer in text and task not in BALANCED:  # those name all their answers
             stop(f"a fault of {task}: the prompt holds its answer, {q.prompt}")
         return q
 
@@ -769,10 +754,9 @@ def ask_box(pair, task, most, draw):
     ask = ["Where is it in image 2?", "Find it in image 2."]
     parts = [SEEN, DID, ask] if task == "D1" else [SEEN, ask]
     # where the box is unchanged, the prompt would hold the answer
-    boxes = {key: pair.words(key) for key in pair.both}
-    moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
-    for key in some(draw, moved, most):
-        yield pair.question(task, draw, parts, boxes[key]["box2"], boxes[key])
+    moved = [words for words in map(pair.words, pair.both) if words["box"] != words["box2"]]
+    for words in some(draw, moved, most):
+        yield pair.question(task, draw, parts, words["box2"], words)
 
 
 def ask_gone(pair, task, most, draw):
@@ -889,7 +873,7 @@ def ask_bearing(pair, task, most, draw):
     found.sort(key=lambda one: one[1] in YES)  # the rare ones first
     way = f"{yaw} {round(position.real)} {round(position.imag)}"
     for key, answer in found[:most]:
-        words = pair.words(key) | {"object": pair.named(draw, key)}
+        words = pair.named(draw, key)
         parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
         q = pair.question(task, draw, parts, answer, words, alike, pictures=1)
         yield q._replace(label="")  # balanced for each motion, of whatever object
@@ -978,7 +962,7 @@ def ask_distance(shown, task, most, draw):
     measured = [key for key, one in shown.before.usable.items() if one.distance_m]
     for key in some(draw, measured, most):
         answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
-        words = shown.words(key) | {"object": shown.named(draw, key)}
+        words = shown.named(draw, key)
         yield shown.question(task, draw, parts, answer, words)
 
 
@@ -994,7 +978,7 @@ def ask_facing(shown, task, most, draw):
     beside = [key for key, one in usable.items() if turn_to(one.box, fov_deg)]
     for key in some(draw, beside, most):
         turn = turn_to(usable[key].box, fov_deg)
-        words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
+        words = shown.named(draw, key) | {"fov": f"{fov_deg:.0f}"}
         yield shown.question(task, draw, [field, ask], turn, words)
 
 
@@ -1217,10 +1201,9 @@ def examples(questions, run):
 def main(cfg: Config):
     started, run = time.perf_counter(), Path(cfg.run)
     read_caps(cfg.caps)
-    if unknown := {*cfg.tasks} - {*TASKS}:
-        stop(f"--tasks {unknown}: unknown, choose among {sorted(TASKS)}")
-    if not cfg.formats or {*cfg.formats} - {*FORMATS}:
-        stop(f"--formats {cfg.formats}: choose among {', '.join(FORMATS)}")
+    for name, given, known in (("tasks", cfg.tasks, TASKS), ("formats", cfg.formats, FORMATS)):
+        if not given or not {*given} <= {*known}:
+            stop(f"--{name} {given}: choose among {', '.join(sorted(known))}")
     folder = run / cfg.out
     config = asdict(cfg)
     del config["recipe"], config["run"]
@@ -1230,7 +1213,8 @@ def main(cfg: Config):
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
     files = make_files(survey, list(ask_all(views, survey)))
-    for reason, count in sorted((+survey.dropped).items()):
+    dropped = +survey.dropped
+    for reason, count in sorted(dropped.items()):
         print(f"dropped {count:7,}  {reason}")
     name_empty(survey, files)
     if not files["static"] + files["sft"]:
@@ -1241,11 +1225,11 @@ def main(cfg: Config):
         save(folder / f"{name}.jsonl", "".join(lines))
         counts[name] = Counter(sorted(q.task for q in questions))
 
-    card = {"views": {"used": len(views), "skipped": skipped}}
-    card |= {"counts": counts, "dropped": +survey.dropped}
+    used = {"used": len(views), "skipped": skipped}
+    card = {"views": used, "counts": counts, "dropped": dropped}
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
     save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
-    finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
+    finish(folder, meta, {name: count.total() for name, count in counts.items()}, started)
     for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))
     print(f"next: python 04_train_sft.py --run {cfg.run}")
