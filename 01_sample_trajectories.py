@@ -99,20 +99,12 @@ class Config:
     turn_deg: list[float] = several(10.0, 80.0, help="least and largest turn in a room, degrees")
     photo_turn_deg: list[float] = several(10.0, 30.0, help="the same for photographs, degrees")
     room_px: int = HfArg(default=112, help="side of a room's square frames, pixels")
-    room_fov_deg: list[float] = several(
-        60.0, 100.0, help="least and largest field of view in rooms"
-    )
     objects: list[int] = several(7, 9, help="fewest and most objects per room")
     same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
-    twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
-    twin_gap_m: float = HfArg(default=0.4, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
     pan: bool = HfArg(
         default=False, help="turns inside a photograph, for teacher pan; in panoramas (2:1) always"
-    )
-    view_fov_deg: float = HfArg(
-        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
     )
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
@@ -256,6 +248,8 @@ CARRIERS = ("table", "shelf")  # a toy may stand on them
 SCALES = {"toy": (0.65, 1.3), "small": (0.3, 0.45), "furniture": (0.9, 1.15)}
 ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
 CAMERA_HEIGHT_M = (1.2, 1.7)
+ROOM_FOV_DEG = (60.0, 100.0)  # range of the field of view
+TWINS, TWIN_GAP_M = 2, 0.4  # pairs of one label per room (task D4), the widest gap within one
 MARGIN_M = 0.3  # least distance of a camera to walls and objects
 
 
@@ -273,7 +267,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         "depth_m": depth_m,
         "height_m": round(g.uniform(2.6, 3.2), 2),
         "camera_height_m": round(g.uniform(*CAMERA_HEIGHT_M), 2),
-        "fov_x_deg": round(g.uniform(*sorted(cfg.room_fov_deg)), 1),
+        "fov_x_deg": round(g.uniform(*ROOM_FOV_DEG), 1),
         "texture_seed": int(g.integers(2**31)),
         "objects": [],
     }
@@ -287,7 +281,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         # the second of a pair is a copy of the first: the motion alone decides D4
         look = looks.get(label, look)
         thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
-        thing = find_place(g, thing, under, room, cfg)
+        thing = find_place(g, thing, under, room)
         room["objects"] += [thing] if thing else []
         free += [thing] if thing and kind in CARRIERS else []
         looks[label] = look
@@ -302,7 +296,7 @@ def draw_labels(g: Generator, cfg: Config) -> list:
     kinds = dict.fromkeys(kind for kind, *_ in KINDS)
     labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
     if g.random() < cfg.same_label_share:
-        paired = g.permutation(PAIRED)[: cfg.twins].tolist()
+        paired = g.permutation(PAIRED)[:TWINS].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
         labels = np.repeat(paired, 2).tolist() + others
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
@@ -333,7 +327,7 @@ def rounded(values) -> list:
     return np.round(values, 4).tolist()
 
 
-def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
+def find_place(g: Generator, thing: dict, under, room: dict):
     """The object on the one `under` it, on a wall, or clear of all others; None: nowhere."""
     y, radius_m = thing["center_m"][1], outer_radius(thing)
     if under:
@@ -351,8 +345,8 @@ def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
         x, _, z = other["center_m"]
         gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
         fits &= gap_m > 0.1
-        if other["label"] == thing["label"] and cfg.twin_gap_m:
-            fits &= gap_m < cfg.twin_gap_m
+        if other["label"] == thing["label"]:
+            fits &= gap_m < TWIN_GAP_M
     x, z = np.round(places[fits.argmax()], 2).tolist()
     return thing | {"center_m": [x, y, z]} if fits.any() else None
 
@@ -514,7 +508,7 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     view_deg = fov_deg
     # a narrower camera inside, with as many pixels as the picture has there
     if panorama or cfg.pan:
-        view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
+        view_deg = VIEW_FOV_DEG[panorama]
         whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
         share = math.tan(math.radians(view_deg) / 2) / whole
         width, height = width * share, (width if panorama else height) * share
@@ -741,8 +735,6 @@ def refuse_impossible(cfg: Config):
         "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
-        "room_fov_deg": [10 <= fov_deg <= 150 for fov_deg in cfg.room_fov_deg] == [True, True],
-        "view_fov_deg": 0 <= cfg.view_fov_deg <= 120,
         "heldout": 0 <= cfg.heldout <= 1,
     }
     for name, holds in possible.items():
