@@ -365,7 +365,8 @@ def outer_radius(thing: dict) -> float:
 def rotate(points, yaw_deg):
     """R(yaw) @ points (x, z): from a camera's or object's axes to the world's; -yaw leads back."""
     x, z = points
-    cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
+    yaw = np.deg2rad(yaw_deg)
+    cos, sin = np.cos(yaw), np.sin(yaw)
     return cos * x + sin * z, cos * z - sin * x
 
 
@@ -469,16 +470,16 @@ def fov_beside(path: Path, width: int) -> float:
 
 def field_of_view(path: Path, record: dict, tags: dict, size: tuple, cfg: Config) -> tuple:
     """(degrees along x, source): what the user gives counts first, then what the camera wrote."""
-    given = record.get("fov_x_deg") or fov_beside(path, size[0]) or cfg.fov_x_deg
+    given = float(record.get("fov_x_deg") or fov_beside(path, size[0]) or cfg.fov_x_deg)
+    if 1 <= given <= 170:
+        return given, "given"
     if given:
-        if not 1 <= float(given) <= 170:
-            raise ValueError(f"fov_x_deg {given} does not lie between 1 and 170")
-        return float(given), "given"
-    focal_px, source = exif_focal_px(tags, *size), "exif"
-    if not 2 < fov_of(max(size), focal_px) < 150:  # no tag, or a wrong one
-        focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
-        source = "assumed"
-    return fov_of(size[0], focal_px), source
+        raise ValueError(f"fov_x_deg {given:g} does not lie between 1 and 170")
+    focal_px = exif_focal_px(tags, *size)
+    if 2 < fov_of(max(size), focal_px) < 150:  # otherwise no tag, or a wrong one
+        return fov_of(size[0], focal_px), "exif"
+    focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
+    return fov_of(size[0], focal_px), "assumed"
 
 
 def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
@@ -751,8 +752,8 @@ def main(cfg: Config):
     del config["run"], config["recipe"]
     meta = begin(folder, config)
 
-    names = [f"room_{number:05d}" for number in range(cfg.rooms)]
-    rooms = {name: draw_room(name, cfg) for name in names}
+    rooms = [draw_room(f"room_{number:05d}", cfg) for number in range(cfg.rooms)]
+    rooms = {room["scene_id"]: room for room in rooms}
     photos = photo_scenes(named, cfg)
     scenes = [room_scene(room, cfg) for room in rooms.values()]
     splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)

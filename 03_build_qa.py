@@ -842,7 +842,7 @@ def shift_class(before, after, actions):
     Same or not is balanced within them, because otherwise the two boxes alone would tell it. They
     hold whether the camera turned; a turn to the left counts as its mirror image.
     """
-    turn = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+    turn = sum(TURNS.get(name, 0) * value for name, value in actions)
     shift = (sum(after[::2]) - sum(before[::2])) / 2
     if turn < 0:
         shift = -shift
@@ -884,9 +884,12 @@ def relations(place, position, yaw):
     after = (place - position) * TOWARDS[-yaw % 360]
     quarter, off_deg = divmod(np.degrees(np.angle(after)) + 45, 90)
     nearer_m = abs(place) - abs(after)
-    clear = CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M
-    found = [SIDES[int(quarter) % 4]] if clear else []
-    return found + ([WAYS[int(nearer_m < 0)]] if abs(nearer_m) >= CLEAR_M else [])
+    found = []
+    if CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M:
+        found.append(SIDES[int(quarter) % 4])
+    if abs(nearer_m) >= CLEAR_M:
+        found.append("nearer" if nearer_m > 0 else "farther")
+    return found
 
 
 def ask_picture(pair, task, most, draw):
