@@ -103,9 +103,7 @@ class Config:
     same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
-    pan: bool = HfArg(
-        default=False, help="turns inside a photograph, for teacher pan; in panoramas (2:1) always"
-    )
+    pan: bool = HfArg(default=False, help="turn inside photographs, as always in panoramas (2:1)")
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -337,7 +335,8 @@ def find_place(g: Generator, thing: dict, under, room: dict):
     places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
     if thing["label"].split()[-1] in ON_WALLS:  # one of the four, its front to the room
         wall = int(g.integers(4))
-        axis, side = (wall + 1) % 2, 1 if wall < 2 else -1
+        axis = (wall + 1) % 2
+        side = 1 if wall < 2 else -1
         places[:, axis] = side * (half_size(room)[axis] - thing["size_m"][2] / 2)
         thing = thing | {"yaw_deg": 90.0 * wall}
     fits = np.ones(200, bool)
@@ -559,10 +558,10 @@ def photo_id(stem: str, taken: set[str]) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:60] or "photo"
     if re.fullmatch(r"(?i)room_\d+", stem):  # those names are the rooms'
         stem = f"photo_{stem}"
-    scene_id, number = stem, 2
-    while scene_id.lower() in taken:
-        scene_id, number = f"{stem}_{number}", number + 1
-    return scene_id
+    for number in itertools.count(1):
+        scene_id = stem if number == 1 else f"{stem}_{number}"
+        if scene_id.lower() not in taken:
+            return scene_id
 
 
 def draw_splits(scenes: list, cfg: Config) -> dict:
@@ -606,7 +605,7 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
         starts = np.array(shared) if shared else starts
-        turned_deg = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+        turned_deg = sum(TURNS.get(name, 0) * value for name, value in actions)
         side = int(g.integers(-1, 3))  # 0: the view before, 1: after
         at = 0 if side < 1 else -1
         x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
@@ -644,11 +643,13 @@ def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
     """
     reach_deg, bounds = math.inf, cfg.turn_deg
     if not scene["panorama"]:
-        reach_deg, bounds = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2, cfg.photo_turn_deg
+        reach_deg = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2
+        bounds = cfg.photo_turn_deg
     most_deg = min(bounds[-1], reach_deg, MOST_TURN * scene["fov_x_deg"])
     turns_deg = multiples([bounds[0], most_deg], TURN_GRID_DEG)
     for attempt in range(100 if turns_deg else 0):
-        name, value = str(g.choice(list(TURNS))), float(g.choice(turns_deg))
+        name = str(g.choice(list(TURNS)))
+        value = float(g.choice(turns_deg))
         # from the first start every turn fits, so that others can share it
         free_deg = min(reach_deg - (value if records else turns_deg[-1]), 180)
         yaw_deg = float(round(g.uniform(-free_deg, free_deg)))
@@ -699,10 +700,16 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
     figure.suptitle("From above, metres. The camera looks along the arrows, blue first, red last.")
     for number, scene_id in enumerate([*drawn][:12], 1):
         ax = figure.add_subplot(3, 4, number, aspect="equal", title=scene_id[:28])
-        if scene_id in rooms:
-            draw_objects(ax, rooms[scene_id])
+        room = rooms.get(scene_id)
+        if room:  # its walls are the panel's frame
+            half_x, half_z = half_size(room)
+            ax.set(xlim=(-half_x, half_x), ylim=(-half_z, half_z))
         else:
             ax.axis("equal")
+        for thing in room["objects"] if room else ():
+            x, _, z = thing["center_m"]
+            color = np.array(thing["parts"][-1]["color"]) / 255
+            ax.add_patch(Circle((x, z), outer_radius(thing), color=color))
         for record in drawn[scene_id]:
             x, z, yaw_deg = record["start"] or (0, 0, record["start_yaw_deg"] or 0)
             c2w = np.array(record["c2w"])
@@ -712,17 +719,6 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
-
-
-def draw_objects(ax, room: dict):
-    """The circles around a room's objects, in a panel whose frame is the walls."""
-    x, z = half_size(room)
-    ax.set(xlim=(-x, x), ylim=(-z, z))
-    for thing in room["objects"]:
-        x, _, z = thing["center_m"]
-        ax.add_patch(
-            Circle((x, z), outer_radius(thing), color=np.array(thing["parts"][-1]["color"]) / 255)
-        )
 
 
 def refuse_impossible(cfg: Config):
@@ -761,7 +757,7 @@ def main(cfg: Config):
     for scene in tqdm(scenes + photos, "scenes"):
         name = scene["scene_id"]
         drawn[name] = draw_trajectories(scene, rooms.get(name), splits[name], cfg)
-    records = [record for records in drawn.values() for record in records]
+    records = [*itertools.chain(*drawn.values())]
 
     asked = len(rooms) * cfg.room_trajectories + len(photos) * cfg.photo_trajectories
     counts = {

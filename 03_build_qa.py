@@ -17,10 +17,9 @@ turns and moves alternate, of the lengths in ONE_ANSWER, with moves of 0.1, 0.2,
 90; move forward 1` ends where `move right 1; turn right 90` does, so neither is asked. Where views
 turn by 90 degrees, every sequence of two steps has such a double of three, and A3 keeps only three.
 
-Options of a choice tell nothing by themselves. Of motions they are {a, a'} x {b, b'}: two parts of
-the truth, each kept or taken from another motion of the data, so each is as near to the others as
-the truth is. Of boxes they are those of other objects. What image 1 shows too little of, or what
-has holes, is not asked about; all that is dropped is counted and printed.
+Options of a choice tell nothing by themselves: each is as near to the others as the truth is (see
+`four_motions`). What image 1 shows too little of, or what has holes, is not asked about; all that
+is dropped is counted and printed.
 
 Departures from the published code: no prompt contains its answer. The yes/no tasks have both
 answers in equal numbers for each object label (A4: for each first action) and for each class of
