@@ -78,6 +78,11 @@ RECIPES = {
 }
 
 
+def several(*values, help: str):
+    """A setting of several numbers."""
+    return HfArg(default_factory=lambda: [*values], help=help)
+
+
 @dataclass
 class Config:
     recipe: Literal[*RECIPES] = HfArg(default="paper", help="of RECIPES; your own flags win")
@@ -87,45 +92,19 @@ class Config:
     room_trajectories: int = HfArg(default=7, help="trajectories per room, each from its own start")
     photo_trajectories: int = HfArg(default=7, help="trajectories per photograph, all different")
     actions: str = HfArg(default="all", help="all | turns (single turns only) | moves (likewise)")
-    shares: list[float] = HfArg(
-        default_factory=lambda: [0.6, 0.2, 0.2],
-        help="of single actions (asked about by A1 and A2), presets and random sequences",
-    )
-    move_m: list[float] = HfArg(
-        default_factory=lambda: [0.3, 2.0],
-        help="least and largest move, metres: less hardly shows, more seldom fits a room",
-    )
+    shares: list[float] = several(0.6, 0.2, 0.2, help="of single actions, presets and random ones")
+    # less hardly shows, more seldom fits a room
+    move_m: list[float] = several(0.3, 2.0, help="least and largest move, metres")
     move_grid_m: float = HfArg(default=0.1, help="moves are multiples of this, metres")
-    turn_deg: list[float] = HfArg(
-        default_factory=lambda: [10.0, 80.0],
-        help="least and largest turn in a room, degrees: 90 leaves nothing of the view",
-    )
-    photo_turn_deg: list[float] = HfArg(
-        default_factory=lambda: [10.0, 30.0],
-        help="the same for photographs, degrees: of a 54-degree view, 30 leave 24",
-    )
+    # 90 degrees leave nothing of a view in a room; of a photograph's 54, 30 leave 24
+    turn_deg: list[float] = several(10.0, 80.0, help="least and largest turn in a room, degrees")
+    photo_turn_deg: list[float] = several(10.0, 30.0, help="the same for photographs, degrees")
     room_px: int = HfArg(default=112, help="side of a room's square frames, pixels")
-    room_fov_deg: list[float] = HfArg(
-        default_factory=lambda: [60.0, 100.0], help="least and largest field of view in rooms"
-    )
-    objects: list[int] = HfArg(
-        default_factory=lambda: [7, 9], help="fewest and most objects per room"
-    )
+    objects: list[int] = several(7, 9, help="fewest and most objects per room")
     same_label_share: float = HfArg(default=1.0, help="share of rooms with pairs of one label")
-    twins: int = HfArg(default=2, help="such pairs per room: task D4 needs them")
-    twin_gap_m: float = HfArg(default=0.4, help="widest gap within a pair, metres; 0: any")
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
-    fov_x_deg: float = HfArg(
-        default=0.0, help="of photographs, degrees; 0: as the manifest, transforms.json or EXIF say"
-    )
-    pan: bool = HfArg(
-        default=False,
-        help="frames are narrower cameras inside a photograph, single turns only, for teacher pan; "
-        "always so in 360-degree panoramas (2:1)",
-    )
-    view_fov_deg: float = HfArg(
-        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
-    )
+    fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
+    pan: bool = HfArg(default=False, help="turn inside photographs, as always in panoramas (2:1)")
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -180,7 +159,7 @@ def integrate(actions, max_step_m=MAX_STEP_M, max_step_deg=MAX_STEP_DEG, min_fra
 def rng(*key) -> Generator:
     """A generator of its own for every (seed, scene, trajectory, purpose)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return default_rng(np.array([*digest], np.uint32))
+    return default_rng([*digest])
 
 
 def multiples(bounds: list, step: float) -> list:
@@ -268,6 +247,8 @@ CARRIERS = ("table", "shelf")  # a toy may stand on them
 SCALES = {"toy": (0.65, 1.3), "small": (0.3, 0.45), "furniture": (0.9, 1.15)}
 ROOM_SIDE_M = (5.0, 9.0)  # range of a room's width and of its depth
 CAMERA_HEIGHT_M = (1.2, 1.7)
+ROOM_FOV_DEG = (60.0, 100.0)  # range of the field of view
+TWINS, TWIN_GAP_M = 2, 0.4  # pairs of one label per room (task D4), the widest gap within one
 MARGIN_M = 0.3  # least distance of a camera to walls and objects
 
 
@@ -285,7 +266,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         "depth_m": depth_m,
         "height_m": round(g.uniform(2.6, 3.2), 2),
         "camera_height_m": round(g.uniform(*CAMERA_HEIGHT_M), 2),
-        "fov_x_deg": round(g.uniform(*sorted(cfg.room_fov_deg)), 1),
+        "fov_x_deg": round(g.uniform(*ROOM_FOV_DEG), 1),
         "texture_seed": int(g.integers(2**31)),
         "objects": [],
     }
@@ -299,7 +280,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         # the second of a pair is a copy of the first: the motion alone decides D4
         look = looks.get(label, look)
         thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
-        thing = find_place(g, thing, under, room, cfg)
+        thing = find_place(g, thing, under, room)
         room["objects"] += [thing] if thing else []
         free += [thing] if thing and kind in CARRIERS else []
         looks[label] = look
@@ -314,7 +295,7 @@ def draw_labels(g: Generator, cfg: Config) -> list:
     kinds = dict.fromkeys(kind for kind, *_ in KINDS)
     labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
     if g.random() < cfg.same_label_share:
-        paired = g.permutation(PAIRED)[: cfg.twins].tolist()
+        paired = g.permutation(PAIRED)[:TWINS].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
         labels = np.repeat(paired, 2).tolist() + others
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
@@ -323,33 +304,40 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
     paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
-    parts = []
-    for _, shape, *size, across, bottoms, along, paint in (row for row in KINDS if row[0] == kind):
-        size = np.array(size, float)
-        part = {"shape": shape, "color": paints[paint], "size_m": scale * size, "yaw_deg": 0.0}
-        for place in itertools.product(*(text.split(",") for text in (across, bottoms, along))):
-            x, bottom, z = map(float, place)
-            center_m = scale * np.array([x, -bottom - size[1] / 2, z])
-            parts.append(part | {"center_m": center_m})
-    centers_m, sizes_m = (np.array([part[key] for part in parts]) for key in ("center_m", "size_m"))
-    low, high = (centers_m - sizes_m / 2).min(0), (centers_m + sizes_m / 2).max(0)
-    for part in parts:
-        part["center_m"] = np.round(part["center_m"] - (low + high) / 2, 4).tolist()
-        part["size_m"] = np.round(part["size_m"], 4).tolist()
-    center_m, size_m = np.round([(low + high) / 2, high - low], 4).tolist()
-    return {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg, "parts": parts}
+    parts, boxes = [], []
+    for name, shape, *cells, paint in KINDS:
+        if name == kind:
+            for box in itertools.product(*(cell.split(",") for cell in cells)):
+                parts.append({"shape": shape, "color": paints[paint]})
+                boxes.append(box)
+    sizes_m, places_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
+    places_m[:, 1] = -places_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
+    sizes_m, centers_m = scale * sizes_m, scale * places_m
+    low = (centers_m - sizes_m / 2).min(0)
+    high = (centers_m + sizes_m / 2).max(0)
+    middle_m = (low + high) / 2
+    for part, size_m, center_m in zip(parts, sizes_m, centers_m - middle_m, strict=True):
+        part |= {"size_m": rounded(size_m), "yaw_deg": 0.0, "center_m": rounded(center_m)}
+    whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
+    return whole | {"yaw_deg": yaw_deg, "parts": parts}
 
 
-def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
+def rounded(values) -> list:
+    return np.round(values, 4).tolist()
+
+
+def find_place(g: Generator, thing: dict, under, room: dict):
     """The object on the one `under` it, on a wall, or clear of all others; None: nowhere."""
     y, radius_m = thing["center_m"][1], outer_radius(thing)
     if under:
-        x, top, z = np.subtract(under["center_m"], [0, under["size_m"][1] / 2, 0]).tolist()
+        x, middle, z = under["center_m"]
+        top = middle - under["size_m"][1] / 2
         return thing | {"center_m": [x, round(top + y, 4), z]}
     places = g.uniform(-1, 1, (200, 2)) * (half_size(room) - radius_m - 0.1)
     if thing["label"].split()[-1] in ON_WALLS:  # one of the four, its front to the room
         wall = int(g.integers(4))
-        axis, side = (wall + 1) % 2, 1 if wall < 2 else -1
+        axis = (wall + 1) % 2
+        side = 1 if wall < 2 else -1
         places[:, axis] = side * (half_size(room)[axis] - thing["size_m"][2] / 2)
         thing = thing | {"yaw_deg": 90.0 * wall}
     fits = np.ones(200, bool)
@@ -357,8 +345,8 @@ def find_place(g: Generator, thing: dict, under, room: dict, cfg: Config):
         x, _, z = other["center_m"]
         gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
         fits &= gap_m > 0.1
-        if other["label"] == thing["label"] and cfg.twin_gap_m:
-            fits &= gap_m < cfg.twin_gap_m
+        if other["label"] == thing["label"]:
+            fits &= gap_m < TWIN_GAP_M
     x, z = np.round(places[fits.argmax()], 2).tolist()
     return thing | {"center_m": [x, y, z]} if fits.any() else None
 
@@ -377,7 +365,8 @@ def outer_radius(thing: dict) -> float:
 def rotate(points, yaw_deg):
     """R(yaw) @ points (x, z): from a camera's or object's axes to the world's; -yaw leads back."""
     x, z = points
-    cos, sin = np.cos(np.deg2rad(yaw_deg)), np.sin(np.deg2rad(yaw_deg))
+    yaw = np.deg2rad(yaw_deg)
+    cos, sin = np.cos(yaw), np.sin(yaw)
     return cos * x + sin * z, cos * z - sin * x
 
 
@@ -395,6 +384,13 @@ def clearance(x, z, room: dict):
         free_m += np.minimum(np.maximum(dx, dz), 0)
         nearest = np.minimum(nearest, free_m)
     return nearest
+
+
+def is_free(path, starts, room: dict):
+    """Paths [2, P] from starts [S, 3] -> [S]: does every place on it keep the margin?"""
+    x, z, yaw_deg = starts.T[:, :, None]
+    dx, dz = rotate(path, yaw_deg)  # [S, P]
+    return clearance(x + dx, z + dz, room).min(1) > MARGIN_M
 
 
 def sees_objects(x, z, yaw_deg, room: dict):
@@ -427,7 +423,7 @@ BROKEN += (AttributeError, MemoryError, struct.error, Image.DecompressionBombErr
 
 def list_photos(source: str):
     """--images -> [(name for the user, folder, {image, fov_x_deg}), ...] and malformed lines."""
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(os.path.abspath(Path(source).expanduser()))
     if path.suffix == ".jsonl":
         named = []
         for number, record in read_lines(path, "image"):
@@ -474,16 +470,16 @@ def fov_beside(path: Path, width: int) -> float:
 
 def field_of_view(path: Path, record: dict, tags: dict, size: tuple, cfg: Config) -> tuple:
     """(degrees along x, source): what the user gives counts first, then what the camera wrote."""
-    given = record.get("fov_x_deg") or fov_beside(path, size[0]) or cfg.fov_x_deg
+    given = float(record.get("fov_x_deg") or fov_beside(path, size[0]) or cfg.fov_x_deg)
+    if 1 <= given <= 170:
+        return given, "given"
     if given:
-        if not 1 <= float(given) <= 170:
-            raise ValueError(f"fov_x_deg {given} does not lie between 1 and 170")
-        return float(given), "given"
-    focal_px, source = exif_focal_px(tags, *size), "exif"
-    if not 2 < fov_of(max(size), focal_px) < 150:  # no tag, or a wrong one
-        focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
-        source = "assumed"
-    return fov_of(size[0], focal_px), source
+        raise ValueError(f"fov_x_deg {given:g} does not lie between 1 and 170")
+    focal_px = exif_focal_px(tags, *size)
+    if 2 < fov_of(max(size), focal_px) < 150:  # otherwise no tag, or a wrong one
+        return fov_of(size[0], focal_px), "exif"
+    focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
+    return fov_of(size[0], focal_px), "assumed"
 
 
 def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
@@ -511,10 +507,9 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     if panorama:
         fov_deg, source = 360.0, "exact"
     view_deg = fov_deg
-    if (
-        panorama or cfg.pan
-    ):  # a narrower camera inside, with as many pixels as the picture has there
-        view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
+    # a narrower camera inside, with as many pixels as the picture has there
+    if panorama or cfg.pan:
+        view_deg = VIEW_FOV_DEG[panorama]
         whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
         share = math.tan(math.radians(view_deg) / 2) / whole
         width, height = width * share, (width if panorama else height) * share
@@ -564,10 +559,10 @@ def photo_id(stem: str, taken: set[str]) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:60] or "photo"
     if re.fullmatch(r"(?i)room_\d+", stem):  # those names are the rooms'
         stem = f"photo_{stem}"
-    scene_id, number = stem, 2
-    while scene_id.lower() in taken:
-        scene_id, number = f"{stem}_{number}", number + 1
-    return scene_id
+    for number in itertools.count(1):
+        scene_id = stem if number == 1 else f"{stem}_{number}"
+        if scene_id.lower() not in taken:
+            return scene_id
 
 
 def draw_splits(scenes: list, cfg: Config) -> dict:
@@ -611,19 +606,16 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
         starts = np.array(shared) if shared else starts
-        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
-        dx, dz = rotate(path, yaw_deg)  # [S, P]
-        free = clearance(x + dx, z + dz, room).min(1) > MARGIN_M
-        turned_deg = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+        turned_deg = sum(TURNS.get(name, 0) * value for name, value in actions)
         side = int(g.integers(-1, 3))  # 0: the view before, 1: after
         at = 0 if side < 1 else -1
-        end_x, end_z = rotate(c2w[at, [0, 2], 3].astype(float), yaw_deg)
+        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
+        end_x, end_z = rotate(path[:, at], yaw_deg)
         # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: a single
         # move might as well have been the opposite one, for all that either picture tells
         seen = sees_objects(x + end_x, z + end_z, yaw_deg + side * turned_deg, room)
         beyond = np.array([-path[:, -1], 2 * path[:, -1]]).T if len(actions) == 1 else path
-        dx, dz = rotate(beyond, yaw_deg)
-        rank = free * (1 + 2 * seen + (clearance(x + dx, z + dz, room).min(1) > MARGIN_M))
+        rank = is_free(path, starts, room) * (1 + 2 * seen + is_free(beyond, starts, room))
         best = rank.argmax()
         found = actions, starts[best].tolist()
         if rank[best] >= 3:
@@ -652,11 +644,13 @@ def draw_pan(g: Generator, records: list, scene: dict, cfg: Config):
     """
     reach_deg, bounds = math.inf, cfg.turn_deg
     if not scene["panorama"]:
-        reach_deg, bounds = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2, cfg.photo_turn_deg
-    most_deg = min(reach_deg, MOST_TURN * scene["fov_x_deg"])
-    turns_deg = [value for value in multiples(bounds, TURN_GRID_DEG) if value <= most_deg]
+        reach_deg = (scene["photo_fov_deg"] - scene["fov_x_deg"]) / 2
+        bounds = cfg.photo_turn_deg
+    most_deg = min(bounds[-1], reach_deg, MOST_TURN * scene["fov_x_deg"])
+    turns_deg = multiples([bounds[0], most_deg], TURN_GRID_DEG)
     for attempt in range(100 if turns_deg else 0):
-        name, value = str(g.choice(list(TURNS))), float(g.choice(turns_deg))
+        name = str(g.choice(list(TURNS)))
+        value = float(g.choice(turns_deg))
         # from the first start every turn fits, so that others can share it
         free_deg = min(reach_deg - (value if records else turns_deg[-1]), 180)
         yaw_deg = float(round(g.uniform(-free_deg, free_deg)))
@@ -707,10 +701,16 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
     figure.suptitle("From above, metres. The camera looks along the arrows, blue first, red last.")
     for number, scene_id in enumerate([*drawn][:12], 1):
         ax = figure.add_subplot(3, 4, number, aspect="equal", title=scene_id[:28])
-        if scene_id in rooms:
-            draw_objects(ax, rooms[scene_id])
+        room = rooms.get(scene_id)
+        if room:  # its walls are the panel's frame
+            half_x, half_z = half_size(room)
+            ax.set(xlim=(-half_x, half_x), ylim=(-half_z, half_z))
         else:
             ax.axis("equal")
+        for thing in room["objects"] if room else ():
+            x, _, z = thing["center_m"]
+            color = np.array(thing["parts"][-1]["color"]) / 255
+            ax.add_patch(Circle((x, z), outer_radius(thing), color=color))
         for record in drawn[scene_id]:
             x, z, yaw_deg = record["start"] or (0, 0, record["start_yaw_deg"] or 0)
             c2w = np.array(record["c2w"])
@@ -720,17 +720,6 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
-
-
-def draw_objects(ax, room: dict):
-    """The circles around a room's objects, in a panel whose frame is the walls."""
-    x, z = half_size(room)
-    ax.set(xlim=(-x, x), ylim=(-z, z))
-    for thing in room["objects"]:
-        x, _, z = thing["center_m"]
-        ax.add_patch(
-            Circle((x, z), outer_radius(thing), color=np.array(thing["parts"][-1]["color"]) / 255)
-        )
 
 
 def refuse_impossible(cfg: Config):
@@ -744,8 +733,6 @@ def refuse_impossible(cfg: Config):
         "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
-        "room_fov_deg": [10 <= fov_deg <= 150 for fov_deg in cfg.room_fov_deg] == [True, True],
-        "view_fov_deg": 0 <= cfg.view_fov_deg <= 120,
         "heldout": 0 <= cfg.heldout <= 1,
     }
     for name, holds in possible.items():
@@ -762,8 +749,8 @@ def main(cfg: Config):
     del config["run"], config["recipe"]
     meta = begin(folder, config)
 
-    names = [f"room_{number:05d}" for number in range(cfg.rooms)]
-    rooms = {name: draw_room(name, cfg) for name in names}
+    rooms = [draw_room(f"room_{number:05d}", cfg) for number in range(cfg.rooms)]
+    rooms = {room["scene_id"]: room for room in rooms}
     photos = photo_scenes(named, cfg)
     scenes = [room_scene(room, cfg) for room in rooms.values()]
     splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)
@@ -771,7 +758,7 @@ def main(cfg: Config):
     for scene in tqdm(scenes + photos, "scenes"):
         name = scene["scene_id"]
         drawn[name] = draw_trajectories(scene, rooms.get(name), splits[name], cfg)
-    records = [record for records in drawn.values() for record in records]
+    records = [*itertools.chain(*drawn.values())]
 
     asked = len(rooms) * cfg.room_trajectories + len(photos) * cfg.photo_trajectories
     counts = {
@@ -794,9 +781,8 @@ def main(cfg: Config):
     finish(folder, meta, counts, started)
     if counts["fields of view assumed"]:
         print(
-            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed where neither"
+            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed: --fov_x_deg"
         )
-        print("EXIF nor --fov_x_deg, a manifest or a transforms.json tells the field of view")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 

@@ -119,17 +119,13 @@ class Config:
         default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         help="processes, of each process of torchrun; results are the same",
     )
-    device: str = HfArg(
-        default="auto", help="of networks: auto, cpu, cuda:1, ...; bfloat16 on cuda, else float32"
-    )
+    device: str = HfArg(default="auto", help="of networks; bfloat16 on cuda:N, else float32")
     steps: int = HfArg(default=0, help="denoising steps; 0: the teacher's own, see its class")
     guidance: float = HfArg(default=0.0, help="guidance scale; 0: the teacher's own")
     compile: bool = HfArg(default=False, help="svc: torch.compile; pays after a few trajectories")
     offload: bool = HfArg(default=False, help="sana-wm, cosmos3: one network at a time on the GPU")
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
-    depth: str = HfArg(
-        default="", help="warp: metric depth checkpoint for photographs without a file (folder, id)"
-    )
+    depth: str = HfArg(default="", help="metric depth checkpoint, for photographs without a file")
     fill: str = HfArg(
         default="",
         help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
@@ -145,9 +141,7 @@ class Config:
         default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         help="its picture encoder: hub id or folder of a CLIPVisionModelWithProjection",
     )
-    svc_px: int = HfArg(
-        default=576, help="short side of its frames; both are multiples of 64, near the picture's"
-    )
+    svc_px: int = HfArg(default=576, help="short side of its frames; both are multiples of 64")
     svc_frames: int = HfArg(default=0, help="frames per call at least: the authors pad to 21")
     svc_window: int = HfArg(default=MAX_FRAMES, help="frames per call; fewer need less memory")
     sana: str = HfArg(
@@ -161,9 +155,7 @@ class Config:
     cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
     cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
-    gain: float = HfArg(
-        default=1.0, help="metres that a teacher moves for one asked; 0: measured on each picture"
-    )
+    gain: float = HfArg(default=1.0, help="metres moved for one asked; 0: measured per picture")
 
 
 BOX = 1000  # boxes are integers 0..1000 of the picture's width and height
@@ -603,18 +595,17 @@ def paint(room: Room, rays, origins, picture, parts, depth):
 def visible_objects(room: Room, ids, pose) -> list[dict]:
     """The objects that show in `ids` [H,W]: exact box and number of their visible pixels, and
     where their centre is: horizontal distance, and bearing from the camera's axis, + right."""
-    found, counts = [], np.bincount(ids.ravel(), minlength=len(room.objects) + 1)
-    for index in np.flatnonzero(counts[1:]).tolist():
-        thing, mask, visible_px = room.objects[index], ids == index + 1, int(counts[index + 1])
-        low, high = [], []
-        for axis in (0, 1):  # x, then y
-            size, shown = mask.shape[1 - axis], np.flatnonzero(mask.any(axis)).tolist()
-            low.append(BOX * shown[0] // size)
-            high.append(-(-BOX * (shown[-1] + 1) // size))
+    found, (height, width) = [], ids.shape
+    counts = np.bincount(ids.ravel())
+    for index in (np.flatnonzero(counts[1:]) + 1).tolist():
+        thing = room.objects[index - 1]
+        left, top, right, bottom = Image.fromarray(ids == index).getbbox()
+        box = [BOX * left // width, BOX * top // height]
+        box += [-(-BOX * right // width), -(-BOX * bottom // height)]
         x, _, z = (thing["center_m"] - pose[:3, 3]) @ pose[:3, :3]
         bearing_deg = math.degrees(math.atan2(x, z))
-        entry = {"id": thing["id"], "label": thing["label"], "box": low + high}
-        entry |= {"visible_px": visible_px, "distance_m": round(math.hypot(x, z), 3)}
+        entry = {"id": thing["id"], "label": thing["label"], "box": box}
+        entry |= {"visible_px": int(counts[index]), "distance_m": round(math.hypot(x, z), 3)}
         found.append(entry | {"bearing_deg": round(bearing_deg, 1)})
     return found
 
@@ -757,6 +748,20 @@ def sample(image, u, v):
     return upper * (1 - down) + lower * down
 
 
+def project(x, y, z, K):
+    """Pixel coordinates u, v of points in camera axes, and which of them the picture spans."""
+    focal, cx, cy = focal_and_centre(K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u, v = focal * x / z + cx, focal * y / z + cy
+    return u, v, (u >= 0) & (u <= 2 * cx) & (v >= 0) & (v <= 2 * cy)
+
+
+def at_pixels(image, u, v):
+    """Values of image [h,w] in the pixels that hold u, v, or its nearest ones."""
+    height, width = image.shape
+    return image[v.astype(int).clip(0, height - 1), u.astype(int).clip(0, width - 1)]
+
+
 def came_from(c2w, K, z, K0=None):
     """The docstring's equation: for each pixel of the view from c2w at depth z [H,W], its place
     u, v in frame 0 (K0, unless it is K too) and its depth there; and holes bool [H,W], the pixels
@@ -765,10 +770,8 @@ def came_from(c2w, K, z, K0=None):
     known = np.isfinite(z)
     z = np.where(known, z, 1)
     X, Y, Z = (z * (a * x + b * y + c) + t for a, b, c, t in c2w[:3])
-    focal, cx, cy = focal_and_centre(K if K0 is None else K0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        u, v = focal * X / Z + cx, focal * Y / Z + cy
-    holes = ~(known & (Z > 0) & (u >= 0) & (u <= 2 * cx) & (v >= 0) & (v <= 2 * cy))
+    u, v, inside = project(X, Y, Z, K if K0 is None else K0)
+    holes = ~(known & (Z > 0) & inside)
     return np.where(holes, 0, u), np.where(holes, 0, v), Z, holes
 
 
@@ -788,10 +791,7 @@ def share_shown(depth, later_depth, pose, K):
         width, height = size_of(K)
         return float(1 - came_from(pose, K, np.ones((height, width)))[3].mean())
     u, v, z, hidden = came_from(pose, K, later_depth)
-    nearest = depth[
-        v.astype(int).clip(0, len(depth) - 1), u.astype(int).clip(0, depth.shape[1] - 1)
-    ]
-    return float((~hidden & (z < 1.05 * nearest + 0.02)).mean())
+    return float((~hidden & (z < 1.05 * at_pixels(depth, u, v) + 0.02)).mean())
 
 
 def splat_depth(depth, c2w, K):
@@ -953,9 +953,7 @@ class Warp(Teacher):
             depths.append(z if moved else np.full(hidden.shape, np.inf))
             if anchor.room:
                 room, start, ids = anchor.room
-                width, height = size_of(K)
-                shown = ids[v.astype(int).clip(0, height - 1), u.astype(int).clip(0, width - 1)]
-                shown = np.where(hidden, 0, shown)
+                shown = np.where(hidden, 0, at_pixels(ids, u, v))
                 if self.cfg.fill:  # what is painted goes on with the objects that show
                     true = render(room, start @ pose, K)[1]
                     shown = np.where(np.isin(true, shown), true, 0)
@@ -1128,9 +1126,8 @@ class Pan(Teacher):
                 u, v = panorama_place(rays, width, height)
                 u = u % width + 1
             else:
-                around, focal_px = photo, intrinsics(width, height, fov_deg)[0, 0]
-                u = focal_px * rays[0] / rays[2] + width / 2
-                v = focal_px * rays[1] / rays[2] + height / 2
+                around = photo
+                u, v, _ = project(*rays, intrinsics(width, height, fov_deg))
             frames.append((sample(around.astype(np.float32), u, v) + 0.5).astype(np.uint8))
         return Views(np.stack(frames), K)
 
@@ -1736,13 +1733,12 @@ def measure_move(before, after, depth, pose, K):
     x, y = rays_of(K)
     points = np.stack([x * depth, y * depth, depth], -1)[::every, ::every].reshape(-1, 3)
     colors = before[::every, ::every].reshape(-1, 3).astype(np.float32)
-    image, (focal, cx, cy) = after.astype(np.float32), focal_and_centre(K)
+    image = after.astype(np.float32)
 
     def match_at(step):
         seen = (points - step) @ pose[:3, :3]  # in the axes of `after`
-        with np.errstate(divide="ignore", invalid="ignore"):
-            u, v = focal * seen[:, 0] / seen[:, 2] + cx, focal * seen[:, 1] / seen[:, 2] + cy
-        lands = (seen[:, 2] > 0.1) & (u >= 0) & (u <= 2 * cx) & (v >= 0) & (v <= 2 * cy)
+        u, v, inside = project(*seen.T, K)
+        lands = (seen[:, 2] > 0.1) & inside
         if lands.sum() < 0.1 * len(points):
             return -1.0
         a, b = colors[lands], sample(image, u[lands], v[lands])
@@ -1774,7 +1770,7 @@ def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Conf
     if file.is_file():  # of the whole photograph, of which the teacher may show the middle
         whole, ones = intrinsics_of(trajectory), np.ones(frames.shape[1:3])
         u, v, _, _ = came_from(np.eye(4), K, ones, whole)
-        first = load_depth(file, tuple(size_of(whole)))[v.astype(int), u.astype(int)]
+        first = at_pixels(load_depth(file, tuple(size_of(whole))), u, v)
     elif cfg.depth:
         first = network_depth(images[0], cfg.depth, cfg.device, trajectory["anchor"])
     else:
@@ -1833,11 +1829,11 @@ def quality(views: Views, kept: list[int], c2w, keyframes: list[int], cfg: Confi
             turns.append(check_turn(views, holes, i, j, pose))
         elif small:
             moves.append(check_move(small, i, j, pose))
-    worst = (t for t in turns if t)
-    worst = max(worst, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=(None, None, None))
+    measured = filter(None, turns)
+    worst = max(measured, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=(None, None, None))
     qc = dict(zip(("turn_error_deg", "over_turn_deg", "match"), worst, strict=True))
-    worst = (m for m in moves if m)
-    worst = max(worst, key=lambda m: (m[1] < MOVE_MATCH, abs(m[0] - 1)), default=(None, None))
+    measured = filter(None, moves)
+    worst = max(measured, key=lambda m: (m[1] < MOVE_MATCH, abs(m[0] - 1)), default=(None, None))
     qc |= dict(zip(("length", "move_match"), worst, strict=True))
     first, *later = map(sharpness, frames, holes)
     if views.sharpest is not None:
@@ -1878,8 +1874,8 @@ def qc_picture(records: list[dict]) -> Figure:
     for key, panel in zip(keys, figure.subplots(1, len(keys)), strict=True):
         values = {}
         for record in records:
-            if record["qc"][key] is not None:
-                values.setdefault(record["teacher"], []).append(record["qc"][key])
+            if (value := record["qc"][key]) is not None:
+                values.setdefault(record["teacher"], []).append(value)
         panel.set(xlabel=key, ylabel="trajectories")
         if values:
             panel.hist([*values.values()], 40, label=[*values])
@@ -1928,8 +1924,7 @@ def measure_gain(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
     try:
         if not (trajectory["room"] or cfg.depth or depth_file(trajectory, cfg).is_file()):
             raise Unusable("no depth (--depth)")
-        given = teacher.anchor(trajectory), c2w, intrinsics_of(trajectory), ends
-        views = teacher.imagine(*given)
+        views = teacher.imagine(teacher.anchor(trajectory), c2w, intrinsics_of(trajectory), ends)
         (before, after), K, depths = small_depths(trajectory, views, c2w, ends, cfg)
         gain, match, rival = measure_move(before, after, depths[0], c2w[-1], K)
         # Far away all moves look alike.

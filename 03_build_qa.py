@@ -17,10 +17,9 @@ turns and moves alternate, of the lengths in ONE_ANSWER, with moves of 0.1, 0.2,
 90; move forward 1` ends where `move right 1; turn right 90` does, so neither is asked. Where views
 turn by 90 degrees, every sequence of two steps has such a double of three, and A3 keeps only three.
 
-Options of a choice tell nothing by themselves. Of motions they are {a, a'} x {b, b'}: two parts of
-the truth, each kept or taken from another motion of the data, so each is as near to the others as
-the truth is. Of boxes they are those of other objects. What image 1 shows too little of, or what
-has holes, is not asked about; all that is dropped is counted and printed.
+Options of a choice tell nothing by themselves: each is as near to the others as the truth is (see
+`four_motions`). What image 1 shows too little of, or what has holes, is not asked about; all that
+is dropped is counted and printed.
 
 Departures from the published code: no prompt contains its answer. The yes/no tasks have both
 answers in equal numbers for each object label (A4: for each first action) and for each class of
@@ -106,8 +105,7 @@ class Config:
     tasks: list[str] = HfArg(default_factory=lambda: sorted(TASKS), help="to train on")
     formats: list[str] = HfArg(
         default_factory=lambda: [*FORMATS],
-        help="open: an answer in words or numbers; choice: one "
-        "of lettered options; of each question both (E3: choice only)",
+        help="open: an answer in words or numbers; choice: a letter (E3 always); both of each",
     )
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
@@ -115,12 +113,8 @@ class Config:
     least_covisible: float = HfArg(
         default=0.15, help="A1-A4, D3, E3: least share of image 2 that image 1 shows, where known"
     )
-    max_holes: float = HfArg(
-        default=0.05, help="largest share of a picture that is holes; 1: ask all the same"
-    )
-    keep_unchecked: bool = HfArg(
-        default=False, help="ask about moves of a generating teacher that nothing could check"
-    )
+    max_holes: float = HfArg(default=0.05, help="largest share of a picture that is holes; 1: any")
+    keep_unchecked: bool = HfArg(default=False, help="ask about moves that nothing could check")
     most_actions: int = HfArg(default=0, help="in a pair asked about, an easier lesson; 0: any")
     caps: list[str] = HfArg(
         default_factory=list,
@@ -128,22 +122,14 @@ class Config:
         "of objects do not rule the set; 0.2: one on a fifth of the pairs; not named: as in TASKS",
     )
     box_step: int = HfArg(default=1, help="grid of boxes, thousandths; 10: a token each in tiny")
-    near_miss_m: float = HfArg(
-        default=0.3, help="a false A4 statement ends at least so far from the truth, metres ..."
-    )
-    near_miss_deg: float = HfArg(
-        default=20.0, help="... or is turned so far, degrees: nearer ones are not clearly false"
-    )
+    near_miss_m: float = HfArg(default=0.3, help="a false A4 ends at least so far off, metres ...")
+    near_miss_deg: float = HfArg(default=20.0, help="... or is turned so far, degrees")
     near_miss_box: int = HfArg(
-        default=0,
-        help="a D4 answered no shows any object so far to the side, thousandths: an easier lesson, "
-        "which boxes alone may answer; 0: another object of the same label",
+        default=0, help="a D4 answered no: any object so far aside, thousandths; 0: of its label"
     )
     grpo_per_task: int = HfArg(default=125, help="questions per task in grpo.jsonl (paper: 125)")
     detector: str = HfArg(
-        default="",
-        help="hub id or folder of an object detector, ordinary or zero-shot, for views without "
-        "exact boxes; empty: those views get A1-A4 only",
+        default="", help="of objects, zero-shot or not: hub id or folder; for views without boxes"
     )
     detector_labels: list[str] = HfArg(default_factory=list, help="labels to keep; empty: all")
     min_score: float = HfArg(default=0.3, help="detector score (0..1) of a box to be asked about")
@@ -203,19 +189,19 @@ def shared_poses(max_move_m, max_turn_deg, lengths):
     """Keys of the poses that two or more sequences reach, of all that alternate moves of 0.1,
     0.2, ... metres and turns of 10, 20, ... degrees up to the largest of each.
     """
-    steps = [tenths / 10 for tenths in range(1, round(max_move_m * 10) + 1)]
-    angles = range(10, round(max_turn_deg) + 1, 10)
-    moves = [(step * TOWARDS[way], 0) for way in MOVES.values() for step in steps]
-    turns = [(0, sign * angle) for sign in TURNS.values() for angle in angles]
+    steps = np.arange(1, round(max_move_m * 10) + 1) / 10
+    angles = np.arange(10, round(max_turn_deg) + 1, 10)
+    move = np.outer(TOWARDS[[*MOVES.values()]], steps).ravel(), 0
+    turn = 0, np.concatenate([angles, -angles])
     keys = []
-    for kinds, length in itertools.product(((moves, turns), (turns, moves)), lengths):
-        position = np.zeros(1)
-        yaw = np.zeros(1, int)
-        for actions in (kinds * 2)[:length]:
+    for kinds, length in itertools.product(((move, turn), (turn, move)), lengths):
+        position = np.zeros((1, 1))
+        yaw = np.zeros((1, 1), int)
+        for step, angle in (kinds * 2)[:length]:
             # every sequence so far [n, 1] goes on with every action [m]
-            step, turn = np.array(actions, complex).reshape(-1, 2).T
-            position = (position[:, None] + TOWARDS[yaw % 360][:, None] * step).ravel()
-            yaw = (yaw[:, None] + turn.real.astype(int)).ravel()
+            position = position + TOWARDS[yaw % 360] * step
+            position, yaw = np.broadcast_arrays(position, yaw + angle)
+            position, yaw = position.reshape(-1, 1), yaw.reshape(-1, 1)
         keys.append(pose_key(position, yaw))
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
     return set(keys[times > 1].tolist())
@@ -313,19 +299,19 @@ def slim(view, cfg, detect):
     if objects is None and detect:
         objects = track(view, [detect(Path(cfg.run, path)) for path in view["frames"]])
     kept, fov_x_deg = view["kept"], float(view["fov_x_deg"])
-    objects, holes = objects or [[]] * len(kept), view.get("holes") or [0] * len(kept)
+    objects = objects or [[]] * len(kept)
+    holes = view["holes"] or [0] * len(kept)
     frames = zip(kept, view["frames"], objects, holes, strict=True)
     pictures = {index: see(*frame, fov_x_deg, cfg) for index, *frame in frames}
-    start = view["start"] and tuple(map(float, view["start"]))
-    shares = view.get("covisible") or []
+    start = [*map(float, view["start"] or [])]
     return {key: view[key] for key in (*ORIGIN, "keyframes")} | {
         "exact": view["objects"] is not None,
         "fov_x_deg": fov_x_deg,
         # frames 0 of the trajectories that share this are one picture
-        "start": (view["scene_id"], f"{view.get('anchor')} {view.get('start_yaw_deg')}", start),
+        "start": f"{view['scene_id']} {view['anchor']} {view['start_yaw_deg']} {start}",
         "actions": [tuple(action) for action in view["actions"]],
         "pictures": [pictures.get(index) for index in view["keyframes"]],
-        "covisible": {(i, j): float(share) for i, j, share in shares if share is not None},
+        "covisible": {(i, j): float(s) for i, j, s in view["covisible"] if s is not None},
     }
 
 
@@ -424,20 +410,18 @@ def iou(a, b):
 
 
 def turned(box, view, one, two):
-    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture: a corner
-    at (x, y), in tangents, to ((x cos - sin) / d, y / d) with d = x sin + cos. None after a move.
-    """
+    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture; None after
+    a move."""
     a, b = np.array([view["c2w"][one], view["c2w"][two]], float)
     if np.abs(a - b)[:3, 3].max() > 1e-3:
         return None
-    sin, _, cos = b[:3, 2] @ a[:3, :3]
     half = math.tan(math.radians(view["fov_x_deg"]) / 2)
-    x, y = np.array(box).reshape(2, 2).T / 500 - 1  # [2] each, -1..1
-    x = x * half
-    depth = np.maximum(x * sin + cos, 0.05)  # what comes to lie behind is far out
-    x = (x * cos - sin) / depth / half
-    y = y[:, None] / depth
-    return [500 * (v + 1) for v in (x.min(), y.min(), x.max(), y.max())]
+    x1, y1, x2, y2 = half * (np.array(box) / 500 - 1)
+    corners = np.array([[x1, y1, 1], [x1, y2, 1], [x2, y1, 1], [x2, y2, 1]])
+    corners = corners @ a[:3, :3].T @ b[:3, :3]
+    depth = np.maximum(corners[:, 2:], 0.05)  # what comes to lie behind is far out
+    places = 500 * (corners[:, :2] / depth / half + 1)
+    return [*places.min(0), *places.max(0)]
 
 
 def track(view, found):
@@ -488,7 +472,7 @@ class Question(NamedTuple):
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
-    options: list | None = None  # of a lettered choice, in the order of the letters
+    options: tuple | list = ()  # of a lettered choice, in the order of the letters
     right: int = 0  # which of them is
 
     @property
@@ -497,12 +481,13 @@ class Question(NamedTuple):
 
     @property
     def prompt(self):
-        lettered = zip(LETTERS, self.options or [], strict=False)
-        words = " ".join([self.words, *(f"{letter}. {option}" for letter, option in lettered)])
-        words += "." if self.options else ""
-        _, how = LETTER if self.options else TASKS[self.task].answer
-        how += BOXES if "[" in words or how == BOX[1] else ""
-        return f"{'<image>' * len(self.images)}{words} {how}"
+        words = "<image>" * len(self.images) + self.words
+        for letter, option in zip(LETTERS, self.options, strict=False):
+            words += f" {letter}. {option}"
+        _, how = TASKS[self.task].answer
+        if self.options:
+            words, (_, how) = words + ".", LETTER
+        return f"{words} {how}" + BOXES * ("[" in words or how == BOX[1])
 
 
 class Survey:
@@ -518,24 +503,23 @@ class Survey:
         self.starts = defaultdict(list)  # views of each start, whose frames 0 are one picture
         largest = [0, 0]  # largest move and turn
         for view in sorted(views, key=lambda view: view["actions"]):  # in whatever order they come
-            actions, pictures, frames = view["actions"], view["pictures"], view["keyframes"]
-            for name, value in actions:
-                largest[name in TURNS] = max(value, largest[name in TURNS])
-            for picture in filter(None, pictures):
+            for picture in filter(None, view["pictures"]):
                 self.labels[view["source"]].update(picture.counts)
                 for one in picture.usable.values():
                     self.facing += turn_to(one.box, view["fov_x_deg"])
-            if view["covisible"].get((frames[0], frames[-1]), 1) >= cfg.least_covisible:
-                self.motions[len(actions)].append(actions)
-                for kind in {False, not pictures[0].usable.keys().isdisjoint(pictures[-1].usable)}:
-                    for name, value in actions:
-                        self.steps[kind, len(actions), name in TURNS].append((name, value))
+            length = len(view["actions"])
+            pair = Shown(self, view, 0, length)
+            for name, value in pair.actions:
+                largest[name in TURNS] = max(value, largest[name in TURNS])
+            if pair.share >= cfg.least_covisible:
+                self.motions[length].append(pair.actions)
+                for kind in {False, bool(pair.both)}:
+                    for step in pair.actions:
+                        self.steps[kind, length, step[0] in TURNS].append(step)
         for view in sorted(views, key=lambda view: view["traj_id"]):
             self.starts[view["start"]].append(view)
         self.facing.sort()
-        self.shared = {}
-        for task, lengths in ONE_ANSWER.items():
-            self.shared[task] = shared_poses(*largest, lengths)
+        self.shared = {task: shared_poses(*largest, ONE_ANSWER[task]) for task in ONE_ANSWER}
 
     def unique(self, task, actions):
         """Whether no other sequence that the task may answer with ends at the same pose."""
@@ -576,15 +560,12 @@ class Shown:
         turned_deg = sum(value for name, value in self.actions if name in TURNS)
         far = "far" if moved_m > 1 or turned_deg > 40 else "near"
         self.difficulty = f"{len(self.actions)} {far}"
-        where = keyframes if self.actions else keyframes[0]
-        self.key = (survey.cfg.seed, view["scene_id"], view["traj_id"], where)
-        # the tasks about a pair have a generator each, those about a single picture share one
-        self.draw = None if self.actions else self.generator("S")
 
     def generator(self, *purpose):
         """Python's, because numpy's takes longer to seed than a question to write."""
-        key = repr((*self.key, *purpose))
-        return random.Random(hashlib.sha256(key.encode()).digest())
+        where = self.keyframes if self.actions else self.keyframes[0]
+        key = self.survey.cfg.seed, self.view["scene_id"], self.view["traj_id"], where, *purpose
+        return random.Random(hashlib.sha256(repr(key).encode()).digest())
 
     def words(self, key, key2=None):
         """What wordings may name of an object of image 1 and of one, or the same, of image 2."""
@@ -593,10 +574,11 @@ class Shown:
         return {"label": one.label, "box": one.box, "box2": two and two.box}
 
     def named(self, draw, key):
-        """An object of image 1: by its label alone (where that is unique, mostly), or its box."""
-        one = self.before.usable[key]
-        unique = self.before.counts[one.label] == 1 and draw.random() < 0.7
-        return f"the {one.label}" + ("" if unique else f" at {one.box}")
+        """The same, and what to call it: by its label alone (if that is unique, mostly), or box."""
+        words = self.words(key)
+        unique = self.before.counts[words["label"]] == 1 and draw.random() < 0.7
+        name = "the {label}" if unique else "the {label} at {box}"
+        return words | {"object": name.format(**words)}
 
     def question(self, task, draw, parts, truth, words, alike="", pictures=2):
         """One wording of each of `parts`, with `words` filled in."""
@@ -606,7 +588,7 @@ class Shown:
         text = " ".join(map(draw.choice, parts)).format(**words | {"actions": actions})
         more = (words["label"], alike, draw.random(), self.difficulty, self.view)
         q = Question(task, text, truth, images, *more)
-        if q.answer in text and TASKS[task].answer[0] not in ("yes_no", "relation"):
+        if q.answer in text and task not in BALANCED:  # those name all their answers
             stop(f"a fault of {task}: the prompt holds its answer, {q.prompt}")
         return q
 
@@ -627,19 +609,20 @@ class Shown:
         if not options:
             self.survey.dropped[f"{q.task} choice: too few options that differ"] += 1
             return None
-        style, options = draw.choice(STYLES), draw.sample(options, len(options))
+        style, options = draw.choice(STYLES), some(draw, options)
         right = options.index(q.truth)
         options = [write(option, style) for option in options]
         return q._replace(options=options, right=right, order=draw.random())
 
 
-def some(draw, things, most):
+def some(draw, things, most=math.inf):
+    """At most so many of the things, in a random order."""
     return draw.sample(things, min(most, len(things)))
 
 
 def mixed(draw, one, other, most):
     """At most `most` of two lists, one of each before two of a kind: balancing drops little."""
-    sides = draw.sample([some(draw, one, len(one)), some(draw, other, len(other))], 2)
+    sides = some(draw, [some(draw, one), some(draw, other)])
     turns = [side[i] for i in range(most) for side in sides if i < len(side)]
     return turns[:most]
 
@@ -679,7 +662,7 @@ def four_boxes(draw, pair, true, words):
     boxes = [true]
     for picture in (pair.after, pair.before):
         others = [one.box for one in picture.usable.values() if str(one.box) not in words]
-        for box in draw.sample(others, len(others)):
+        for box in some(draw, others):
             if all(iou(box, known) < LEAST_APART for known in boxes):
                 boxes.append(box)
     if len(boxes) < 4:
@@ -696,6 +679,7 @@ def four_lengths(draw, truth):
 
 
 # --- the tasks: a function yields at most `most` questions about the pair or picture shown ---
+# draw: the generator of that task about that pair or picture.
 # What several tasks say. A question has one wording of each of its lists.
 SEEN = [
     "The {label} is at {box} in image 1.",
@@ -715,7 +699,7 @@ WILL = [
 ]
 
 
-def ask_motion(pair, task, most):
+def ask_motion(pair, task, most, draw):
     """A1, A2, A3: which actions lead from image 1 to image 2?"""
     verb = {"A1": "move", "A2": "turn", "A3": ""}[task]
     one = [
@@ -732,13 +716,11 @@ def ask_motion(pair, task, most):
         "It took the camera 2 or 3 actions to get from image 1 to image 2.",
     ]
     parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
-    fits = say(pair.actions).startswith(verb)
-    if most and fits and pair.survey.only_answer(task, pair.actions):
-        words = {"verb": verb}
-        yield pair.question(task, pair.generator(task), parts, pair.actions, words)
+    if most and verb in say(pair.actions) and pair.survey.only_answer(task, pair.actions):
+        yield pair.question(task, draw, parts, pair.actions, {"verb": verb})
 
 
-def ask_statement(pair, task, most):
+def ask_statement(pair, task, most, draw):
     """A4: is a statement about the motion true? True and false by turns."""
     claims = [
         "From image 1 to image 2 the camera did this: {actions}.",
@@ -746,7 +728,6 @@ def ask_statement(pair, task, most):
         "Someone says how the camera got from image 1 to image 2: {actions}.",
     ]
     parts = [claims, ["True or false?", "Is that true or false?"]]
-    draw = pair.generator(task)
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
@@ -767,19 +748,17 @@ def false_statement(pair, draw):
     return draw.choice(others) if others else None
 
 
-def ask_box(pair, task, most):
+def ask_box(pair, task, most, draw):
     """D1, S5: where is an object of image 1 in image 2, told the motion (D1) or not (S5)?"""
     ask = ["Where is it in image 2?", "Find it in image 2."]
     parts = [SEEN, DID, ask] if task == "D1" else [SEEN, ask]
     # where the box is unchanged, the prompt would hold the answer
-    boxes = {key: pair.words(key) for key in pair.both}
-    moved = [key for key, words in boxes.items() if words["box"] != words["box2"]]
-    draw = pair.generator(task)
-    for key in some(draw, moved, most):
-        yield pair.question(task, draw, parts, boxes[key]["box2"], boxes[key])
+    moved = [words for words in map(pair.words, pair.both) if words["box"] != words["box2"]]
+    for words in some(draw, moved, most):
+        yield pair.question(task, draw, parts, words["box2"], words)
 
 
-def ask_gone(pair, task, most):
+def ask_gone(pair, task, most, draw):
     """D2: will an object be out of sight? Image 2 stays hidden."""
     ask = ["Will it be out of sight then?", "Does it disappear from view?"]
     gone = []
@@ -787,7 +766,6 @@ def ask_gone(pair, task, most):
         known = pair.view["exact"] or key in pair.after.hidden  # a detector may miss an object
         if known and key not in pair.after.visible:
             gone.append(key)
-    draw = pair.generator(task)
     # balanced by the way too: after a wide turn most objects are gone
     position, yaw = pose(pair.actions)
     alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {abs(round(position.imag))}"
@@ -797,7 +775,7 @@ def ask_gone(pair, task, most):
         yield pair.question(task, draw, [SEEN_ALONE, WILL, ask], answer, words, alike, pictures=1)
 
 
-def ask_motion_of_object(pair, task, most):
+def ask_motion_of_object(pair, task, most, draw):
     """D3: which actions take an object from its box in image 1 to its box in image 2?"""
     seen = [
         "The {label} is at {box} in image 1 and at {box2} in image 2.",
@@ -809,12 +787,11 @@ def ask_motion_of_object(pair, task, most):
         "Name the 1 or 2 camera actions in between, in order.",
     ]
     if most and pair.both and pair.survey.only_answer(task, pair.actions):
-        draw = pair.generator(task)
         for key in some(draw, pair.both, most):
             yield pair.question(task, draw, [seen, ask], pair.actions, pair.words(key))
 
 
-def ask_same(pair, task, most):
+def ask_same(pair, task, most, _):
     """D4, S6: do two boxes hold one object, told the motion (D4) or not (S6)?
 
     D4 asks about two objects of one label, S6 about such and about any two, called "object". With
@@ -864,7 +841,7 @@ def shift_class(before, after, actions):
     Same or not is balanced within them, because otherwise the two boxes alone would tell it. They
     hold whether the camera turned; a turn to the left counts as its mirror image.
     """
-    turn = sum(TURNS[name] * value for name, value in actions if name in TURNS)
+    turn = sum(TURNS.get(name, 0) * value for name, value in actions)
     shift = (sum(after[::2]) - sum(before[::2])) / 2
     if turn < 0:
         shift = -shift
@@ -875,7 +852,7 @@ def shift_class(before, after, actions):
     return f"{turn != 0} {round(shift / 400)} {round(growth / 2)} {round(wider / 2)}"
 
 
-def ask_bearing(pair, task, most):
+def ask_bearing(pair, task, most, draw):
     """E2: on which side is an object after the motion; is it nearer or farther? Image 2 is hidden.
 
     From its bearing and distance in image 1, or from its box where the camera only turns.
@@ -886,16 +863,16 @@ def ask_bearing(pair, task, most):
     ]
     ways = ["Will {object} be nearer or farther?", "Does that bring {object} nearer or farther?"]
     position, yaw = pose(pair.actions)
-    draw, found = pair.generator(task), []
+    found = []
     for key, one in pair.before.usable.items():
         if one.distance_m or not position:
             place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
             found += [(key, answer) for answer in relations(place, position, yaw)]
-    found = draw.sample(found, len(found))
+    found = some(draw, found)
     found.sort(key=lambda one: one[1] in YES)  # the rare ones first
     way = f"{yaw} {round(position.real)} {round(position.imag)}"
     for key, answer in found[:most]:
-        words = pair.words(key) | {"object": pair.named(draw, key)}
+        words = pair.named(draw, key)
         parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
         q = pair.question(task, draw, parts, answer, words, alike, pictures=1)
         yield q._replace(label="")  # balanced for each motion, of whatever object
@@ -906,12 +883,15 @@ def relations(place, position, yaw):
     after = (place - position) * TOWARDS[-yaw % 360]
     quarter, off_deg = divmod(np.degrees(np.angle(after)) + 45, 90)
     nearer_m = abs(place) - abs(after)
-    clear = CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M
-    found = [SIDES[int(quarter) % 4]] if clear else []
-    return found + ([WAYS[int(nearer_m < 0)]] if abs(nearer_m) >= CLEAR_M else [])
+    found = []
+    if CLEAR_DEG <= off_deg <= 90 - CLEAR_DEG and abs(after) >= LEAST_DISTANCE_M:
+        found.append(SIDES[int(quarter) % 4])
+    if abs(nearer_m) >= CLEAR_M:
+        found.append("nearer" if nearer_m > 0 else "farther")
+    return found
 
 
-def ask_picture(pair, task, most):
+def ask_picture(pair, task, most, draw):
     """E3: which of four pictures follows the motion? All end trajectories of one start.
 
     Not after one move forward or backward: the nearest or the furthest of the four would be it.
@@ -922,36 +902,35 @@ def ask_picture(pair, task, most):
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
     survey = pair.survey
     siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
-    draw, ends = pair.generator(task), [(pair.actions, pair.after)]
-    for view in draw.sample(siblings, len(siblings)):
+    ends = [(pair.actions, pair.after)]
+    for view in some(draw, siblings):
         actions, picture = view["actions"], view["pictures"][-1]
         apart = all(survey.differ(task, actions, known) for known, _ in ends)
         if apart and picture.holes <= survey.cfg.max_holes:
             ends.append((actions, picture))
     if len(ends) >= 4:
-        order = draw.sample(range(4), 4)
+        order = some(draw, range(4))
         q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
         yield q._replace(images=[pair.before.path, *(ends[k][1].path for k in order)])
 
 
-def ask_where(shown, task, most):
+def ask_where(shown, task, most, draw):
     """S1: where is an object that is the only one of its label?"""
     parts = [["Find", "Locate", "Point out"], ["the {label}.", "the {label} in the picture."]]
     picture = shown.before
     alone = [key for key, one in picture.usable.items() if picture.counts[one.label] == 1]
-    for key in some(shown.draw, alone, most):
+    for key in some(draw, alone, most):
         words = shown.words(key)
-        yield shown.question(task, shown.draw, parts, words["box"], words)
+        yield shown.question(task, draw, parts, words["box"], words)
 
 
-def ask_whether_there(shown, task, most):
+def ask_whether_there(shown, task, most, draw):
     """S2: is a label in the picture? And is it at a box?"""
     seen = ["Do you see", "Can you see", "Is there"]
     parts = [seen, ["any {label}?", "any {label} in the picture?"]]
     parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
     if not shown.view["exact"]:  # a detector may miss an object
         return
-    draw = shown.draw
     picture = shown.before
     known = shown.survey.labels[shown.view["source"]]
     absent = sorted(label for label in known if not same_kind(label, picture.counts))
@@ -969,7 +948,7 @@ def ask_whether_there(shown, task, most):
         alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
         if wrong or true:
             answer = "yes" if true else "no"
-            yield shown.question(task, draw, parts_box, answer, words, alike=alike)
+            yield shown.question(task, draw, parts_box, answer, words, alike)
 
 
 def same_kind(label, others):
@@ -977,20 +956,19 @@ def same_kind(label, others):
     return label.endswith(tuple(others)) or any(other.endswith(label) for other in others)
 
 
-def ask_distance(shown, task, most):
+def ask_distance(shown, task, most, draw):
     """S3: how far away is an object, named by its label alone where that is unique?"""
     ask = ["How far away along the floor is", "How far along the floor is it to"]
     ask += ["What is the distance along the floor to"]
     parts = [ask, ["{object}?", "{object} in the picture?"]]
-    draw = shown.draw
     measured = [key for key, one in shown.before.usable.items() if one.distance_m]
     for key in some(draw, measured, most):
         answer = f"{round(shown.before.usable[key].distance_m, 1):g} meters"
-        words = shown.words(key) | {"object": shown.named(draw, key)}
+        words = shown.named(draw, key)
         yield shown.question(task, draw, parts, answer, words)
 
 
-def ask_facing(shown, task, most):
+def ask_facing(shown, task, most, draw):
     """E1: which turn brings an object of a picture to its middle? From its box and the camera."""
     field = ["The picture spans {fov} degrees from side to side.", "Field of view: {fov} degrees."]
     ask = [
@@ -1000,10 +978,9 @@ def ask_facing(shown, task, most):
     ]
     fov_deg, usable = shown.view["fov_x_deg"], shown.before.usable
     beside = [key for key, one in usable.items() if turn_to(one.box, fov_deg)]
-    draw = shown.generator(task)
     for key in some(draw, beside, most):
         turn = turn_to(usable[key].box, fov_deg)
-        words = shown.words(key) | {"object": shown.named(draw, key), "fov": f"{fov_deg:.0f}"}
+        words = shown.named(draw, key) | {"fov": f"{fov_deg:.0f}"}
         yield shown.question(task, draw, [field, ask], turn, words)
 
 
@@ -1031,8 +1008,7 @@ LETTER = ("choice", "Answer with one letter.")
 BOXES = " Boxes are [x1, y1, x2, y2] in thousandths of width and height."
 ONE = "objects with boxes (of photographs: --detector)"
 TWO = f"{ONE} in both pictures"
-# A task is a row here and its function above; no wording may hold its answer. S1-S3 share a
-# generator: another task of theirs goes behind them, then their questions stay the same.
+# A task is a row here and its function above; no wording may hold its answer.
 PAIR_TASKS = {
     "A1": Task(MOVE, "inverse", 1, ask_motion, "pairs with a single move"),
     "A2": Task(TURN, "inverse", 1, ask_motion, "pairs with a single turn"),
@@ -1054,6 +1030,7 @@ PICTURE_TASKS = {
     "E1": Task(TURN, "inverse", 0.5, ask_facing, f"{ONE}, some beside the middle"),
 }
 TASKS = PAIR_TASKS | PICTURE_TASKS
+SHARING = ("S1", "S2", "S3")  # one generator; each other task has its own
 BALANCED = {task for task, row in TASKS.items() if row.answer[0] in ("yes_no", "relation")}
 # what cannot be answered where the pictures share too little
 COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
@@ -1101,11 +1078,13 @@ def ask_all(views, survey):
                 survey.dropped["all: pictures with more holes than --max_holes"] += 1
                 continue
             tasks = PAIR_TASKS if shown.actions else PICTURE_TASKS
+            shared = shown.generator("S")
             for task, row in tasks.items():
                 most = survey.caps[task]
                 if most < 1:  # one question on that share of the pairs or pictures
                     most = shown.generator(task, "cap").random() < most
-                asked = row.ask(shown, task, int(most))
+                draw = shared if task in SHARING else shown.generator(task)
+                asked = row.ask(shown, task, int(most), draw)
                 if task in COMPARING and shown.share < cfg.least_covisible:
                     reason = f"{task}: pictures share less than --least_covisible"
                     survey.dropped[reason] += len([*asked])
@@ -1138,8 +1117,8 @@ def draw_questions(questions, most=None):
 
 def trains(cfg, task):
     """Whether --tasks and --directions ask for a task; static ones are of both directions."""
-    own = "both" if TASKS[task].direction == "static" else TASKS[task].direction
-    return task in cfg.tasks and (cfg.directions == own or "both" in (own, cfg.directions))
+    own = TASKS[task].direction
+    return task in cfg.tasks and (cfg.directions == "both" or own in ("static", cfg.directions))
 
 
 def make_files(survey, questions):
@@ -1224,10 +1203,9 @@ def examples(questions, run):
 def main(cfg: Config):
     started, run = time.perf_counter(), Path(cfg.run)
     read_caps(cfg.caps)
-    if unknown := {*cfg.tasks} - {*TASKS}:
-        stop(f"--tasks {unknown}: unknown, choose among {sorted(TASKS)}")
-    if not cfg.formats or {*cfg.formats} - {*FORMATS}:
-        stop(f"--formats {cfg.formats}: choose among {', '.join(FORMATS)}")
+    for name, given, known in (("tasks", cfg.tasks, TASKS), ("formats", cfg.formats, FORMATS)):
+        if not given or not {*given} <= {*known}:
+            stop(f"--{name} {given}: choose among {', '.join(sorted(known))}")
     folder = run / cfg.out
     config = asdict(cfg)
     del config["recipe"], config["run"]
@@ -1237,7 +1215,8 @@ def main(cfg: Config):
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
     files = make_files(survey, list(ask_all(views, survey)))
-    for reason, count in sorted((+survey.dropped).items()):
+    dropped = +survey.dropped
+    for reason, count in sorted(dropped.items()):
         print(f"dropped {count:7,}  {reason}")
     name_empty(survey, files)
     if not files["static"] + files["sft"]:
@@ -1248,11 +1227,11 @@ def main(cfg: Config):
         save(folder / f"{name}.jsonl", "".join(lines))
         counts[name] = Counter(sorted(q.task for q in questions))
 
-    card = {"views": {"used": len(views), "skipped": skipped}}
-    card |= {"counts": counts, "dropped": +survey.dropped}
+    used = {"used": len(views), "skipped": skipped}
+    card = {"views": used, "counts": counts, "dropped": dropped}
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
     save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
-    finish(folder, meta, {name: len(questions) for name, questions in files.items()}, started)
+    finish(folder, meta, {name: count.total() for name, count in counts.items()}, started)
     for name, count in (counts | {"skipped": skipped}).items():
         print(f"{name:8}", dict(count))
     print(f"next: python 04_train_sft.py --run {cfg.run}")

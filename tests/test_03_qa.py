@@ -270,8 +270,8 @@ def test_no_prompt_holds_its_answer(built):
 
 
 def test_a_wording_that_holds_its_answer_is_refused(tmp_path, monkeypatch, capsys):
-    def leaky(shown, task, most):
-        yield shown.question(task, shown.draw, [["It is 4 meters. What is it?"]], "4 meters", {})
+    def leaky(shown, task, most, draw):
+        yield shown.question(task, draw, [["It is 4 meters. What is it?"]], "4 meters", {})
 
     row = qa.PICTURE_TASKS["S3"]._replace(ask=leaky)
     monkeypatch.setitem(qa.PICTURE_TASKS, "S3", row)
