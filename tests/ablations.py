@@ -1,12 +1,11 @@
 """make ablations: what each part of the method gives, in rooms. Students differ in one thing.
 
-Every student is a run folder runs/ablations/VARIANT-SEED, trained from base/ in the three parts of
-`make demo`, on as many questions as the others (two lengths apart). The questions come from the
-same trajectories, imagined by `simulator` and by `warp` (true depth, grey where the first view
-shows nothing); all students answer the held-out questions of `simulator`. A finished student is
-a line of tests/ablations.jsonl, with its hash and scores, and is not made again: the table can be
-completed in any number of sittings; --table only prints it. On a GPU, or on many cores, --jobs
-students are made at once. The arithmetic is float32 everywhere.
+Every student is a run folder runs/ablations/VARIANT-SEED, trained from base/ as in `make demo`, on
+as many questions as the others (two lengths apart). The questions come from the same trajectories,
+imagined by the rows of TEACHERS; all students answer the same held-out questions about exact views.
+A finished student is a line of tests/ablations.jsonl, with its hash and scores, and is not made
+again: the table can be completed in any number of sittings; --table only prints it. On a GPU, or on
+many cores, --jobs students are made at once. The arithmetic is float32 everywhere.
 """
 
 import argparse
@@ -24,18 +23,24 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE, LOG = ROOT / "runs/ablations", ROOT / "tests/ablations.jsonl"
 FORWARD, INVERSE = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3")
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
-ROOMS = 4000
+ROOMS = 1000
+TEACHERS = {  # the settings of 02 and of 03
+    "fill": ({"teacher": "warp", "fill": "base/world", "heldout_teacher": "simulator"}, {}),
+    "simulator": ({}, {}),
+    "warp": ({"teacher": "warp", "heldout_teacher": "simulator"}, {"max_holes": 1}),
+}
 VARIANTS = {
-    "both": {},
+    "fill": {},
+    "simulator": {"teachers": ["simulator"]},
+    "warp": {"teachers": ["warp"]},
+    "half simulator, half fill": {"teachers": ["simulator", "fill"]},
     "forward only": {"tasks": FORWARD},
     "inverse only": {"tasks": INVERSE},
-    "warp": {"teachers": ["warp"]},
-    "half warp": {"teachers": ["simulator", "warp"]},
-    "half as long": {"length": 0.5},
+    "open and choice": {"questions": "3_choice"},
     "twice as long": {"length": 2},
+    "four times as long": {"length": 4},
+    "simulator, twice as long": {"teachers": ["simulator"], "length": 2},
 }
-SOURCES = {"questions": "3_qa/sft", "lesson": "3_lesson/sft", "grpo": "3_qa/grpo"}
-SOURCES["static"] = "3_qa/static"
 
 
 def script(number: str, run: Path, recipe: str, **flags):
@@ -51,24 +56,25 @@ def script(number: str, run: Path, recipe: str, **flags):
 
 @functools.cache
 def views(teacher: str) -> Path:
-    """The run folder with a teacher's views, the questions about them and the lesson."""
-    run = PLACE / teacher
+    """The run folder with a teacher's views and the questions about them, open and as choices."""
+    run, (imagining, asking) = PLACE / teacher, TEACHERS[teacher]
     PLACE.mkdir(parents=True, exist_ok=True)
     script("01", run, "tiny", rooms=ROOMS)
-    script("02", run, "tiny", teacher=teacher, workers=os.cpu_count())
-    script("03", run, "tiny")
-    script("03", run, "lesson")
+    script("02", run, "tiny", workers=os.cpu_count(), **imagining)
+    script("03", run, "tiny", **asking)
+    script("03", run, "tiny", out="3_choice", formats=["open", "choice"], **asking)
     return run
 
 
-def training_questions(run: Path, tasks: tuple, teachers: list[str]):
+def training_questions(run: Path, how: dict):
     """Write the questions of these tasks, and static ones to rehearse, into a student's folder.
 
     Of several teachers each has every n-th scene. Picture paths start from runs/ablations.
     """
     run.mkdir(exist_ok=True)
-    for name, source in SOURCES.items():
-        kept = []
+    tasks, teachers = how.get("tasks", TASKS), how.get("teachers", ["fill"])
+    for name in ("sft", "static", "grpo"):
+        kept, source = [], f"{how.get('questions', '3_qa')}/{name}"
         for number, teacher in enumerate(teachers):
             for line in (views(teacher) / f"{source}.jsonl").read_text().splitlines():
                 record = json.loads(line)
@@ -102,30 +108,22 @@ def evaluate(run: Path, checkpoint: str, temperature: int, per_task: int) -> dic
     return {"scores": scores, "reward": round(reward, 4), "right": results["right"]["mean"]}
 
 
-def train(run: Path, seed: int, steps: list[int]):
-    """SFT before, in and after the lesson."""
-    first, lesson, rest = steps
-    place = {"data_root": PLACE, "dtype": "float32"}
-    all_of_it = {"data": [run / "questions.jsonl", run / "static.jsonl"]} | place
-    script("04", run, "first", student=ROOT / "base", steps=first, seed=f"1{seed}", **all_of_it)
-    script("04", run, "lesson", data=run / "lesson.jsonl", steps=lesson, seed=seed, **place)
-    script("04", run, "tiny", student="4_lesson", steps=rest, seed=seed, **all_of_it)
-
-
 def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
-    """Train and evaluate one student; `both` is refined too. `steps`: three of SFT, then GRPO."""
+    """Train and evaluate one student; that of `fill` is refined too. steps: of SFT, of GRPO."""
     how, run = VARIANTS[variant], PLACE / f"{variant.replace(' ', '-')}-{seed}"
     print(f"{variant}, seed {seed}: {run}.log tells how far it is", flush=True)
-    training_questions(run, how.get("tasks", TASKS), how.get("teachers", ["simulator"]))
-    lengths = [round(number * how.get("length", 1)) for number in steps[:3]]
-    train(run, seed, lengths)
+    training_questions(run, how)
+    length = round(steps[0] * how.get("length", 1))
+    place = {"data_root": PLACE, "dtype": "float32"}
+    questions = [run / "sft.jsonl", run / "static.jsonl"]
+    how_long = {"steps": length, "seed": seed}
+    script("04", run, "tiny", student=ROOT / "base", data=questions, **how_long, **place)
     weights = (run / "4_sft/model.safetensors").read_bytes()
-    line = {"variant": variant, "seed": seed, "steps": lengths}
+    line = {"variant": variant, "seed": seed, "steps": length}
     line["sha256"] = hashlib.sha256(weights).hexdigest()
-    if variant != "both":
+    if variant != "fill":
         return line | {"sft": evaluate(run, "4_sft", 0, per_task)}
-    grpo = {"data": run / "grpo.jsonl", "data_root": PLACE, "dtype": "float32"}
-    script("05", run, "tiny", steps=steps[3], seed=seed, **grpo)
+    script("05", run, "tiny", data=run / "grpo.jsonl", steps=steps[1], seed=seed, **place)
     evaluations = [("4_sft", 0), ("5_refine", 0), ("4_sft", 1), ("5_refine", 1)]
     with ThreadPoolExecutor(4) as pool:
         sft, refined, *_ = pool.map(lambda one: evaluate(run, *one, per_task), evaluations)
@@ -179,8 +177,9 @@ def main():
     add = parser.add_argument
     add("--seeds", type=int, nargs="*", default=[0, 1, 2])
     add("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    steps = "SFT before, in and after the lesson (two lengths apart), GRPO"
-    add("--steps", type=int, nargs=4, default=[350, 450, 450, 150], help=steps)
+    add(
+        "--steps", type=int, nargs=2, default=[300, 40], help="of SFT (some lengths apart), of GRPO"
+    )
     add("--per_task", type=int, default=600, help="held-out questions per task")
     add("--jobs", type=int, default=1, help="students made at once")
     add("--table", action="store_true", help="only print what is known")
@@ -191,8 +190,8 @@ def main():
     missing = [] if options.table else [one for one in wanted if one not in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.jobs)))
     with ThreadPoolExecutor(options.jobs) as pool:
-        teachers = {teacher for v, _ in missing for teacher in VARIANTS[v].get("teachers", [])}
-        list(pool.map(views, {*teachers, "simulator"} if missing else ()))
+        known = [VARIANTS[variant].get("teachers", ["fill"]) for variant, _ in missing]
+        list(pool.map(views, {*sum(known, []), "simulator"} if missing else ()))
         students = [pool.submit(student, *one, options.steps, options.per_task) for one in missing]
         for done in as_completed(students):
             line = done.result()
