@@ -442,8 +442,8 @@ def answer_in(line: dict) -> tuple[str, str, dict]:
         cost["tokens"] = (body.get("usage") or {}).get("completion_tokens")
         said = body["choices"][0]["message"]["content"] or ""
     elif "doc_id" in line:
-        id, said = (line.get("doc") or {}).get("id", line["doc_id"]), line.get("resps")
-        said = said or line["filtered_resps"]
+        id = (line.get("doc") or {}).get("id", line["doc_id"])
+        said = line.get("resps") or line["filtered_resps"]
         while isinstance(said, list):
             said = said[0]
     return str(id), said.strip(), dict.fromkeys(NOTHING) | cost
@@ -1383,6 +1383,7 @@ def search_views(questions: list[dict], load, folder: Path, root: Path, cfg: Con
 
 # The sentence that states a motion in the words of 03; without it D1 and D4 are static questions.
 STATED = re.compile(r" [^.:]*: ([^:]*? (?:meters|degrees))\.(?= )")
+SEEN = re.compile(r"[Tt]he (.+?) (?:is )?at \[")  # what stands in the first box
 LONGEST = 1000  # meters and degrees together: longer paths would fill the memory
 
 
@@ -1398,9 +1399,10 @@ def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) 
     """
     fit, wanted, asked = [], [], []
     for question in questions:
-        record, task = question["record"], question["task_type"]
-        stated = STATED.search(record["messages"][-2]["content"])
-        if stated and task in ("D1", "D1 choice", "D2", "D4", "D4 choice"):
+        record = question["record"]
+        text = record["messages"][-2]["content"]
+        stated = SEEN.search(text) and STATED.search(text)
+        if stated and question["task_type"] in ("D1", "D1 choice", "D2", "D4", "D4 choice"):
             actions = [parse_actions(found[0])[0] for found in ACTION.finditer(stated[1])]
             if sum(value for _, value in actions) <= LONGEST:
                 fit.append(question)
@@ -1415,11 +1417,9 @@ def restate(questions: list[dict], load, folder: Path, root: Path, cfg: Config) 
         text = STATED.sub("", last["content"], count=1)
         images = [*question["record"]["images"], *views.values()]
         if inverted := question["task_type"] == "D2":
-            label = re.search(r"[Tt]he (.+?) (?:is )?at \[", text)[1]
-            text, images = (
-                f"<image>Is there any {label} in the picture? Answer yes or no.",
-                images[1:],
-            )
+            label = SEEN.search(text)[1]
+            text = f"<image>Is there any {label} in the picture? Answer yes or no."
+            images = images[1:]
         elif views:
             text = "<image>" + text
         messages = [*turns, last | {"content": text}, told]

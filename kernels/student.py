@@ -18,8 +18,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from kernels.lora import adapter_config, load_adapter
 from kernels.register import load_model
@@ -38,8 +36,8 @@ def stop(why: str):
 @dataclass
 class Student:
     model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: BaseImageProcessor
+    tokenizer: object  # a PreTrainedTokenizerBase
+    image_processor: object  # a BaseImageProcessor
     source: str  # the folder or hub id that its base came from
 
 
@@ -48,6 +46,8 @@ def load_student(source: str, dtype, device: str, attention: str, max_pixels: in
 
     adapter/ in it is a LoRA. AutoProcessor would ask for torchvision. Refusals: see `stop`.
     """
+    from transformers import AutoImageProcessor, AutoTokenizer  # a second, which 02 need not wait
+
     try:
         base = adapter_config(source)["base_model_name_or_path"]
         model = load_model(base, dtype, device, attention)
