@@ -77,8 +77,8 @@ ablations: $(VENV)/ready
 	$(PY) tests/ablations.py
 
 # The student that the demo starts from, base/: it reads pictures, finds and compares objects in
-# rooms of its own, and has met no question about motion. Made once (hours) and kept with its log;
-# base-check trains the first 5 % anew and compares the losses (rests now, see below).
+# rooms of its own, and has met no question about motion. Made once (97 minutes) and kept with its
+# log; base-check trains the first 5 % anew and compares the losses.
 BASE = $(PY) 04_train_sft.py --run runs/base --recipe base
 runs/base/3_qa/meta.json: RUN = runs/base
 runs/base/3_qa/meta.json: ROOMS = 8000
@@ -110,7 +110,6 @@ world-check: runs/world/1_trajectories/meta.json
 	$(WORLD) --out check --until 175
 	$(PY) tests/same_losses.py base/world runs/world/check
 
-# Rests: base/ knows the rooms of commit 0372315, where `make base-check` repeats its first losses.
 base-check: runs/base/3_qa/meta.json
 	rm -rf runs/base/4_check
 	$(PY) tests/same_losses.py base runs/base/4_check $(BASE) --out 4_check

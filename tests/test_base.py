@@ -1,7 +1,4 @@
-"""base/, the student that the demo starts from: weights, log and command belong together.
-
-That it finds objects again is checked when base/ is made anew: its rooms are those of 0372315.
-"""
+"""base/, the student that the demo starts from: weights, log and command belong together."""
 
 import hashlib
 import json
