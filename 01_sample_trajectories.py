@@ -105,6 +105,9 @@ class Config:
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
     pan: bool = HfArg(default=False, help="turn inside photographs, as always in panoramas (2:1)")
+    view_fov_deg: float = HfArg(
+        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
+    )
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -509,7 +512,7 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     view_deg = fov_deg
     # a narrower camera inside, with as many pixels as the picture has there
     if panorama or cfg.pan:
-        view_deg = VIEW_FOV_DEG[panorama]
+        view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
         whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
         share = math.tan(math.radians(view_deg) / 2) / whole
         width, height = width * share, (width if panorama else height) * share
@@ -733,6 +736,7 @@ def refuse_impossible(cfg: Config):
         "turn_deg": any(turn % 90 for turn in multiples(cfg.turn_deg, TURN_GRID_DEG)),
         "photo_turn_deg": any(turn % 90 for turn in multiples(cfg.photo_turn_deg, TURN_GRID_DEG)),
         "room_px": cfg.room_px >= 8,
+        "view_fov_deg": 0 <= cfg.view_fov_deg <= 120,
         "heldout": 0 <= cfg.heldout <= 1,
     }
     for name, holds in possible.items():
