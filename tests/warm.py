@@ -1,8 +1,8 @@
-"""Scripts in forks of a process that has imported torch and transformers: a call of a script costs
-what the stage does, not the seconds of a start.
+"""Scripts in forks of a process that has imported torch, transformers and diffusers.
 
-conftest.py starts this file once and writes it a line of JSON per call; tests/fire forks itself. A
-process that is forked from computes nothing: its forks would miss the threads of its arithmetic.
+A call costs what the stage does, not the seconds of a start. conftest.py starts this file once and
+writes it a line of JSON per call; tests/fire forks itself. A process that is forked from computes
+nothing: its forks would miss the threads of its arithmetic.
 """
 
 import atexit
@@ -33,6 +33,8 @@ def warm_up():
     for name in (
         "transformers.models.qwen3_vl.modeling_qwen3_vl",
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "transformers.models.clip.modeling_clip",
+        "diffusers.pipelines.auto_pipeline",
         "torch.distributed.checkpoint",
         "matplotlib.backends.backend_agg",
         "matplotlib.pyplot",
