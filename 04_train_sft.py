@@ -707,6 +707,7 @@ def start_processes(cfg, folder: Path) -> tuple:
     dtype = getattr(torch, cfg.dtype) if cfg.train == "lora" else torch.float32
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**alone)
+    dist.barrier()  # none ends, as one with a finished folder does, before all are there
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank and read_meta(folder).get("finished"):
         raise SystemExit(0)  # the first process says so
