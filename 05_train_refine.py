@@ -7,10 +7,9 @@ made likelier, one that earns less is made rarer:
     r = p(token) / p_old(token),  A = (reward - mean of the group) / std of the group
     KL = e^d - d - 1,  d = log p_reference - log p
 
-The greedy answer, which an exam asks for, wins most groups and is made likelier still: --baseline
-greedy rewards what beats it alone (ReMax, arXiv 2310.10505). --reward grid differs where the
-published reward is flat, --scale batch blows no small difference up (Dr. GRPO, arXiv 2503.20783),
---refills learns from groups that are partly right alone (DAPO, arXiv 2503.14476).
+The greedy answer wins most groups and is made likelier still: --baseline greedy rewards what beats
+it alone (ReMax, arXiv 2310.10505). --reward grid differs where the published one is flat, --scale
+batch blows nothing up (Dr. GRPO, arXiv 2503.20783), --refills: see `keep_groups` (arXiv 2503.14476).
 
 A group shares its prompt: pictures and words are encoded once, in the rollout and in the update.
 Departs from the paper: shared prefixes; a reward that a list of all answers does not win, nor one
@@ -177,10 +176,9 @@ def advantages(rewards: torch.Tensor, baseline=None, scale="group") -> torch.Ten
 
 
 def keep_groups(right: torch.Tensor, refills: int) -> torch.Tensor:
-    """Which questions are learned from: right [Q, G] -> bool [Q].
+    """Which questions are learned from: right [Q, G] -> bool [Q]; GRPO keeps them all.
 
-    GRPO keeps them all. Where others replace them, those that have right and wrong responses: by
-    the outcome, because rewards that are shaped differ in every group.
+    Where others replace them, those partly right: shaped rewards differ in every group.
     """
     return right.any(1) & ~right.all(1) if refills else torch.ones(len(right), dtype=torch.bool)
 
@@ -494,7 +492,7 @@ def main(cfg: Config):
     dummy = dummy_row(student)
     norms = []
     for step in range(first, steps):
-        # ask: every process answers its share of the questions, with the weights as they are now
+        # ask: every process answers its share, with the weights as they are now
         tick = time.perf_counter()
         for mirror, weight in zip(mirrors, trained_weights(model), strict=False):
             mirror.copy_(gathered(weight))
