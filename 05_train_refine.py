@@ -9,7 +9,7 @@ made likelier, one that earns less is made rarer:
 
 The greedy answer wins most groups and is made likelier still: --baseline greedy rewards what beats
 it alone (ReMax, arXiv 2310.10505). --reward grid differs where the published one is flat, --scale
-batch blows nothing up (Dr. GRPO, arXiv 2503.20783), --refills: see `keep_groups` (arXiv 2503.14476).
+batch blows nothing up (Dr. GRPO, arXiv 2503.20783); --refills as in DAPO (arXiv 2503.14476).
 
 A group shares its prompt: pictures and words are encoded once, in the rollout and in the update.
 Departs from the paper: shared prefixes; a reward that a list of all answers does not win, nor one
