@@ -132,12 +132,12 @@ def read_questions(path: Path, root: Path) -> list[dict]:
     """
     if not path.is_file():
         stop(f"{path} is missing: run the stage that writes it, or name another file")
-    questions, keys = [], {"task_type", "messages", "images"}
+    questions, keys = [], ("task_type", "messages", "images")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not record.keys() >= keys:
-                raise ValueError(f"not a JSON object with {', '.join(sorted(keys))}")
+            if not isinstance(record, dict) or not record.keys() >= {*keys}:
+                raise ValueError(f"not a JSON object with {', '.join(keys)}")
             roles = [message["role"] for message in record["messages"]]
             text = "".join(message["content"] for message in record["messages"])
             images = [root / image for image in record["images"]]
