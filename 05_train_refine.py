@@ -7,9 +7,10 @@ made likelier, one that earns less is made rarer:
     r = p(token) / p_old(token),  A = (reward - mean of the group) / std of the group
     KL = e^d - d - 1,  d = log p_reference - log p
 
-The greedy answer wins most groups and is made likelier still: --baseline greedy rewards what beats
-it alone (ReMax, arXiv 2310.10505). --reward grid differs where the published one is flat, --scale
-batch blows nothing up (Dr. GRPO, arXiv 2503.20783); --refills as in DAPO (arXiv 2503.14476).
+The greedy answer wins most groups and is made likelier still: with --baseline greedy a response has
+to beat it (ReMax, arXiv 2310.10505). --reward grid tells apart what the published reward calls
+equal, --scale batch keeps the advantages of near ties small (Dr. GRPO, arXiv 2503.20783), --refills
+replaces groups that are all right or all wrong (DAPO, arXiv 2503.14476).
 
 A group shares its prompt: pictures and words are encoded once, in the rollout and in the update.
 Departs from the paper: shared prefixes; a reward that a list of all answers does not win, nor one
@@ -35,7 +36,7 @@ Writes  5_refine/: adapter/ (PEFT format, float32) over the untouched base, whic
     python 05_train_refine.py --run runs/demo
     torchrun --nproc-per-node 8 -- 05_train_refine.py --run runs/demo    # FSDP2
 
-To change the objective: `advantages`, `keep_groups`, `grpo_loss`, and the weights in `rows_of`;
+To change the objective: `advantages`, `keep_group`, `grpo_loss`, and the weights in `rows_of`;
 tests/forks/dapo.patch does. Another reward: `reward`, at the end.
 """
 
@@ -46,7 +47,6 @@ import copy
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -170,17 +170,15 @@ def advantages(rewards: torch.Tensor, baseline=None, scale="group") -> torch.Ten
     if scale == "group":
         return gains / (apart.std(1, keepdim=True) + 1e-4)  # [Q, G]
     if scale == "batch":
-        whole = torch.tensor(gather(centred.flatten().tolist()))  # of all processes
-        return gains / (whole.square().mean().sqrt() + 1e-4)  # [Q, G]
+        everywhere = torch.tensor(gather(centred.flatten().tolist()))  # of all processes
+        return gains / (everywhere.std(correction=0) + 1e-4)  # [Q, G]
     return gains
 
 
-def keep_groups(right: torch.Tensor, refills: int) -> torch.Tensor:
-    """Which questions are learned from: right [Q, G] -> bool [Q]; GRPO keeps them all.
-
-    Where others replace them, those partly right: shaped rewards differ in every group.
-    """
-    return right.any(1) & ~right.all(1) if refills else torch.ones(len(right), dtype=torch.bool)
+def keep_group(right: list[bool], refills: int) -> bool:
+    """Is a question learned from? By GRPO every one is; where others can replace it, it has right
+    and wrong responses, by their outcome: shaped rewards differ in every group."""
+    return not refills or 0 < sum(right) < len(right)
 
 
 def grpo_loss(
@@ -245,25 +243,29 @@ def grid_of(questions: list[dict]) -> dict[str, tuple[float, float]]:
 EXACT = 0.2  # of --reward grid: the part that only full points earn
 
 
-def judge(question: dict, text: str, grid: dict, cfg: Config) -> tuple[float, bool]:
-    """The reward of a response, and whether it is the answer itself; of a box, half of it."""
+def judge(question: dict, grid: dict, cfg: Config, text: str, cut: bool) -> tuple[float, bool]:
+    """The reward of a response, and whether it is the answer itself; of a box, half of it.
+
+    A response without its end (cut) earns nothing, whatever it says so far.
+    """
     answer, options = question["messages"][-1]["content"], question.get("options")
     about = (question["task_type"], answer, text, question.get("answer_type"), options)
     strict = reward(*about, grid)
-    full = strict["overall"] > 1 - 1e-9
+    score, full = strict["overall"], strict["overall"] > 1 - 1e-9
     right = strict["iou"] >= 0.5 if "iou" in strict else full
     if cfg.reward == "published":
-        return reward(*about)["overall"], right
-    return (1 - EXACT) * strict["overall"] + EXACT * full, right
+        score = reward(*about)["overall"]
+    else:
+        score = (1 - EXACT) * score + EXACT * full
+    return (min(0.0, score), False) if cut else (score, right)
 
 
 def roll_out(student: Student, prompts: list[dict], step: int, grid: dict, cfg: Config):
     """Add to each prompt its group of responses, `tokens`, `texts`, `scores` and `right`.
 
     Every response token is drawn by a number of its own, which depends on nothing but (seed, step,
-    question): not on the process, nor on what else is in its batch. A response without its end
-    earns nothing, whatever it says so far. --baseline greedy: one more response, the likeliest one,
-    of which only the `greedy` reward is kept.
+    question): not on the process, nor on what else is in its batch. --baseline greedy: one more
+    response, the likeliest one, of which `greedy` is the reward and `greedy_text` the text.
     """
     rows = cfg.group + (cfg.baseline == "greedy")
     for prompt in prompts:
@@ -284,15 +286,13 @@ def roll_out(student: Student, prompts: list[dict], step: int, grid: dict, cfg: 
         groups = generate_groups(student, part, cfg.max_new_tokens, *how)
         for prompt, group in zip(part, groups, strict=True):
             texts = [student.tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
-            judged = [judge(prompt["question"], text, grid, cfg) for text in texts]
             cut = [ids[-1] not in ends for ids in group]
-            scores, right = [], []
-            for (score, good), short in zip(judged, cut, strict=True):
-                scores.append(min(0.0, score) if short else score)
-                right.append(good and not short)
+            judged = map(partial(judge, prompt["question"], grid, cfg), texts, cut)
+            scores, right = map(list, zip(*judged, strict=True))
             found = {"tokens": group, "texts": texts, "scores": scores, "right": right, "cut": cut}
             prompt |= {name: values[: cfg.group] for name, values in found.items()}
-            prompt["greedy"], prompt["greedy_text"] = scores[-1], texts[-1]
+            if cfg.baseline == "greedy":
+                prompt |= {"greedy": scores[-1], "greedy_text": texts[-1]}
 
 
 def ask(student: Student, plan, step: int, grid: dict, cfg: Config) -> tuple[list, list]:
@@ -305,17 +305,23 @@ def ask(student: Student, plan, step: int, grid: dict, cfg: Config) -> tuple[lis
         prompts = list(filter(None, next(plan)))
         if not cfg.refills or sum(gather([len(kept)])) < cfg.prompts:
             roll_out(student, prompts, step, grid, cfg)
-            right = torch.tensor([prompt["right"] for prompt in prompts]).reshape(-1, cfg.group)
-            kept += itertools.compress(prompts, keep_groups(right, cfg.refills))
             asked += prompts
+            for prompt in prompts:
+                if keep_group(prompt["right"], cfg.refills):
+                    kept.append(prompt)
     return kept, asked
 
 
-def pick_exam(run: Path, tasks: set, cfg: Config) -> list[dict]:
-    """A few held-out questions of these tasks, where the run has some; the same in every step."""
+def read_asked(path: Path, root: Path, tasks: list[str]) -> list[dict]:
+    """The questions of a file: those of `tasks`, or, where none is named, all."""
+    questions = read_questions(path, root)
+    return [question for question in questions if not tasks or question["task_type"] in tasks]
+
+
+def pick_exam(run: Path, cfg: Config) -> list[dict]:
+    """A few held-out questions, where the run has some; the same in every step."""
     path = run / "3_qa/heldout.jsonl"
-    held_out = read_questions(path, run) if path.is_file() else []
-    held_out = [question for question in held_out if question["task_type"] in tasks]
+    held_out = read_asked(path, run, cfg.tasks) if path.is_file() else []
     return np.random.default_rng([cfg.seed]).permutation(held_out)[:HELDOUT].tolist()
 
 
@@ -430,9 +436,15 @@ def measure(prompts: list[dict]) -> dict:
 
 def log_rollout(folder: Path, step: int, prompt: dict):
     """A question with its responses: a line of rollouts.jsonl, printed now and then."""
-    question, answer = (prompt["question"]["messages"][i]["content"] for i in (0, -1))
-    line = {"step": step, "images": prompt["question"]["written"], "question": question}
-    line |= {"answer": answer, "responses": prompt["texts"], "rewards": prompt["scores"]}
+    question = prompt["question"]
+    line = {
+        "step": step,
+        "images": question["written"],
+        "question": question["messages"][0]["content"],
+        "answer": question["messages"][-1]["content"],
+        "responses": prompt["texts"],
+        "rewards": prompt["scores"],
+    }
     with open(folder / "rollouts.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     if step % SHOW_EVERY == 1:
@@ -449,8 +461,7 @@ def rollout_copy(student: Student, cfg: Config, device: str) -> tuple[Student, l
     model = copy.deepcopy(student.model)
     choose_trained(model, cfg, LORA_RANK)
     hand_out(model, device)
-    known = [] if dist.get_rank() else [model.generation_config]  # it came with the weights
-    [model.generation_config] = gather(known)
+    [model.generation_config, *_] = gather([model.generation_config])  # the first has read it
     return replace(student, model=model), trained_weights(model)
 
 
@@ -476,13 +487,11 @@ def main(cfg: Config):
     optimizers = [make_adamw(model.parameters(), cfg.lr)]
     # the questions
     root = Path(cfg.data_root or (run if run in data.parents else data.parent))
-    questions = read_questions(data, root)
-    missing = {*cfg.tasks} - {str(question["task_type"]) for question in questions}
+    questions = read_asked(data, root, cfg.tasks)
+    missing = {*cfg.tasks} - {question["task_type"] for question in questions}
     if missing or not questions:
         stop(f"{data} holds no usable question of {' '.join(sorted(missing)) or 'any task'}")
-    questions = [one for one in questions if not cfg.tasks or one["task_type"] in cfg.tasks]
-    grid = grid_of(questions)
-    exam = pick_exam(run, {q["task_type"] for q in questions}, cfg)
+    grid, exam = grid_of(questions), pick_exam(run, cfg)
     steps = cfg.steps or math.ceil(len(questions) / cfg.prompts)
     if rank == 0:
         print(f"{device} x {world}, {cfg.dtype}: {steps:,} steps, {len(questions):,} questions")

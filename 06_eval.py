@@ -232,12 +232,11 @@ def read_heldout(path: Path, root: Path, skipped: dict):
     for number, record in enumerate(records, 1):
         with watch(skipped, number):
             *turns, last = record["messages"]
-            task, kind, truth = (
-                record["task_type"],
-                record.get("answer_type"),
-                last["content"].strip(),
-            )
-            kind = kind if kind in [*PARSERS] else ANSWER_TYPES.get(task)
+            truth = last["content"].strip()
+            task = record["task_type"]
+            kind = record.get("answer_type")
+            if kind not in [*PARSERS]:
+                kind = ANSWER_TYPES.get(task)
             if not kind or reward(None, truth, truth, kind)["overall"] < 1 - 1e-9:
                 raise ValueError(f"unknown task or answer: {task!r}, {truth[:60]!r}")
             task += " choice" * (kind == "choice" != ANSWER_TYPES.get(task))
@@ -254,7 +253,8 @@ def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]
 
     The orders of one row's choices stay together.
     """
-    groups, kept, counts = defaultdict(list), [], Counter()
+    groups, kept = defaultdict(list), []
+    counts = Counter()
     for question in questions:
         groups[question.get("group", question["number"])].append(question)
     keys = ("task_type", "question", "number")

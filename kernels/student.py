@@ -95,7 +95,7 @@ def cut_frames(video: str, folder: Path, count: int):
         raise ValueError(str(error)) from error
     if last + 1 < max(1, 0.98 * n):  # a good video may hide its last frames
         raise ValueError(f"ends after {last + 1} of its {n} frames")
-    part.mkdir(parents=True)
+    part.mkdir(parents=True, exist_ok=True)
     for i, number in enumerate(wanted):
         picture = taken[number] if number in taken else frame.to_image()
         picture.save(part / f"{i:03d}.png", compress_level=1)

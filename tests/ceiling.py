@@ -106,12 +106,12 @@ def main(cfg: Config) -> dict:
 
                 @functools.cache
                 def judged(text, question=question):
-                    return refine.judge(question, text, grid, how)
+                    return refine.judge(question, grid, how, text, False)
 
                 @functools.cache
                 def paid(true, said, question=question):
                     turns = [*question["messages"][:-1], {"role": "assistant", "content": true}]
-                    return refine.judge(question | {"messages": turns}, said, grid, how)[0]
+                    return refine.judge(question | {"messages": turns}, grid, how, said, False)[0]
 
                 found = choices(prompt["texts"], prompt["greedy_text"], paid)
                 for name, candidates in found.items():

@@ -45,9 +45,9 @@ def test_a_near_miss_is_blown_up_by_its_own_spread_alone():
 
 
 def test_groups_are_kept_by_their_outcome():
-    right = torch.tensor([[True, False], [True, True], [False, False]])
-    assert refine.keep_groups(right, 0).tolist() == [True, True, True]
-    assert refine.keep_groups(right, 2).tolist() == [True, False, False]
+    outcomes = [True, False], [True, True], [False, False]
+    assert [refine.keep_group(right, 0) for right in outcomes] == [True, True, True]
+    assert [refine.keep_group(right, 2) for right in outcomes] == [True, False, False]
 
 
 @pytest.mark.parametrize("refills,asked,kept", [(0, 2, 2), (1, 4, 1), (2, 6, 2), (3, 6, 2)])
@@ -89,13 +89,15 @@ def test_the_grid_reward_is_bounded_and_pays_all_for_the_answer_alone(task, data
     question = {"task_type": task, "messages": [{"content": answer}]}
     paid = {}
     for kind in ("grid", "published"):
-        paid[kind], right = refine.judge(question, response, GRID, SimpleNamespace(reward=kind))
+        paid[kind], right = refine.judge(
+            question, GRID, SimpleNamespace(reward=kind), response, False
+        )
     assert -1e-9 <= paid["grid"] <= paid["published"] + 1e-9 <= 1 + 2e-9
     if task != "D1":
         assert right == (refine.canonical(response) == refine.canonical(answer))
         assert right == (paid["grid"] > 1 - 1e-9)
     listed = f"{response}; {answer}"  # it cannot be gamed by saying more
-    more, _ = refine.judge(question, listed, GRID, SimpleNamespace(reward="grid"))
+    more, _ = refine.judge(question, GRID, SimpleNamespace(reward="grid"), listed, False)
     assert more < 1 or refine.canonical(listed) == refine.canonical(answer)
 
 
@@ -105,7 +107,7 @@ def test_where_the_published_reward_is_flat_the_grid_reward_is_not():
     paid = {}
     for kind in ("published", "grid"):
         how = SimpleNamespace(reward=kind)
-        paid[kind] = [refine.judge(question, text, GRID, how)[0] for text in said]
+        paid[kind] = [refine.judge(question, GRID, how, text, False)[0] for text in said]
     assert paid["published"][:2] == [1, 1]
     assert paid["grid"][0] == 1 and paid["grid"][1] < 0.75 and paid["grid"][2] < paid["grid"][1]
 
