@@ -3,6 +3,7 @@ bad rows, shared prefill, shards."""
 
 import io
 import json
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from test_06_eval import evaluate, write
 
 from kernels import prefill
+from kernels.student import cut_frames
 
 HERE = Path(__file__).parent / "golden"
 evaluation = load("06")
@@ -582,6 +584,17 @@ def test_an_exam_goes_out_and_answers_come_back(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         evaluation.main(evaluation.Config(**usual, answers=str(tmp_path / "none.jsonl")))
     assert ended.value.code == 2 and "--questions_out" in capsys.readouterr().err
+
+
+def test_frames_left_half_written_by_a_kill_are_cut_again(tmp_path):
+    """Also where the next process has the same number, as in a container."""
+    write_video(tmp_path / "film.mp4", 12)
+    left = tmp_path / f"4.{os.getpid()}.part"
+    left.mkdir()
+    (left / "000.png").write_bytes(b"half")
+    cut_frames(str(tmp_path / "film.mp4"), tmp_path / "4", 4)
+    assert len([Image.open(path).load() for path in (tmp_path / "4").iterdir()]) == 4
+    assert not left.exists()
 
 
 def test_a_video_exam_is_for_other_engines(tmp_path):
