@@ -90,7 +90,8 @@ RECIPES = {
     "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
     " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
-    "base": "--box_step 10 --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
+    "base": "--box_step 10 --choice_share 0.3"
+    " --caps D1=0.1 D2=0.1 D4=0.1 E1=0.1 E2=0.1 E3=0 S1=4 S2=0.5 S3=0.4 S5=4 S6=1",
 }
 
 
@@ -107,6 +108,7 @@ class Config:
         default_factory=lambda: [*FORMATS],
         help="open: an answer in words or numbers; choice: a letter (E3 always); both of each",
     )
+    choice_share: float = HfArg(default=1.0, help="of the questions to ask as a choice, 0..1")
     pairs: Literal["ends", "keyframes"] = HfArg(
         default="ends", help="frame 0 with the last, as in the paper, or every two kept keyframes"
     )
@@ -1092,7 +1094,7 @@ def ask_all(views, survey):
                 for q in asked:
                     if "open" in cfg.formats and row.answer != LETTER:
                         yield q
-                    if "choice" in cfg.formats:
+                    if "choice" in cfg.formats and q.order < cfg.choice_share:
                         yield from filter(None, [shown.choice(q)])
 
 
