@@ -74,9 +74,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file, logging
 
-from kernels.decode import end_tokens
 from kernels.lora import add_lora, exchange, gathered, merge_lora, save_adapter, trained_weights
-from kernels.prefill import generate_groups
+from kernels.generation import end_tokens, generate_groups
 from kernels.rows import ahead, dummy_row, encode_question, hand_out, micro_batches, names_of
 from kernels.rows import packs, row_logprobs, shard, share
 from kernels.student import Student, load_student, open_pictures, read_questions

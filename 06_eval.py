@@ -70,7 +70,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from kernels.prefill import generate
+from kernels.generation import generate
 from kernels.student import BROKEN, NOTHING, Student, cut_frames, load_student, prompts_of
 from kernels.student import read_picture, read_questions, spent, total_cost
 
@@ -518,7 +518,7 @@ def ask_all(questions: list[dict], load, folder: Path, cfg: Config) -> dict[int,
     """Ask what is new in this process's share -> what all shards have logged so far, {number:
     question with "response", "blank_response" and "cost", or with its "fault"}.
 
-    Questions about the same pictures are neighbours: they share one prefill.
+    Questions about the same pictures are neighbours: they share one generation.
     """
     shard, shards = map(int, cfg.shard.split("/"))
     log = folder / ("samples.jsonl" if shards == 1 else f"samples.{shard}of{shards}.jsonl")

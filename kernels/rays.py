@@ -14,18 +14,13 @@ With w2c = [R t] taking a point from reference-camera to camera coordinates, K n
 R is a rotation, so R^T is its inverse; axes are OpenCV's (x right, y down, z forward). For rays in
 the first camera's coordinates, as Stable Virtual Camera has them, pass w2c @ inverse(w2c[0]).
 
-What the kernel saves. All that differs between views is the 3x3 matrix M = R^T K_px^-1 and o:
-twelve numbers, made by a few lines of torch (`_cameras`), where autograd takes care of the inverse.
-Per pixel there remain a product with M, a normalisation and a cross product. Plain torch writes
-each step to memory and reads it again (the nine products and their sums, the norm, d, m, the
-concatenation: some 25 numbers per pixel each way, in half a dozen launches). The kernel keeps them
-in registers and writes the six results once, 24 bytes per pixel, 2.6 MB for 21 views of 72 x 72.
-Backward it reads the six gradients and writes next to nothing.
+What the kernel saves. Between views only the 3x3 matrix M = R^T K_px^-1 and o differ: twelve
+numbers, made by a few lines of torch (`_cameras`), where autograd takes care of the inverse. Plain
+torch writes each step per pixel to memory and reads it again, some 25 numbers each way in half a
+dozen launches. The kernel keeps them in registers and writes the six results once, 24 bytes.
 
 Layout. The result [V, 6, height, width] is six planes per view. A program takes BLOCK consecutive
-pixels of one view: neighbouring threads write neighbouring addresses in each plane. Pixel n of a
-view has row i = n // width, column j = n % width; its channel c lies at
-(view * 6 + c) * height * width + n.
+pixels n = i width + j of a view: neighbouring threads write neighbouring addresses in each plane.
 """
 
 from __future__ import annotations  # without triton, the name tl.constexpr need not exist

@@ -142,11 +142,6 @@ def join(questions: list[dict], prefix: int) -> dict:
     return row | {"questions": questions}
 
 
-def answer_tokens(rows: list[dict]) -> torch.Tensor:
-    """The ids [N] of the rows' answer tokens."""
-    return torch.cat([row["ids"][row["target"]] for row in rows])
-
-
 def pack(rows: list[dict]) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Rows one behind the other as one packed row [1, T] without padding.
 
@@ -164,7 +159,8 @@ def pack(rows: list[dict]) -> tuple[dict, torch.Tensor, torch.Tensor]:
         "text_max_seqlen": max(len(row["ids"]) for row in rows),
     }
     source = torch.cat([row["source"] + start for row, start in zip(rows, starts, strict=False)])
-    return inputs, torch.stack([torch.zeros_like(source), source]), answer_tokens(rows)
+    tokens = torch.cat([row["ids"][row["target"]] for row in rows])
+    return inputs, torch.stack([torch.zeros_like(source), source]), tokens
 
 
 def pad_rows(rows: list[dict], pad: int, dtype: torch.dtype):
@@ -178,15 +174,23 @@ def pad_rows(rows: list[dict], pad: int, dtype: torch.dtype):
         ids[b, :n] = row["ids"]
         positions[:, b, :n] = row["positions"]
         segment[b, :n] = row["segment"]
-    # token i sees token j <= i in the prefix or in its own question
-    in_prefix = segment[:, None, :] == 0
-    same_question = segment[:, None, :] == segment[:, :, None]
-    visible = (in_prefix | same_question).tril()  # [B, T, T]
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+    mask = who_sees_whom(segment, T, dtype)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     row_of = torch.cat([torch.full_like(row["source"], b) for b, row in enumerate(rows)])
     source = torch.cat([row["source"] for row in rows])
-    return inputs, torch.stack([row_of, source]), answer_tokens(rows)
+    tokens = torch.cat([row["ids"][row["target"]] for row in rows])
+    return inputs, torch.stack([row_of, source]), tokens
+
+
+def who_sees_whom(segment: torch.Tensor, queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores, [B, 1, queries, T]: the last tokens of segment [B, T] see those
+    that stand before them in the prefix or in their own question.
+    """
+    own = segment[:, -queries:, None]
+    visible = (segment[:, None] == 0) | (segment[:, None] == own)
+    visible = visible.tril(segment.shape[1] - queries)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=segment.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def dummy_row(student) -> dict:

@@ -18,9 +18,8 @@ of D = 64 bf16 numbers is exactly one 128-byte cache line, so the scattered read
 lines. Strides are arguments, so a slice of a fused qkv projection is read where it lies.
 
 Bytes moved, in units of one tensor of B*T*S*H*D (70 MB at the level above, for B = 1): forward 3
-read + 1 written, against 12 with the four copies; backward 4 read + 3 written. 64 rows need
-2 * 2*64*64*D operations for 4*64*D*2 bytes, 32 per byte where an H100 could do some 300: the time
-is that of the memory, and a few wasted multiplications cost nothing.
+read + 1 written, against 12 with the four copies; backward 4 read + 3 written. That is 32
+operations per byte where an H100 could do some 300: a few wasted ones cost nothing.
 
 Tiles. Tensor cores multiply tiles of 64 rows; T = 21 would leave two thirds of one empty. So a
 program takes ROWS // T pixels of one head (three at T = 21: 63 of 64 rows) and stacks their frames,
@@ -35,8 +34,7 @@ before the softmax:
     left over  -inf      -inf      -inf     zeros
 
 A row past the end (here row 63; elsewhere pixels beyond B*S) is read as zeros and never written. It
-has a group number r // T of its own, so that it meets no other pixel, and its softmax is one of
-zeros rather than of an empty set, which would be NaN.
+has a group number r // T of its own: its softmax is one of zeros, not of an empty set (NaN).
 
 Precision. Products of bf16/fp16 numbers are summed in float32; the softmax is float32; P is rounded
 to the input's type before it meets v (as in FlashAttention). float32 inputs are multiplied as

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kernels.lora import LoRA, merge_lora
-from kernels.prefill import generate
+from kernels.generation import generate
 from kernels.rows import row_logprobs
 
 sft, refine, evaluation = load("04"), load("05"), load("06")

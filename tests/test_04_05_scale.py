@@ -12,7 +12,7 @@ import torch
 from conftest import launch_all, lines, load, script, student_of
 from safetensors.torch import load_file
 
-from kernels.prefill import generate_groups
+from kernels.generation import generate_groups
 from kernels.lora import merge_lora
 from kernels.rows import row_logprobs
 

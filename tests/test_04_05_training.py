@@ -12,7 +12,7 @@ import torch
 from conftest import launch, lines, load, script, write_lines, write_questions
 from safetensors.torch import load_file
 
-from kernels.prefill import generate_groups
+from kernels.generation import generate_groups
 
 sft, refine = load("04"), load("05")
 TINY = ["--train", "full", "--freeze_vision", "False", "--lr", "1e-3"]

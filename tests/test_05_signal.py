@@ -8,7 +8,7 @@ import torch
 from conftest import load
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.prefill import generate_groups
+from kernels.generation import generate_groups
 
 refine = load("05")
 GRID = {"meters": (0.2, 1.6), "degrees": (5.0, 40.0)}

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import launch, load, tiny_qwen
 from PIL import Image
 from test_06_eval import evaluate, write
 
-from kernels import prefill
+from kernels import generation
 from kernels.student import cut_frames
 
 HERE = Path(__file__).parent / "golden"
@@ -720,6 +721,30 @@ def test_eighteen_questions_about_a_video_come_five_times_faster_than_one_by_one
     assert len({tuple(response) for response in alone}) > 1
 
 
+def test_eighteen_questions_about_a_video_hold_its_keys_once(eighteen, monkeypatch):
+    """Each adds the keys of its own tokens, prompt and response, and nothing else."""
+    student, questions = eighteen
+    held, layer = [], generation.LayerWithRoom
+
+    def counted(*given):
+        held.append(layer(*given))
+        return held[-1]
+
+    def columns(asked):
+        held.clear()
+        answers(student, asked, 16)
+        assert {one.keys.shape[0] for one in held} == {1}
+        return held[0].keys.shape[2]
+
+    monkeypatch.setattr(generation, "LayerWithRoom", counted)
+    monkeypatch.setattr(generation, "end_tokens", lambda student: [-1])
+    prompts = evaluation.prompts_of(student, questions, False)
+    ((_, head),) = generation.shared_heads(prompts, student.model.config)
+    own = sum(len(prompt["ids"]) - head + 15 for prompt in prompts)
+    assert columns(questions) == head + own
+    assert columns(questions[:1]) == len(prompts[0]["ids"]) + 15
+
+
 @pytest.mark.parametrize(
     "family, attention", [("qwen3", "world2vlm"), ("qwen3", "sdpa"), ("qwen2.5", "world2vlm")]
 )
@@ -743,7 +768,7 @@ def test_shared_prefill_answers_as_alone(run, tmp_path, family, attention):
             paths = [str(path) for path in paths]
             questions.append({"record": {"images": paths, "messages": messages}})
     prompts = evaluation.prompts_of(student, questions, False)
-    heads = prefill.shared_heads(prompts, student.model.config.image_token_id)
+    heads = generation.shared_heads(prompts, student.model.config)
     assert [len(members) for members, _ in heads] == [3, 2, 1]
     uniforms = torch.rand(6, 4, generator=torch.Generator().manual_seed(3))
     together = evaluation.generate(student, prompts, 8)
@@ -758,7 +783,8 @@ def test_text_before_the_pictures_is_shared_only_where_it_is_the_same():
 
     def heads(*prompts):
         prompts = [{"ids": torch.tensor(ids), "pixels": pixels} for ids in prompts]
-        return prefill.shared_heads(prompts, token)
+        config = SimpleNamespace(image_token_id=token, get_text_config=lambda: None)
+        return generation.shared_heads(prompts, config)
 
     assert heads([91, token, 95, 96], [91, token, 95, 97]) == [([0, 1], 3)]
     assert heads([91, token, 95, 96], [92, token, 95, 96]) == [([0], 3), ([1], 3)]

@@ -14,7 +14,7 @@ import torch
 from conftest import load, tiny_qwen, write_questions
 from PIL import Image
 
-from kernels import decode, rows
+from kernels import generation, rows
 
 sft = load("04")
 register = importlib.import_module("kernels.register")  # `kernels.register` is the function
@@ -50,25 +50,33 @@ def questions(tmp_path_factory):
     return records
 
 
+def prompts_of(student, questions, endings=("?", " now?")):
+    """Prompts about each question's pictures, one for each ending."""
+    prompts = []
+    for question in questions:
+        pixels, grids = sft.open_pictures(student, question["images"])
+        asked, answer = question["messages"]
+        for ending in endings:
+            turns = [asked | {"content": asked["content"] + ending}, answer]
+            encoded = rows.encode_question(student, question | {"messages": turns}, grids)
+            n = encoded["prompt"]
+            prompt = {"ids": encoded["ids"][:n], "positions": encoded["positions"][:, :n]}
+            prompts.append(prompt | {"pixels": pixels, "grids": grids})
+    return prompts
+
+
 def left_padded(student, questions):
     """The model's inputs for a batch of prompts."""
-    prompts, pixels, grids = [], [], []
-    for question in questions:
-        patches, grid = sft.open_pictures(student, question["images"])
-        encoded = rows.encode_question(student, question, grid)
-        asked = encoded["prompt"]
-        ids, positions = encoded["ids"][:asked], encoded["positions"][:, :asked]
-        prompts.append({"ids": ids, "positions": positions})
-        pixels.append(patches)
-        grids.append(grid)
-    ids, mask, positions = decode.left_padded(prompts, student.tokenizer.pad_token_id)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "pixel_values": torch.cat(pixels),
-        "image_grid_thw": torch.cat(grids),
-    }
+    prompts = prompts_of(student, questions, ("?",))
+    B, T = len(prompts), max(len(prompt["ids"]) for prompt in prompts)
+    ids = torch.full((B, T), student.tokenizer.pad_token_id)
+    mask, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(3, B, T, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        n = len(prompt["ids"])
+        ids[b, -n:], mask[b, -n:], positions[:, b, -n:] = prompt["ids"], 1, prompt["positions"]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs["pixel_values"] = torch.cat([prompt["pixels"] for prompt in prompts])
+    return inputs | {"image_grid_thw": torch.cat([prompt["grids"] for prompt in prompts])}
 
 
 def rows_of(student, folder):
@@ -109,20 +117,12 @@ def test_generated_tokens(pair, questions, cache):
     assert torch.equal(ours, eager)
 
 
-@torch.no_grad()
-def test_decoding_on_a_cache_with_room(pair, questions):
-    """Our own decoding gives the same tokens."""
-    inputs = left_padded(pair[0], questions)
-    mask, position = inputs["attention_mask"], inputs["position_ids"][0, :, -1] + 1
-    pad, stop = pair[0].tokenizer.pad_token_id, pair[0].tokenizer.eos_token_id
-    found = []
-    for student in pair:
-        out = student.model(**inputs, use_cache=True)
-        cache, rows = out.past_key_values, torch.arange(len(questions))
-        cache.layers = [decode.LayerWithRoom(layer, rows, 6) for layer in cache.layers]
-        logits = out.logits[:, -1]
-        found.append(decode.decode(student.model, cache, logits, mask, position, [stop], pad, 6))
-    assert found[0] == found[1]
+def test_decoding_in_shared_rows(pair, questions):
+    """Both attentions give the same tokens."""
+    prompts = prompts_of(pair[0], questions)[:-1]  # rows of two, two and one
+    assert len(generation.shared_heads(prompts, pair[0].model.config)) == 3
+    eager, ours = (generation.generate(student, prompts, 6) for student in pair)
+    assert ours == eager
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -186,15 +186,10 @@ def counting(monkeypatch):
 @torch.no_grad()
 def test_once_per_pass_is_found_what_the_kernels_may_skip(pair, questions, monkeypatch):
     """All layers of a forward pass are given the same segments; a decoded token is a pass."""
-    student, passes = pair[1], 3
+    student, passes = pair[1], 5  # heads, tails, and three tokens
     given, found = counting(monkeypatch)
-    inputs = left_padded(student, questions)
-    mask, position = inputs["attention_mask"], inputs["position_ids"][0, :, -1] + 1
-    out = student.model(**inputs, use_cache=True)
-    cache, order = out.past_key_values, torch.arange(len(questions))
-    cache.layers = [decode.LayerWithRoom(layer, order, 6) for layer in cache.layers]
-    pad = student.tokenizer.pad_token_id
-    decode.decode(student.model, cache, out.logits[:, -1], mask, position, [-1], pad, passes)
+    monkeypatch.setattr(generation, "end_tokens", lambda student: [-1])
+    generation.generate(student, prompts_of(student, questions), 3)
     layers = student.model.config.text_config.num_hidden_layers
     segments = [prefix for prefix in given if prefix is not None]
     assert len(segments) == passes * layers

@@ -9,7 +9,7 @@ from conftest import load, student_of, write_questions
 from PIL import Image
 
 from kernels import rows as made
-from kernels.prefill import generate_groups
+from kernels.generation import generate_groups
 from kernels.rows import encode_question, micro_batches, pack, pad_rows, share
 
 sft, refine = load("04"), load("05")
