@@ -1,18 +1,16 @@
 """Evaluate a student on questions about rooms that no training file holds, and on benchmarks.
 
-Every question is asked twice: with its pictures, and with grey ones of the same size (the blind
-baseline), which shows what language alone can guess. Beside both stand the best constant answer
-(per score, of the 50 most frequent true ones) and, of choices, "always the first" and
-"always the last". Questions about one scene share its pictures: intervals and tests draw scenes.
+Every question is asked with its pictures and with grey ones (blind: what language alone can guess).
+Beside both stand the best constant answer (per score, of the 50 most frequent true ones) and, of
+choices, "always the first" and "always the last". Intervals and tests draw whole scenes.
 
     score = mean_i s(answer_i, truth_i)    difference: signs of whole scenes flipped, then Holm
 
 Scores: motion: direction right, and the error (meters between displacements, degrees between signed
 angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
-scores 0, its error is that of the worst true answer of its task. --questions_out writes an exam for
-another engine, --answers grades what that said. --coupled is the test-time baseline: the student
-asks a world model while it answers.
+scores 0, its error is the worst true answer's of its task. --questions_out, --answers: another
+engine answers. --coupled: the test-time baseline, a student that asks a world model on the way.
 
 Reads   RUN/3_qa/heldout.jsonl or any file of that format (--questions), or a benchmark's own files:
         {"task_type": "A2", "answer_type": "motion", "images": ["2_views/room_7/t001/000.png", ...],
@@ -549,13 +547,12 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety hundred"
 NUMBER_WORDS = {word: value for value, word in enumerate(SMALL.split())} | {"thousand": 1000}
 NUMBER_WORDS |= {word: 10 * i for i, word in enumerate(TENS.split(), 2)}
 FIRST_NUMBER = rf"-?\d+(?:\.\d+)?|(?<![a-z])(?:{'|'.join(NUMBER_WORDS)})(?![a-z])"
-FIRST_NUMBER = re.compile(FIRST_NUMBER)
 
 
 def first_number(text: str) -> float | None:
     """The first number of a text, in digits (".5" is read as 5, "1,200" as 1) or in words."""
     text = text.lower()
-    found = FIRST_NUMBER.search(text)
+    found = re.search(FIRST_NUMBER, text)
     if not found:
         return None
     if not found[0].isalpha():
@@ -586,8 +583,11 @@ def score_vsi(question_type: str, prediction: str, truth) -> float:
 
 
 def without_thoughts(text: str) -> str:
-    """What lmms-eval's command line cuts off before any task sees the answer."""
-    return re.sub(r"<(think|analysis)>.*?</\1>", "", text, flags=re.S).strip()
+    """What lmms-eval's command line leaves: a prompt may have opened the thoughts already."""
+    for tag in ("think", "analysis"):
+        text = re.sub(f"<{tag}>.*?</{tag}>", "", text, flags=re.S)
+        text = text if f"<{tag}>" in text else text.rpartition(f"</{tag}>")[2]
+    return text.strip()
 
 
 def extract_choice(text: str | None) -> str | None:

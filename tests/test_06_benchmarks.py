@@ -41,6 +41,21 @@ def test_vsi_scores_equal_the_public_ones():
         assert (direct, by_command) == pytest.approx(want, abs=1e-9), item
 
 
+@pytest.mark.parametrize(
+    "said, left",
+    [
+        ("so it is 7</think> 3", "3"),  # where the prompt opened the thoughts
+        ("<think>7</think>\n3", "3"),
+        ("a</think>b<think>c</think> 3", "b 3"),
+        ("</analysis>3</analysis> 4", "4"),
+        ("<think>7", "<think>7"),
+        ("<think>7</analysis>3", "3"),
+    ],
+)
+def test_thoughts_are_cut_off_as_lmms_eval_does(said, left):
+    assert evaluation.without_thoughts(said) == left
+
+
 def vsi_run() -> tuple[list[str], np.ndarray]:
     kinds, scores = [], []
     for item in golden("vsibench_run"):
