@@ -68,7 +68,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from kernels.generation import generate
+from kernels.generation import end_tokens, generate
 from kernels.student import BROKEN, NOTHING, Student, cut_frames, load_student, prompts_of
 from kernels.student import read_picture, read_questions, spent, total_cost
 
@@ -164,7 +164,6 @@ MINDJOURNEY |= {"words": {"choice": MINDJOURNEY_WORDS}, "system": MINDJOURNEY_SY
 MINDJOURNEY |= {"scorer": "sat text"}
 MINDCUBE = {"picture": "<image>", "max_pixels": 230400, "max_new_tokens": 4096}
 MINDCUBE |= {"words": {"choice": MINDCUBE_WORDS}, "scorer": "mindcube"}
-NOT_COUNTED = {"not_counted": ["translation"]}  # in the number of its own evaluator
 FRAMES = LMMS | {"frames": 32, "words": VSI_WORDS, "scorer": "vsi", "file": "test[.-]*"}
 VIDEO = FRAMES | {"video": True}  # for engines that read videos: --questions_out, --answers
 REAL, SYNTHESIZED = {"file": "SAT_test.parquet"}, {"file": "SAT_val.parquet", "subset": True}
@@ -178,7 +177,7 @@ EXAMS = {
     "vsibench": VIDEO,
     "vsibench-debiased": VIDEO | {"file": "*debiased*"},
     "vsibench-multiimage": FRAMES,
-    "mindcube": MINDCUBE | NOT_COUNTED | {"file": "MindCube_tinybench.jsonl"},
+    "mindcube": MINDCUBE | {"not_counted": ["translation"], "file": "MindCube_tinybench.jsonl"},
 }
 CHOICES = "object_rel_direction_easy object_rel_direction_medium object_rel_direction_hard "
 CHOICES += "object_rel_distance route_planning obj_appearance_order"
@@ -491,12 +490,13 @@ def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> li
             raise
         stop(f"out of memory with {len(good)} questions at a time: lower --batch {cfg.batch}")
     texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    ends = {*end_tokens(student)}
     seconds = (time.perf_counter() - begun) / len(good)
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
         if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
             text = "no" if said else "yes"
         cost = NOTHING | spent(student, prompt, len(own), seconds)
-        found[i] = {"response": text.strip(), "cost": cost}
+        found[i] = {"response": text.strip(), "cost": cost, "cut_off": not ends & {*own}}
     return found
 
 
@@ -928,15 +928,15 @@ def table(evaluations: list[dict]) -> list[list[str]]:
                 cells += [figure(other.get(metric), metric, ends=True) for other in others]
                 cells += [figure(values.get(name), metric, True, "+") for name in above]
                 rows.append([task, WORDS[metric], str(result["questions"]), *cells])
-    more = []
+    empty, end = [""] * (1 + len(controls)), [""] * len(above)
     for key, words in COSTS.items():
         costs = [one["cost"][key] for one in evaluations]
-        more.append(["cost", words, *("-" if cost is None else f"{cost:.3g}" for cost in costs)])
+        costs = ["-" if cost is None else f"{cost:.3g}" for cost in costs]
+        rows.append(["cost", words, *empty, *costs, *end])
     counted = [one["counts"] | {"questions at a time": one["batch"]} for one in evaluations]
     for what in sorted({what for counts in counted for what in counts}):
-        more.append(["count", what, *(str(one.get(what, 0)) for one in counted)])
-    empty = [""] * (1 + len(controls))
-    return rows + [[*row[:2], *empty, *row[2:], *([""] * len(above))] for row in more]
+        rows.append(["count", what, *empty, *(str(one.get(what, 0)) for one in counted), *end])
+    return rows
 
 
 def difference_rows(tasks: dict, names: list[str]) -> list[list[str]]:
@@ -1519,8 +1519,7 @@ def main(cfg: Config):
     run, skipped = Path(cfg.run), defaultdict(list)
     cfg, exam = settle(cfg)
     folder, checkpoint = run / "6_eval" / cfg.tag, existing(run, cfg.checkpoint)
-    elsewhere = cfg.answers or cfg.questions_out
-    if not checkpoint.is_dir() and "/" not in cfg.checkpoint and not elsewhere:  # no hub id
+    if not (checkpoint.is_dir() or "/" in cfg.checkpoint or cfg.answers or cfg.questions_out):
         stop(f"{run / cfg.checkpoint} is missing: run the stage that writes it, or name another")
     tags = [tag for tag in cfg.beside if tag != cfg.tag]
     beside = [json.loads((run / "6_eval" / tag / "results.json").read_text()) for tag in tags]
@@ -1565,6 +1564,7 @@ def main(cfg: Config):
         tasks = grade(samples, exam, cfg.seed)
         lost = {f"skipped, {kind}": len(cases) for kind, cases in skipped.items() if cases}
         counts |= lost | {"unparsable": tasks["all"]["unparsable"]}
+        counts["cut off at --max_new_tokens"] = sum(one.get("cut_off", False) for one in samples)
         results = {"tag": cfg.tag, "config": decides, "protocol": exam, "counts": counts}
         results |= {"asked_sha256": asked, "questions": len(samples), "batch": cfg.batch}
         results |= {"skipped": sum(lost.values()), "faults": skipped}

@@ -106,6 +106,7 @@ def fake(monkeypatch, says, cost=None):
     monkeypatch.setattr(evaluation, "load_for", lambda *_: student)
     monkeypatch.setattr(evaluation, "prompts_of", prompts_of)
     monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(evaluation, "end_tokens", lambda _: [])
     monkeypatch.setattr(student_module, "open_pictures", open_pictures)
     monkeypatch.setattr(student_module, "encode_question", lambda *_: encoded)
     monkeypatch.setattr(evaluation, "spent", lambda *_: cost)
@@ -493,6 +494,10 @@ def test_drawn_answers_depend_on_the_question_and_the_seed_alone(run):
     assert len(said["greedy"]) > 40 and unlike("drawn", "alone") == 0
     assert min(unlike("drawn", "other"), unlike("drawn", "greedy")) > 30
     assert unlike("cold", "greedy") < 8  # without training some tokens tie exactly
+    counts = json.loads((run / "6_eval/greedy/results.json").read_text())["counts"]
+    samples = map(json.loads, (run / "6_eval/greedy/samples.jsonl").open())
+    # nor does it end its answers
+    assert counts["cut off at --max_new_tokens"] == sum(one["cut_off"] for one in samples) > 40
 
 
 def test_a_tiny_student_is_evaluated(run):
