@@ -112,8 +112,7 @@ class Config:
     seed: int = HfArg(default=0, help="of the noise of generative teachers; the others draw none")
     shard: str = HfArg(
         default="0/1",
-        help="i/n: make scenes i, i+n, i+2n, ...; the last shard to end completes the folder; "
-        "torchrun divides it further",
+        help="i/n: make scenes i, i+n, ...; the last to end joins all; torchrun divides further",
     )
     workers: int = HfArg(
         default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -128,8 +127,8 @@ class Config:
     depth: str = HfArg(default="", help="metric depth checkpoint, for photographs without a file")
     fill: str = HfArg(
         default="",
-        help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
-        "pipeline of diffusers (folder, hub id); empty: they stay grey",
+        help="warp: paints holes: base/world in rooms, in photographs an inpainting pipeline of "
+        "diffusers (folder, hub id); empty: they stay grey",
     )
     heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
@@ -149,8 +148,7 @@ class Config:
         help="hub id or folder of a SanaWMPipeline",
     )
     sana_size: list[int] = HfArg(
-        default_factory=lambda: [704, 1280],
-        help="height and width of its frames, multiples of 32 from 64 up; trained at 704 1280",
+        default_factory=lambda: [704, 1280], help="height, width of its frames: multiples of 32"
     )
     cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
     cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
@@ -249,7 +247,6 @@ def yaw_deg_of(R):
 
 
 # --- the simulator: surfaces ---
-
 TEXELS = 256  # side of one surface pattern; it repeats
 TEXELS_PER_M = 32  # so a pattern repeats every 8 m, further than most walls are wide
 LEVELS = 5  # blurred copies of each pattern, for far surfaces
@@ -348,8 +345,8 @@ def prepare_room(room: dict) -> Room:
     centers = np.array(centers, np.float32).reshape(-1, 3)
     unit = np.array([*itertools.product((-1, 1), repeat=3)], np.float32)
     corners = (unit * half_sizes[:, None]) @ turns.transpose(0, 2, 1) + centers[:, None]
-    bodies = half_sizes, centers, turns, corners, colors
     owners = np.array(owners, np.uint8)
+    bodies = meets, owners, half_sizes, centers, turns, corners, colors
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
     paper = (np.arange(4) == rng.integers(8)) + 0  # 1: the accent wall of every other room
@@ -367,7 +364,7 @@ def prepare_room(room: dict) -> Room:
     palette = palette.reshape(-1).view(np.uint32)
     look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32)
     look += np.array(wall_shift, np.float32), flat_shift, palette, floor_shadows(objects, half_m)
-    return Room(half_m, float(room["camera_height_m"]), objects, meets, owners, *bodies, *look)
+    return Room(half_m, float(room["camera_height_m"]), objects, *bodies, *look)
 
 
 def floor_shadows(objects: list[dict], half_m):
@@ -501,9 +498,6 @@ def render(room: Room, pose, K):
         level = np.clip(level, 0, LEVELS - 1).astype(np.int32)
         return level * pattern_bank()[0].size + room.face_pattern[face]
 
-    def texel(u, v):
-        return (v & (TEXELS - 1)) * TEXELS + (u & (TEXELS - 1))
-
     with np.errstate(divide="ignore", invalid="ignore"):
         tx = (np.copysign(hx, dx) - ox) / dx
         ty = (np.copysign(hy, dy) - oy) / dy
@@ -525,7 +519,9 @@ def render(room: Room, pose, K):
         flat_v = (near * dz + (TEXELS_PER_M * oz + shift)).astype(np.int32)
     flat = ty < wall  # [H,W] from here on
     depth = np.minimum(ty, wall)
-    wall_texel, flat_texel = texel(wall_u, wall_v) + wall_start, texel(flat_u, flat_v) + flat_start
+    repeat = TEXELS - 1  # the bits of a place within a pattern
+    wall_texel = (wall_v & repeat) * TEXELS + (wall_u & repeat) + wall_start
+    flat_texel = (flat_v & repeat) * TEXELS + (flat_u & repeat) + flat_start
     value = np.where(flat, flat_texel, wall_texel)
     wall_tone, flat_tone = ((f * 256).astype(np.int32) for f in face)
     picture = pattern_bank().take(value) + np.where(flat, flat_tone, wall_tone)
@@ -555,10 +551,11 @@ def windows(room: Room, pose, K):
     """(part index, (rows, columns)) of every part whose bounding box reaches into the view."""
     (width, height), pose = size_of(K), pose.astype(np.float32)
     seen = (room.corners - pose[:3, 3]) @ pose[:3, :3]  # [n,8,3] in camera axes
-    near, far = seen[..., 2].min(1), seen[..., 2].max(1)
-    edge = seen[..., 2:] * (K[:2, 2] / K[0, 0])
-    beside = (seen[..., :2] < -edge).all(1) | (seen[..., :2] > edge).all(1)
-    pixel = seen[..., :2] / np.maximum(seen[..., 2:], 0.05) * K[0, 0] + K[:2, 2]
+    aside, ahead = np.split(seen, [2], 2)
+    near, far = ahead.min((1, 2)), ahead.max((1, 2))
+    edge = ahead * (K[:2, 2] / K[0, 0])
+    beside = (aside < -edge).all(1) | (aside > edge).all(1)
+    pixel = aside / np.maximum(ahead, 0.05) * K[0, 0] + K[:2, 2]
     bounds = np.c_[np.floor(pixel.min(1)), np.ceil(pixel.max(1))]
     bounds[near <= 0.05] = 0, 0, width, height  # partly beside or behind the camera: no bound
     bounds = bounds.clip(0, [width, height, width, height]).astype(int)
@@ -657,7 +654,6 @@ class Simulator(Teacher):
 
 
 # --- networks from files ---
-
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
@@ -726,7 +722,6 @@ def load_part(folder: Path, kind: type, dtype=None, **others):
 
 
 # --- warp: photographs ---
-
 FAR_M = 100.0  # the sky, and all that is further, stands there
 METRIC = {"depth_pro", "glpn", "tipsv2_dpt"}  # model types whose depth is metres
 
@@ -910,13 +905,10 @@ class Warp(Teacher):
         self.generates, self.exact = bool(cfg.fill), True
 
     @cached_property
-    def fill(self) -> Fill:
-        return Fill(self.cfg)
-
-    @cached_property
     def networks(self) -> tuple:
+        """Those of --depth, then that of --fill."""
         depth = load_depth_network(self.cfg.depth, self.cfg.device) if self.cfg.depth else ()
-        return (*depth, self.fill) if self.cfg.fill else depth
+        return (*depth, Fill(self.cfg)) if self.cfg.fill else depth
 
     def refuses(self, trajectory: dict) -> str:
         free = trajectory["room"] or self.cfg.depth or only_turns(trajectory)
@@ -960,13 +952,12 @@ class Warp(Teacher):
         frames, holes, settings = np.stack(frames), np.stack(holes), {"depth": anchor.source}
         if self.cfg.fill:
             settings |= {"fill": self.cfg.fill, "painted": holes.mean((1, 2)).round(4).tolist()}
-            frames, holes = self.fill(frames, holes, anchor.name), None
+            frames, holes = self.networks[-1](frames, holes, anchor.name), None
         return Views(frames, K, objects or None, holes, np.stack(depths), settings=settings)
 
 
 # --- warp --fill: what the picture does not show ---
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
-
 FILL_STEPS = 3
 FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
@@ -1068,8 +1059,6 @@ class Fill:
 
 
 # --- pan: cameras inside a photograph or a panorama ---
-
-
 class Pan(Teacher):
     """Turned views inside a photograph or a 360-degree panorama: exact, whole, without weights.
 
@@ -1082,17 +1071,16 @@ class Pan(Teacher):
         return "pan turns inside a photograph: make its trajectories by 01 --images ... --pan"
 
     def anchor(self, trajectory: dict):
-        yaw_deg = trajectory["start_yaw_deg"]
-        fov_deg = trajectory["photo_fov_deg"]
-        photo = load_photo(Path(trajectory["anchor"]))
+        path, fov_deg = Path(trajectory["anchor"]), trajectory["photo_fov_deg"]
+        photo = load_photo(path)
         if not trajectory["panorama"]:
             # brought to the frames' pixels per degree, so that nothing flickers
             fovs_deg = trajectory["fov_x_deg"], fov_deg
             half, whole = (math.tan(math.radians(fov / 2)) for fov in fovs_deg)
             width = round(trajectory["width"] * whole / half)
             size = width, round(width * photo.shape[0] / photo.shape[1])
-            photo = load_photo(Path(trajectory["anchor"]), size)
-        return photo, yaw_deg, fov_deg, trajectory["panorama"]
+            photo = load_photo(path, size)
+        return photo, trajectory["start_yaw_deg"], fov_deg, trajectory["panorama"]
 
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
         photo, yaw_deg, fov_deg, panorama = anchor
@@ -1206,16 +1194,13 @@ def svc_sample(network, noise, cond, scale, num_steps, eps=None, progress=iter):
 
 
 # --- svc: pictures, cameras, calls ---
-
-
 def fit_size(wh, WH):
     """[width, height, left, top]: to which size a w x h picture is brought so that it covers
     W x H, and where that is cut out."""
     (w, h), (W, H) = wh, WH
     factor = max(W / w, H / h)
     width, height = math.ceil(factor * w), math.ceil(factor * h)
-    left, top = width // 2 - W // 2, height // 2 - H // 2
-    return [width, height, min(left, width - W), min(top, height - H)]
+    return [width, height, width // 2 - W // 2, height // 2 - H // 2]
 
 
 def fit_picture(picture, WH):
@@ -1273,8 +1258,6 @@ def svc_inputs(latents, vectors, frames, c2w, K):
 
 
 # --- svc, sana-wm and cosmos3: the teachers ---
-
-
 class Generative(Teacher):
     """An anchor is a picture uint8 [h,w,3] and a name, for the noise: the photograph in its own
     size, or the room's frame 0 drawn as large as the frames, whose height and width are `size`."""
@@ -1312,11 +1295,11 @@ class Generative(Teacher):
 class VideoModel(Generative):
     """A camera-controlled video pipeline of diffusers. Frame 0 is the middle of the picture itself.
 
-    It has `film(pipe, image, poses, K, how)` -> video [F,3,H,W] in 0..1 of poses [F,4,4], which
-    `resample` makes with the keywords `path`; `how` is what all such pipelines are told.
+    It has KEY, MOST_FRAMES, STEPS, GUIDANCE, PROMPT and `film(pipe, image, poses, K, how)` -> video
+    [F,3,H,W] in 0..1 of poses [F,4,4]; `how` is what all such pipelines are told.
     """
 
-    KEY, MOST_FRAMES, STEPS, GUIDANCE, PATH, PROMPT = "", 0, 0, 0.0, {}, ""
+    PATH = {}  # keywords of `resample`, which makes the poses
 
     def placed(self, pipe) -> tuple:
         """The pipeline where --device and --offload want it, alone in a tuple."""
@@ -1618,7 +1601,6 @@ TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc}
 TEACHERS |= {"sana-wm": SanaWM, "cosmos3": Cosmos3}
 
 # --- quality check ---
-
 COLUMNS = 96  # of a cylinder: a turn is measured to field of view / 96, and refined by a parabola
 MEASURABLE = 0.74  # of a field of view: no wider turn leaves the quarter that a match needs
 MAX_TURN_ERROR_DEG = 4.0  # below half of the smallest turn asked for
@@ -1695,12 +1677,9 @@ def sharpness(picture, holes):
     across = inner_columns[2:] - inner_columns[:-2]
     parts = [laplacian, along, across]
     if holes.any():
-        hidden = holes.copy()  # and the pixels beside them
-        hidden[1:] |= holes[:-1]
-        hidden[:-1] |= holes[1:]
-        hidden[:, 1:] |= holes[:, :-1]
-        hidden[:, :-1] |= holes[:, 1:]
-        parts = [part[~hidden[1:-1, 1:-1]] for part in parts]
+        beside = [np.roll(holes, step, axis) for step in (-1, 1) for axis in (0, 1)]
+        shown = ~np.any([holes, *beside], 0)[1:-1, 1:-1]
+        parts = [part[shown] for part in parts]
     if not parts[0].size:
         return None
     laplacian, along, across = (np.square(part, dtype=np.float32).sum() for part in parts)
@@ -1745,8 +1724,7 @@ def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Conf
     images = [Image.fromarray(frame) for frame in views.frames]
     for image in images:
         image.thumbnail((112, 112), Image.BOX)
-    frames = np.stack([np.asarray(image) for image in images])
-    K = intrinsics(*images[0].size, fov_x_deg_of(views.K))
+    frames, K = np.stack(images), intrinsics(*images[0].size, fov_x_deg_of(views.K))
     if trajectory["room"]:
         room, start = begin_in_room(trajectory, cfg)
         return frames, K, np.stack([render(room, start @ pose, K)[2] for pose in c2w[kept]])
@@ -1851,10 +1829,10 @@ def faults(qc: dict, cfg: Config) -> list[str]:
     return found
 
 
-def qc_picture(records: list[dict]) -> Figure:
+def qc_picture(records: list[dict]) -> bytes:
     """qc.png: a histogram per measure, teachers over each other."""
     keys = ("turn_error_deg", "match", "length", "move_match", "sharpness", "holes")
-    figure = Figure(figsize=(18, 4), layout="constrained")
+    figure, packed = Figure(figsize=(18, 4), layout="constrained"), io.BytesIO()
     for key, panel in zip(keys, figure.subplots(1, len(keys)), strict=True):
         values = {}
         for record in records:
@@ -1864,19 +1842,15 @@ def qc_picture(records: list[dict]) -> Figure:
         if values:
             panel.hist([*values.values()], 40, label=[*values])
             panel.legend(fontsize=8)
-    return figure
+    figure.savefig(packed, format="png", dpi=90)
+    return packed.getvalue()
 
 
 # --- one trajectory: imagine, measure, write ---
-
-
-def png(picture: Image.Image | Figure) -> bytes:
+def png(picture: Image.Image) -> bytes:
     """Level 1 packs rendered views 5 % worse than the best level, at several times its speed."""
     packed = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(packed, format="png", dpi=90)
-    else:
-        picture.save(packed, "PNG", compress_level=1)
+    picture.save(packed, "PNG", compress_level=1)
     return packed.getvalue()
 
 
@@ -2026,7 +2000,6 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
 
 
 # --- all trajectories ---
-
 KEYS = "scene_id traj_id source anchor room split width height fov_x_deg actions keyframes c2w"
 PART = "it looks into a part of its photograph: only --teacher pan does so"
 NAME = rb"[^./\\\0][^/\\\0]*"  # of a new folder
@@ -2089,19 +2062,17 @@ def plan(teachers: dict, cfg: Config):
 def contact_sheet(records: list[dict], run: Path, rows: int = 12, px: int = 200) -> Image.Image:
     """Trajectories of all kinds of action, one per row, a failed one first: what was asked, then
     up to five of the kept frames with their boxes."""
-
-    def asked(record):
+    for record in records:
         words = "; ".join(f"{name} {value:g}" for name, value in record["actions"])
-        return words.replace("_", " ")
-
-    records = sorted(records, key=lambda record: (record["qc"]["passed"], asked(record)))
+        record["asked"] = words.replace("_", " ")
+    records = sorted(records, key=lambda record: (record["qc"]["passed"], record["asked"]))
     picked = np.linspace(0, len(records) - 1, min(rows, len(records))).round()
     records = [records[int(i)] for i in picked]
     sheet = Image.new("RGB", (5 * px + 20, len(records) * (px + 22)), (24, 24, 24))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for row, record in enumerate(records):
         top, why = row * (px + 22) + 22, record["qc"]["why"]
-        text = f"{record['scene_id']}/{record['traj_id']}   {asked(record)}   {why}"
+        text = f"{record['scene_id']}/{record['traj_id']}   {record['asked']}   {why}"
         draw.text((4, top - 19), text, (255, 80, 80) if why else "white", font)
         every = math.ceil(len(record["kept"]) / 5)
         for column, path in enumerate(record["frames"][::every]):
@@ -2124,7 +2095,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
     for record in records:
         del record["c2w"]  # most of the memory, and not needed any more
     save(folder / "contact_sheet.png", png(contact_sheet(records, Path(cfg.run))))
-    save(folder / "qc.png", png(qc_picture(records)))
+    save(folder / "qc.png", qc_picture(records))
     save(folder / "views.jsonl", b"".join(lines))
     found = {
         "trajectories": len(records),
