@@ -112,8 +112,7 @@ class Config:
     seed: int = HfArg(default=0, help="of the noise of generative teachers; the others draw none")
     shard: str = HfArg(
         default="0/1",
-        help="i/n: make scenes i, i+n, i+2n, ...; the last shard to end completes the folder; "
-        "torchrun divides it further",
+        help="i/n: make scenes i, i+n, ...; the last to end joins all; torchrun divides further",
     )
     workers: int = HfArg(
         default=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -128,8 +127,8 @@ class Config:
     depth: str = HfArg(default="", help="metric depth checkpoint, for photographs without a file")
     fill: str = HfArg(
         default="",
-        help="warp: what paints the holes: base/world in rooms, for photographs an inpainting "
-        "pipeline of diffusers (folder, hub id); empty: they stay grey",
+        help="warp: paints holes: base/world in rooms, in photographs an inpainting pipeline of "
+        "diffusers (folder, hub id); empty: they stay grey",
     )
     heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
@@ -149,8 +148,7 @@ class Config:
         help="hub id or folder of a SanaWMPipeline",
     )
     sana_size: list[int] = HfArg(
-        default_factory=lambda: [704, 1280],
-        help="height and width of its frames, multiples of 32 from 64 up; trained at 704 1280",
+        default_factory=lambda: [704, 1280], help="height, width of its frames: multiples of 32"
     )
     cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
     cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
@@ -249,7 +247,6 @@ def yaw_deg_of(R):
 
 
 # --- the simulator: surfaces ---
-
 TEXELS = 256  # side of one surface pattern; it repeats
 TEXELS_PER_M = 32  # so a pattern repeats every 8 m, further than most walls are wide
 LEVELS = 5  # blurred copies of each pattern, for far surfaces
@@ -348,8 +345,8 @@ def prepare_room(room: dict) -> Room:
     centers = np.array(centers, np.float32).reshape(-1, 3)
     unit = np.array([*itertools.product((-1, 1), repeat=3)], np.float32)
     corners = (unit * half_sizes[:, None]) @ turns.transpose(0, 2, 1) + centers[:, None]
-    bodies = half_sizes, centers, turns, corners, colors
     owners = np.array(owners, np.uint8)
+    bodies = meets, owners, half_sizes, centers, turns, corners, colors
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
     paper = (np.arange(4) == rng.integers(8)) + 0  # 1: the accent wall of every other room
@@ -367,7 +364,7 @@ def prepare_room(room: dict) -> Room:
     palette = palette.reshape(-1).view(np.uint32)
     look = light.astype(np.float32), rng.uniform(0.6, 0.8), pattern.astype(np.int32)
     look += np.array(wall_shift, np.float32), flat_shift, palette, floor_shadows(objects, half_m)
-    return Room(half_m, float(room["camera_height_m"]), objects, meets, owners, *bodies, *look)
+    return Room(half_m, float(room["camera_height_m"]), objects, *bodies, *look)
 
 
 def floor_shadows(objects: list[dict], half_m):
@@ -379,12 +376,12 @@ def floor_shadows(objects: list[dict], half_m):
         if -y - height / 2 > 0.1:
             continue
         radius_m, place = math.hypot(width, depth) / 2 + 0.2, np.array([x, z]) + reach_m
-        low = np.maximum((place - radius_m) * TEXELS_PER_M, 0).astype(int)
-        high = np.maximum((place + radius_m) * TEXELS_PER_M, 0).astype(int)
-        window = shadows[low[1] : high[1], low[0] : high[0]]
-        v, u = (np.arange(n) + 0.5 for n in window.shape)
-        dx = (low[0] + u) / TEXELS_PER_M - place[0]
-        dz = ((low[1] + v) / TEXELS_PER_M - place[1])[:, None]
+        reach = (place + [[-radius_m], [radius_m]]) * TEXELS_PER_M
+        (left, top), (right, bottom) = np.maximum(reach, 0).astype(int)
+        window = shadows[top:bottom, left:right]
+        v, u = np.indices(window.shape, sparse=True)
+        dx = (left + (u + 0.5)) / TEXELS_PER_M - place[0]
+        dz = (top + (v + 0.5)) / TEXELS_PER_M - place[1]
         cos, _, sin = yaw_matrix(thing["yaw_deg"])[0]
         across, along = cos * dx - sin * dz, sin * dx + cos * dz
         away = (across / (width / 2 + 0.15)) ** 2 + (along / (depth / 2 + 0.15)) ** 2
@@ -501,9 +498,6 @@ def render(room: Room, pose, K):
         level = np.clip(level, 0, LEVELS - 1).astype(np.int32)
         return level * pattern_bank()[0].size + room.face_pattern[face]
 
-    def texel(u, v):
-        return (v & (TEXELS - 1)) * TEXELS + (u & (TEXELS - 1))
-
     with np.errstate(divide="ignore", invalid="ignore"):
         tx = (np.copysign(hx, dx) - ox) / dx
         ty = (np.copysign(hy, dy) - oy) / dy
@@ -525,7 +519,9 @@ def render(room: Room, pose, K):
         flat_v = (near * dz + (TEXELS_PER_M * oz + shift)).astype(np.int32)
     flat = ty < wall  # [H,W] from here on
     depth = np.minimum(ty, wall)
-    wall_texel, flat_texel = texel(wall_u, wall_v) + wall_start, texel(flat_u, flat_v) + flat_start
+    repeat = TEXELS - 1  # the bits of a place within a pattern
+    wall_texel = (wall_v & repeat) * TEXELS + (wall_u & repeat) + wall_start
+    flat_texel = (flat_v & repeat) * TEXELS + (flat_u & repeat) + flat_start
     value = np.where(flat, flat_texel, wall_texel)
     wall_tone, flat_tone = ((f * 256).astype(np.int32) for f in face)
     picture = pattern_bank().take(value) + np.where(flat, flat_tone, wall_tone)
@@ -555,10 +551,11 @@ def windows(room: Room, pose, K):
     """(part index, (rows, columns)) of every part whose bounding box reaches into the view."""
     (width, height), pose = size_of(K), pose.astype(np.float32)
     seen = (room.corners - pose[:3, 3]) @ pose[:3, :3]  # [n,8,3] in camera axes
-    near, far = seen[..., 2].min(1), seen[..., 2].max(1)
-    edge = seen[..., 2:] * (K[:2, 2] / K[0, 0])
-    beside = (seen[..., :2] < -edge).all(1) | (seen[..., :2] > edge).all(1)
-    pixel = seen[..., :2] / np.maximum(seen[..., 2:], 0.05) * K[0, 0] + K[:2, 2]
+    aside, ahead = np.split(seen, [2], 2)
+    near, far = ahead.min((1, 2)), ahead.max((1, 2))
+    edge = ahead * (K[:2, 2] / K[0, 0])
+    beside = (aside < -edge).all(1) | (aside > edge).all(1)
+    pixel = aside / np.maximum(ahead, 0.05) * K[0, 0] + K[:2, 2]
     bounds = np.c_[np.floor(pixel.min(1)), np.ceil(pixel.max(1))]
     bounds[near <= 0.05] = 0, 0, width, height  # partly beside or behind the camera: no bound
     bounds = bounds.clip(0, [width, height, width, height]).astype(int)
@@ -657,7 +654,6 @@ class Simulator(Teacher):
 
 
 # --- networks from files ---
-
 FAULTS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
@@ -695,9 +691,9 @@ def fetched(source: str, wanted: list[str]) -> Path:
         stop(f"{source} is no folder here, and the hub does not give it: {first_line(error)}")
 
 
-def load_part(folder: Path, kind: type, dtype=None):
+def load_part(folder: Path, kind: type, dtype=None, **others):
     """An object of class `kind` from a folder of diffusers' or transformers' layout; with a dtype
-    a network, ready to use.
+    a network, ready to use; `others`: for its from_pretrained.
 
     The caller names the class, weights come from safetensors, and code in the folder is never run.
     What does not load whole ends the run with one line that names its file.
@@ -710,7 +706,7 @@ def load_part(folder: Path, kind: type, dtype=None):
         options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}  # report has them
     try:
         if dtype is None:
-            return kind.from_pretrained(folder, trust_remote_code=False)
+            return kind.from_pretrained(folder, trust_remote_code=False, **others)
         for place in sorted(folder.glob("*.safetensors")):
             safe_open(place, "pt")  # compares the file's length with what its head says
         config = json.loads((folder / "config.json").read_text())
@@ -726,7 +722,6 @@ def load_part(folder: Path, kind: type, dtype=None):
 
 
 # --- warp: photographs ---
-
 FAR_M = 100.0  # the sky, and all that is further, stands there
 METRIC = {"depth_pro", "glpn", "tipsv2_dpt"}  # model types whose depth is metres
 
@@ -738,8 +733,7 @@ def sample(image, u, v):
     """
     height, width = image.shape[:2]
     u, v = np.clip(u - 0.5, 0, width - 1), np.clip(v - 0.5, 0, height - 1)
-    left = np.minimum(u.astype(np.int32), max(width - 2, 0))
-    top = np.minimum(v.astype(np.int32), max(height - 2, 0))
+    left, top = u.astype(np.int32), v.astype(np.int32)
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     channels = (...,) + (None,) * (image.ndim - 2)
     along, down = (u - left)[channels], (v - top)[channels]
@@ -788,8 +782,7 @@ def share_shown(depth, later_depth, pose, K):
     [h,w]; pose [4,4]: the later camera in the earlier one's axes. No depth is needed for a turn.
     """
     if np.abs(pose[:3, 3]).max() < 1e-6:
-        width, height = size_of(K)
-        return float(1 - came_from(pose, K, np.ones((height, width)))[3].mean())
+        return float(1 - came_from(pose, K, 1.0)[3].mean())
     u, v, z, hidden = came_from(pose, K, later_depth)
     return float((~hidden & (z < 1.05 * at_pixels(depth, u, v) + 0.02)).mean())
 
@@ -806,9 +799,8 @@ def splat_depth(depth, c2w, K):
     ahead = np.percentile(depth[known], 2) if known.any() else 1.0
     fine = math.ceil(ahead / max(ahead - c2w[2, 3], 0.05))
     fine = min(max(fine, 1), 3) + 1
-    u, v = ((np.arange(n * fine) + 0.5) / fine for n in (width, height))
-    u, v = np.meshgrid(u, v)
-    nearest = np.repeat(np.repeat(depth, fine, 0), fine, 1)
+    v, u = (np.indices((height * fine, width * fine)) + 0.5) / fine
+    nearest = depth.repeat(fine, 0).repeat(fine, 1)
     smooth = sample(np.where(known, depth, 1e9), u, v)
     z = np.where(np.abs(smooth - nearest) < 0.1 * nearest, smooth, nearest)
     u, v, z = (values[np.isfinite(nearest)] for values in (u, v, z))
@@ -816,7 +808,8 @@ def splat_depth(depth, c2w, K):
     points = np.stack([(u - cx) / focal * z, (v - cy) / focal * z, z], -1)  # [m,3], frame 0's axes
     points = (points - c2w[:3, 3]) @ c2w[:3, :3]  # the new view's axes
     x, y, z = points[points[:, 2] > 0.01].T
-    column, row = np.floor(focal * x / z + cx), np.floor(focal * y / z + cy)
+    u, v, _ = project(x, y, z, K)
+    column, row = np.floor(u), np.floor(v)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     pixel, z = (row * width + column)[inside].astype(np.int64), z[inside]
     surface = np.full(height * width, np.inf)
@@ -912,18 +905,14 @@ class Warp(Teacher):
         self.generates, self.exact = bool(cfg.fill), True
 
     @cached_property
-    def fill(self) -> Fill:
-        return Fill(self.cfg)
-
-    @cached_property
     def networks(self) -> tuple:
+        """Those of --depth, then that of --fill."""
         depth = load_depth_network(self.cfg.depth, self.cfg.device) if self.cfg.depth else ()
-        return (*depth, self.fill) if self.cfg.fill else depth
+        return (*depth, Fill(self.cfg)) if self.cfg.fill else depth
 
     def refuses(self, trajectory: dict) -> str:
-        if trajectory["room"] or self.cfg.depth or only_turns(trajectory):
-            return ""
-        if depth_file(trajectory, self.cfg).is_file():
+        free = trajectory["room"] or self.cfg.depth or only_turns(trajectory)
+        if free or depth_file(trajectory, self.cfg).is_file():
             return ""
         return "warp needs metres to move: <photo stem>.depth.npy, or a checkpoint with --depth"
 
@@ -963,13 +952,12 @@ class Warp(Teacher):
         frames, holes, settings = np.stack(frames), np.stack(holes), {"depth": anchor.source}
         if self.cfg.fill:
             settings |= {"fill": self.cfg.fill, "painted": holes.mean((1, 2)).round(4).tolist()}
-            frames, holes = self.fill(frames, holes, anchor.name), None
+            frames, holes = self.networks[-1](frames, holes, anchor.name), None
         return Views(frames, K, objects or None, holes, np.stack(depths), settings=settings)
 
 
 # --- warp --fill: what the picture does not show ---
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
-
 FILL_STEPS = 3
 FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
@@ -1028,12 +1016,18 @@ class Fill:
         self.cfg, (self.device, dtype) = cfg, network_place(cfg.device)
         folder = fetched(cfg.fill, ["*.json", "*.safetensors", "*.txt", "*.model"])
         if (folder / "model_index.json").is_file():
-            self.paint, self.model = self.pipeline, load_pipeline(folder, dtype).to(self.device)
+            from diffusers import AutoPipelineForInpainting  # here: it takes seconds to import
+
+            options = {"torch_dtype": dtype, "use_safetensors": True}
+            self.model = load_part(folder, AutoPipelineForInpainting, **options)
+            self.model.set_progress_bar_config(disable=True)
+            self.paint = self.pipeline
         else:
             from diffusers import UNet2DModel
 
-            self.paint, self.model = self.network, load_part(folder, UNet2DModel, torch.float32)
-            self.model.to(self.device)
+            self.model = load_part(folder, UNet2DModel, torch.float32)
+            self.paint = self.network
+        self.model.to(self.device)
 
     def __call__(self, frames, holes, name):
         """Views uint8 [n,H,W,3] with holes bool [n,H,W] -> whole ones. name: for the noise."""
@@ -1064,30 +1058,7 @@ class Fill:
         return np.asarray(made)[:height, :width]
 
 
-def load_pipeline(folder: Path, dtype):
-    """An inpainting pipeline of diffusers; what does not load ends the run with one line."""
-    from diffusers import AutoPipelineForInpainting  # here: it takes seconds to import
-
-    try:
-        pipe = AutoPipelineForInpainting.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except FAULTS as error:
-        stop(f"--fill {folder} does not load as an inpainting pipeline: {first_line(error)}")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 # --- pan: cameras inside a photograph or a panorama ---
-
-
-def panorama_place(rays, width, height):
-    """Where unit-depth rays (x, y, z) [H,W] hit an equirectangular picture: u, v in its pixels."""
-    x, y, z = rays
-    longitude, latitude = np.arctan2(x, z), np.arctan2(y, np.hypot(x, z))
-    return (longitude / (2 * np.pi) + 0.5) * width, (latitude / np.pi + 0.5) * height
-
-
 class Pan(Teacher):
     """Turned views inside a photograph or a 360-degree panorama: exact, whole, without weights.
 
@@ -1100,35 +1071,33 @@ class Pan(Teacher):
         return "pan turns inside a photograph: make its trajectories by 01 --images ... --pan"
 
     def anchor(self, trajectory: dict):
-        yaw_deg = trajectory["start_yaw_deg"]
-        fov_deg = trajectory["photo_fov_deg"]
-        photo = load_photo(Path(trajectory["anchor"]))
+        path, fov_deg = Path(trajectory["anchor"]), trajectory["photo_fov_deg"]
+        photo = load_photo(path)
         if not trajectory["panorama"]:
             # brought to the frames' pixels per degree, so that nothing flickers
             fovs_deg = trajectory["fov_x_deg"], fov_deg
             half, whole = (math.tan(math.radians(fov / 2)) for fov in fovs_deg)
             width = round(trajectory["width"] * whole / half)
             size = width, round(width * photo.shape[0] / photo.shape[1])
-            photo = load_photo(Path(trajectory["anchor"]), size)
-        return photo, yaw_deg, fov_deg, trajectory["panorama"]
+            photo = load_photo(path, size)
+        return photo, trajectory["start_yaw_deg"], fov_deg, trajectory["panorama"]
 
     def imagine(self, anchor, c2w, K, kept: list[int]) -> Views:
         photo, yaw_deg, fov_deg, panorama = anchor
         height, width = photo.shape[:2]
+        if panorama:  # one column more on either side: the picture's ends meet
+            photo = np.pad(photo, ((0, 0), (1, 1), (0, 0)), mode="wrap")
+        photo, frames = photo.astype(np.float32), []
         x, y = rays_of(K)
-        frames = []
         for pose in c2w[kept]:
             R = yaw_matrix(yaw_deg) @ pose[:3, :3]  # frame to picture axes
-            rays = [a * x + b * y + c for a, b, c in R]
-            if panorama:
-                # one column more on either side: the picture's ends meet
-                around = np.concatenate([photo[:, -1:], photo, photo[:, :1]], 1)
-                u, v = panorama_place(rays, width, height)
-                u = u % width + 1
+            X, Y, Z = (a * x + b * y + c for a, b, c in R)
+            if panorama:  # equirectangular: a column is a longitude, a row is a latitude
+                u = (np.arctan2(X, Z) / (2 * np.pi) + 0.5) * width % width + 1
+                v = (np.arctan2(Y, np.hypot(X, Z)) / np.pi + 0.5) * height
             else:
-                around = photo
-                u, v, _ = project(*rays, intrinsics(width, height, fov_deg))
-            frames.append((sample(around.astype(np.float32), u, v) + 0.5).astype(np.uint8))
+                u, v, _ = project(X, Y, Z, intrinsics(width, height, fov_deg))
+            frames.append((sample(photo, u, v) + 0.5).astype(np.uint8))
         return Views(np.stack(frames), K)
 
 
@@ -1225,16 +1194,13 @@ def svc_sample(network, noise, cond, scale, num_steps, eps=None, progress=iter):
 
 
 # --- svc: pictures, cameras, calls ---
-
-
 def fit_size(wh, WH):
     """[width, height, left, top]: to which size a w x h picture is brought so that it covers
     W x H, and where that is cut out."""
     (w, h), (W, H) = wh, WH
     factor = max(W / w, H / h)
     width, height = math.ceil(factor * w), math.ceil(factor * h)
-    left, top = width // 2 - W // 2, height // 2 - H // 2
-    return [width, height, min(left, width - W), min(top, height - H)]
+    return [width, height, width // 2 - W // 2, height // 2 - H // 2]
 
 
 def fit_picture(picture, WH):
@@ -1292,8 +1258,6 @@ def svc_inputs(latents, vectors, frames, c2w, K):
 
 
 # --- svc, sana-wm and cosmos3: the teachers ---
-
-
 class Generative(Teacher):
     """An anchor is a picture uint8 [h,w,3] and a name, for the noise: the photograph in its own
     size, or the room's frame 0 drawn as large as the frames, whose height and width are `size`."""
@@ -1331,11 +1295,11 @@ class Generative(Teacher):
 class VideoModel(Generative):
     """A camera-controlled video pipeline of diffusers. Frame 0 is the middle of the picture itself.
 
-    It has `film(pipe, image, poses, K, how)` -> video [F,3,H,W] in 0..1 of poses [F,4,4], which
-    `resample` makes with the keywords `path`; `how` is what all such pipelines are told.
+    It has KEY, MOST_FRAMES, STEPS, GUIDANCE, PROMPT and `film(pipe, image, poses, K, how)` -> video
+    [F,3,H,W] in 0..1 of poses [F,4,4]; `how` is what all such pipelines are told.
     """
 
-    KEY, MOST_FRAMES, STEPS, GUIDANCE, PATH, PROMPT = "", 0, 0, 0.0, {}, ""
+    PATH = {}  # keywords of `resample`, which makes the poses
 
     def placed(self, pipe) -> tuple:
         """The pipeline where --device and --offload want it, alone in a tuple."""
@@ -1366,7 +1330,7 @@ class VideoModel(Generative):
 
     def round_trip(self, picture, vae):
         """What the video autoencoder makes of a picture uint8 [H,W,3]."""
-        first = torch.tensor(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        first = to_unit(torch.tensor(picture)).permute(2, 0, 1)[None, :, None]
         first = first.to(network_place(self.cfg.device)[0], vae.dtype)  # --offload: not the VAE's
         back = vae.decode(vae.encode(first).latent_dist.mean).sample[0, :, 0]
         return ((back.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).byte().cpu().numpy()
@@ -1637,7 +1601,6 @@ TEACHERS = {"simulator": Simulator, "pan": Pan, "warp": Warp, "svc": Svc}
 TEACHERS |= {"sana-wm": SanaWM, "cosmos3": Cosmos3}
 
 # --- quality check ---
-
 COLUMNS = 96  # of a cylinder: a turn is measured to field of view / 96, and refined by a parabola
 MEASURABLE = 0.74  # of a field of view: no wider turn leaves the quarter that a match needs
 MAX_TURN_ERROR_DEG = 4.0  # below half of the smallest turn asked for
@@ -1649,8 +1612,8 @@ MIN_SHARPNESS = 0.25  # over frame 0's; a 5x5 box blur leaves 0.05 to 0.22, exac
 
 
 def cylinder(image, K):
-    """Picture [H,W,3] -> float32 [3,24,COLUMNS], a column an equal step of viewing angle, so that
-    a turn is a shift along the columns."""
+    """Picture [H,W,3] -> [72,COLUMNS], 24 rows of each colour; a column is an equal step of viewing
+    angle, so that a turn is a shift along the columns."""
     focal, cx, cy = focal_and_centre(K)
     half_x, half_y = cx / focal, cy / focal  # tangents of half the fields of view
     angle = ((np.arange(COLUMNS) + 0.5) / COLUMNS - 0.5) * 2 * math.atan(half_x)
@@ -1661,7 +1624,7 @@ def cylinder(image, K):
     height, width, _ = small.shape
     u = (np.tan(angle) + half_x) * (width / (2 * half_x)) + 0 * y
     v = (y + half_y) * (height / (2 * half_y))
-    return sample(small, u, v).transpose(2, 0, 1)
+    return sample(small, u, v).transpose(2, 0, 1).reshape(72, COLUMNS)
 
 
 def measure_turn(before, after, K):
@@ -1672,15 +1635,15 @@ def measure_turn(before, after, K):
     sums by cumulative sums. Each row and colour has a mean of its own: floors below ceilings, as
     all rooms have them, make no two views alike.
     """
-    a, b = cylinder(before, K), cylinder(after, K)  # [3,24,COLUMNS]
-    a, b = (strip.reshape(72, 1, COLUMNS) - strip.mean() for strip in (a, b))
+    a, b = cylinder(before, K), cylinder(after, K)  # [72,COLUMNS]
+    a, b = a - a.mean(), b - b.mean()
     k = np.arange(-72, 73)
     n = COLUMNS - np.abs(k)
     spectrum = np.fft.rfft(a, 2 * COLUMNS) * np.fft.rfft(b, 2 * COLUMNS).conj()
-    products = np.fft.irfft(spectrum.sum((0, 1)), 2 * COLUMNS)[k]
+    products = np.fft.irfft(spectrum.sum(0), 2 * COLUMNS)[k]
 
-    def common(values, k):  # sums over the columns in common, [3,k]
-        total = np.pad(values.sum(1).cumsum(1), ((0, 0), (1, 0)))
+    def common(values, k):  # sums over the columns in common, [72,k]
+        total = np.pad(values.cumsum(1), ((0, 0), (1, 0)))
         return total[:, COLUMNS + np.minimum(k, 0)] - total[:, np.maximum(k, 0)]
 
     sum_a, sum_b = common(a, k), common(b, -k)
@@ -1706,16 +1669,16 @@ def sharpness(picture, holes):
     Both grow with the square of the contrast, so their ratio is the same for a gay wall and a
     plain one: it says how steep the edges are. None where all is hole.
     """
-
-    def around(image):  # the pixels inside, and their neighbours above, below, left, right
-        rows = image[1:-1]
-        return rows[:, 1:-1], image[:-2, 1:-1], image[2:, 1:-1], rows[:, :-2], rows[:, 2:]
-
     red, green, blue = picture.transpose(2, 0, 1)
-    middle, up, down, left, right = around(red.astype(np.int16) + green + blue)
-    parts = [4 * middle - up - down - left - right, right - left, down - up]
+    grey = red.astype(np.int16) + green + blue
+    inner_rows, inner_columns = grey[1:-1], grey[:, 1:-1]
+    laplacian = np.diff(inner_rows, 2, 1) + np.diff(inner_columns, 2, 0)
+    along = inner_rows[:, 2:] - inner_rows[:, :-2]
+    across = inner_columns[2:] - inner_columns[:-2]
+    parts = [laplacian, along, across]
     if holes.any():
-        shown = ~np.any(around(holes), 0)
+        beside = [np.roll(holes, step, axis) for step in (-1, 1) for axis in (0, 1)]
+        shown = ~np.any([holes, *beside], 0)[1:-1, 1:-1]
         parts = [part[shown] for part in parts]
     if not parts[0].size:
         return None
@@ -1761,15 +1724,14 @@ def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Conf
     images = [Image.fromarray(frame) for frame in views.frames]
     for image in images:
         image.thumbnail((112, 112), Image.BOX)
-    frames = np.stack([np.asarray(image) for image in images])
-    K = intrinsics(*images[0].size, fov_x_deg_of(views.K))
+    frames, K = np.stack(images), intrinsics(*images[0].size, fov_x_deg_of(views.K))
     if trajectory["room"]:
         room, start = begin_in_room(trajectory, cfg)
         return frames, K, np.stack([render(room, start @ pose, K)[2] for pose in c2w[kept]])
     file = depth_file(trajectory, cfg)
     if file.is_file():  # of the whole photograph, of which the teacher may show the middle
-        whole, ones = intrinsics_of(trajectory), np.ones(frames.shape[1:3])
-        u, v, _, _ = came_from(np.eye(4), K, ones, whole)
+        whole = intrinsics_of(trajectory)
+        u, v, _, _ = came_from(np.eye(4), K, 1.0, whole)
         first = at_pixels(load_depth(file, tuple(size_of(whole))), u, v)
     elif cfg.depth:
         first = network_depth(images[0], cfg.depth, cfg.device, trajectory["anchor"])
@@ -1821,7 +1783,7 @@ def quality(views: Views, kept: list[int], c2w, keyframes: list[int], cfg: Confi
     frames, holes = views.frames, views.holes
     if holes is None:
         holes = np.zeros(frames.shape[:3], bool)
-    turns, moves = [], []
+    turns, moves, qc = [], [], {}
     at_keys = [i for i, frame in enumerate(kept) if frame in keyframes]
     for i, j in itertools.pairwise(at_keys):
         pose = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]]
@@ -1830,14 +1792,14 @@ def quality(views: Views, kept: list[int], c2w, keyframes: list[int], cfg: Confi
         elif small:
             moves.append(check_move(small, i, j, pose))
     measured = filter(None, turns)
-    worst = max(measured, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=(None, None, None))
-    qc = dict(zip(("turn_error_deg", "over_turn_deg", "match"), worst, strict=True))
+    worst = max(measured, key=lambda t: (t[2] < MIN_MATCH, abs(t[0])), default=[None] * 3)
+    qc["turn_error_deg"], qc["over_turn_deg"], qc["match"] = worst
     measured = filter(None, moves)
-    worst = max(measured, key=lambda m: (m[1] < MOVE_MATCH, abs(m[0] - 1)), default=(None, None))
-    qc |= dict(zip(("length", "move_match"), worst, strict=True))
+    worst = max(measured, key=lambda m: (m[1] < MOVE_MATCH, abs(m[0] - 1)), default=[None] * 2)
+    qc["length"], qc["move_match"] = worst
     first, *later = map(sharpness, frames, holes)
     if views.sharpest is not None:
-        first = sharpness(views.sharpest, np.zeros(views.sharpest.shape[:2], bool))
+        first = sharpness(views.sharpest, holes[0])
     later = [steepness for steepness in later if steepness is not None]
     qc["sharpness"] = round(min(later) / first, 3) if first and later else None
     qc["holes"] = round(float(holes.mean((1, 2)).max()), 3)
@@ -1867,10 +1829,10 @@ def faults(qc: dict, cfg: Config) -> list[str]:
     return found
 
 
-def qc_picture(records: list[dict]) -> Figure:
+def qc_picture(records: list[dict]) -> bytes:
     """qc.png: a histogram per measure, teachers over each other."""
     keys = ("turn_error_deg", "match", "length", "move_match", "sharpness", "holes")
-    figure = Figure(figsize=(18, 4), layout="constrained")
+    figure, packed = Figure(figsize=(18, 4), layout="constrained"), io.BytesIO()
     for key, panel in zip(keys, figure.subplots(1, len(keys)), strict=True):
         values = {}
         for record in records:
@@ -1880,24 +1842,16 @@ def qc_picture(records: list[dict]) -> Figure:
         if values:
             panel.hist([*values.values()], 40, label=[*values])
             panel.legend(fontsize=8)
-    return figure
-
-
-# --- one trajectory: imagine, measure, write ---
-
-
-def png(picture: Image.Image | Figure) -> bytes:
-    """Level 1 packs rendered views 5 % worse than the best level, at several times its speed."""
-    packed = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(packed, format="png", dpi=90)
-    else:
-        picture.save(packed, "PNG", compress_level=1)
+    figure.savefig(packed, format="png", dpi=90)
     return packed.getvalue()
 
 
-def frames_to_keep(keep: str, keyframes: list[int], n: int):
-    return sorted({"all": {*range(n)}, "ends": {0, n - 1}, "keyframes": {0, *keyframes}}[keep])
+# --- one trajectory: imagine, measure, write ---
+def png(picture: Image.Image) -> bytes:
+    """Level 1 packs rendered views 5 % worse than the best level, at several times its speed."""
+    packed = io.BytesIO()
+    picture.save(packed, "PNG", compress_level=1)
+    return packed.getvalue()
 
 
 def folder_of(trajectory: dict) -> PurePosixPath:
@@ -1951,10 +1905,11 @@ def gain_of(trajectory: dict, teacher: Teacher, cfg: Config) -> dict:
 def make_views(trajectory: dict, name: str, teacher: Teacher, cfg: Config):
     """Imagine one trajectory and write its folder, view.json last."""
     c2w = np.array(trajectory["c2w"], np.float64)
-    kept = frames_to_keep(cfg.keep, trajectory["keyframes"], len(c2w))
+    K, keyframes = intrinsics_of(trajectory), trajectory["keyframes"]
+    ways = {"all": range(len(c2w)), "ends": {0, len(c2w) - 1}, "keyframes": {0, *keyframes}}
+    kept = sorted(ways[cfg.keep])
     asked, gain = c2w.copy(), gain_of(trajectory, teacher, cfg)
     asked[:, :3, 3] /= gain.get("gain", 1.0)
-    K, keyframes = intrinsics_of(trajectory), trajectory["keyframes"]
     views = teacher.imagine(teacher.anchor(trajectory), asked, K, kept)
     folder = folder_of(trajectory)
     files = [f"{folder}/{frame:03d}.png" for frame in kept]
@@ -2045,7 +2000,6 @@ def imagine_all(jobs: list, teachers: dict, cfg: Config):
 
 
 # --- all trajectories ---
-
 KEYS = "scene_id traj_id source anchor room split width height fov_x_deg actions keyframes c2w"
 PART = "it looks into a part of its photograph: only --teacher pan does so"
 NAME = rb"[^./\\\0][^/\\\0]*"  # of a new folder
@@ -2109,8 +2063,8 @@ def contact_sheet(records: list[dict], run: Path, rows: int = 12, px: int = 200)
     """Trajectories of all kinds of action, one per row, a failed one first: what was asked, then
     up to five of the kept frames with their boxes."""
     for record in records:
-        words = [f"{name} {value:g}".replace("_", " ") for name, value in record["actions"]]
-        record["asked"] = "; ".join(words)
+        words = "; ".join(f"{name} {value:g}" for name, value in record["actions"])
+        record["asked"] = words.replace("_", " ")
     records = sorted(records, key=lambda record: (record["qc"]["passed"], record["asked"]))
     picked = np.linspace(0, len(records) - 1, min(rows, len(records))).round()
     records = [records[int(i)] for i in picked]
@@ -2141,7 +2095,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
     for record in records:
         del record["c2w"]  # most of the memory, and not needed any more
     save(folder / "contact_sheet.png", png(contact_sheet(records, Path(cfg.run))))
-    save(folder / "qc.png", png(qc_picture(records)))
+    save(folder / "qc.png", qc_picture(records))
     save(folder / "views.jsonl", b"".join(lines))
     found = {
         "trajectories": len(records),
@@ -2193,8 +2147,8 @@ def main(cfg: Config):
         print(f"{len(share) - len(todo)} of {len(share)} trajectories are there already")
     if todo:
         imagine_all(todo, teachers, cfg)
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
+    if peak := torch.cuda.max_memory_allocated():
+        print(f"peak GPU memory {peak / 2**30:.1f} GB")
 
     missing = 0
     with alone(folder):  # should two shards end together, the second finds the folder finished
