@@ -9,8 +9,9 @@ choices, "always the first" and "always the last". Intervals and tests draw whol
 Scores: motion: direction right, and the error (meters between displacements, degrees between signed
 angles); motions: all names and values right; box: IoU; yes_no, relation, choice: right;
 meters, degrees: the error; for all the reward of stage 5. What is not one answer is unparsable: it
-scores 0, its error is the worst true answer's of its task. --questions_out, --answers: another
-engine answers. --coupled: the test-time baseline, a student that asks a world model on the way.
+scores 0, its error is that of the worst true answer of its task. --questions_out writes an exam for
+another engine, --answers grades what that said. --coupled is the test-time baseline: the student
+asks a world model while it answers.
 
 Reads   RUN/3_qa/heldout.jsonl or any file of that format (--questions), or a benchmark's own files:
         {"task_type": "A2", "answer_type": "motion", "images": ["2_views/room_7/t001/000.png", ...],
@@ -209,8 +210,6 @@ def existing(run: Path, name: str) -> Path:
 # --- questions: {"number", "id", "task_type", "answer_type", "question" (what the user says),
 # "truth", "options", "images" (from the root), "scene_id", "record" (as the student is asked)}
 # Choices of a task that also has open questions are a task of their own, "A2 choice".
-
-
 @contextmanager
 def watch(skipped: dict, number):
     """Note the fault of the question inside, under its kind, where it cannot be used."""
@@ -496,7 +495,8 @@ def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> li
         if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
             text = "no" if said else "yes"
         cost = NOTHING | spent(student, prompt, len(own), seconds)
-        found[i] = {"response": text.strip(), "cost": cost, "cut_off": not ends & {*own}}
+        found[i] = {"response": text.strip(), "cost": cost}
+        found[i]["cut_off"] = not ends & {*own}
     return found
 
 
@@ -586,7 +586,8 @@ def without_thoughts(text: str) -> str:
     """What lmms-eval's command line leaves: a prompt may have opened the thoughts already."""
     for tag in ("think", "analysis"):
         text = re.sub(f"<{tag}>.*?</{tag}>", "", text, flags=re.S)
-        text = text if f"<{tag}>" in text else text.rpartition(f"</{tag}>")[2]
+        if f"<{tag}>" not in text:
+            text = text.rpartition(f"</{tag}>")[2]
     return text.strip()
 
 
@@ -935,7 +936,8 @@ def table(evaluations: list[dict]) -> list[list[str]]:
         rows.append(["cost", words, *empty, *costs, *end])
     counted = [one["counts"] | {"questions at a time": one["batch"]} for one in evaluations]
     for what in sorted({what for counts in counted for what in counts}):
-        rows.append(["count", what, *empty, *(str(one.get(what, 0)) for one in counted), *end])
+        numbers = [str(one.get(what, 0)) for one in counted]
+        rows.append(["count", what, *empty, *numbers, *end])
     return rows
 
 
@@ -1529,7 +1531,7 @@ def main(cfg: Config):
         return write_questions(questions, Path(cfg.questions_out), "video" in exam, cfg)
     keys = ("number", "question", "truth", "images")
     asked = digest(exam, [[question[key] for key in keys] for question in questions]).hex()
-
+    # what may differ when an evaluation goes on or is shown again
     free = ("recipe", "run", "tag", "beside", "data", "shard", "batch", "questions_out")
     decides = {key: value for key, value in asdict(cfg).items() if key not in free}
     decides["asked_sha256"] = asked
@@ -1541,7 +1543,7 @@ def main(cfg: Config):
         if ended.code == 0:  # finished: shown again, perhaps beside others than last time
             show([*beside, json.loads((folder / "results.json").read_text())], folder)
         raise
-
+    # the student is loaded when the first question is asked
     load, counts = functools.cache(lambda: load_for(cfg, exam)), {}
     if cfg.coupled:
         prepare = restate if cfg.coupled_stated else search_views
@@ -1678,8 +1680,6 @@ def finish(folder: Path, meta: dict, counts: dict, started: float):
 
 
 # --- end: settings, files and faults ---
-
-
 # --- same in 02, 06: shards ---
 @contextmanager
 def alone(folder: Path):
