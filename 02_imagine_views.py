@@ -840,7 +840,7 @@ def load_depth(path: Path, size):
         axes = zip(depth.shape, size[::-1], strict=True)
         places = [((np.arange(want) + 0.5) * have / want).astype(int) for have, want in axes]
         depth = depth[np.ix_(*places)]
-    except (OSError, ValueError, EOFError, IndexError, TypeError) as error:
+    except (OSError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
         raise Unusable(f"{path}: want a depth map, metres [H,W]: {error}") from None
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.inf)
 
@@ -2013,6 +2013,8 @@ def fault_of(trajectory: dict) -> str:
         size, c2w = (trajectory["width"], trajectory["height"]), np.array(trajectory["c2w"], float)
         level, R = np.abs(c2w[:, 1] - [0, 1, 0, 0]), c2w[:, :3, :3]
         start = trajectory["start"] if trajectory["room"] else [0, 0, 0]
+        yaw_deg = trajectory.get("start_yaw_deg")
+        whole = yaw_deg is None or trajectory["panorama"]
         sound = {
             "scene_id, traj_id": all(re.fullmatch(NAME, name.encode()) for name in names),
             "room": not room.is_absolute() and ".." not in room.parts,
@@ -2020,6 +2022,8 @@ def fault_of(trajectory: dict) -> str:
             "start": len(start) == 3 and all(abs(value) < 1e6 for value in start),
             "width, height": min(size) >= 8 and max(size) <= 8192,
             "fov_x_deg": 1 <= trajectory["fov_x_deg"] <= 170,
+            "start_yaw_deg": yaw_deg is None or abs(yaw_deg) < 1e6,
+            "photo_fov_deg": whole or 1 <= trajectory["photo_fov_deg"] <= 170,
             "actions": all(name + "" and abs(value) < 1e6 for name, value in trajectory["actions"]),
             "c2w": c2w.shape[1:] == (4, 4) and np.abs(c2w).max() < 1e6 and level.max() < 1e-3,
             "rotations in c2w": np.abs(R @ R.mT - np.eye(3)).max() < 1e-3,

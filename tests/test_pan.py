@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,30 @@ def test_pan_refuses_what_it_cannot_turn(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "panoramas").is_dir(), reason="needs the folders of pictures")
+def test_a_wrong_yaw_or_field_of_view_costs_its_trajectory(pans, tmp_path):
+    run, wrong = (
+        tmp_path / "run",
+        [
+            {"start_yaw_deg": "left"},
+            {"start_yaw_deg": float("nan")},
+            {"photo_fov_deg": None, "panorama": False},
+            {"photo_fov_deg": 180.0, "panorama": False},
+            {"panorama": None, "photo_fov_deg": "wide"},
+        ],
+    )
+    shutil.copytree(pans / "1_trajectories", run / "1_trajectories")
+    path = run / "1_trajectories/trajectories.jsonl"
+    lines = path.read_text().splitlines()
+    for number, changed in enumerate(wrong):
+        lines[number] = json.dumps(json.loads(lines[number]) | changed)
+    record = json.loads(lines[5])
+    del record["panorama"]
+    lines[5] = json.dumps(record)
+    path.write_text("\n".join(lines) + "\n")
+    told = script("02", "--run", run, "--teacher", "pan").stderr
+    assert [f":{number}: skipped" in told for number in range(1, 9)] == [True] * 6 + [False] * 2
+
+
 def test_real_photographs_and_panoramas_have_no_holes(tmp_path):
     for name in ("photos", "panoramas"):
         run = tmp_path / name
