@@ -409,8 +409,7 @@ def iou(a, b):
 
 
 def turned(box, view, one, two):
-    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture; None after
-    a move."""
+    """Where the turn from frame `one` to `two` takes a box, even out of sight; None after a move."""
     a, b = np.array(view["c2w"], float)[[one, two]]
     if np.abs(a - b)[:3, 3].max() > 1e-3:
         return None
@@ -463,7 +462,7 @@ class Question(NamedTuple):
     truth: str | list  # the answer in words, as actions or as a box
     images: list
     label: str  # within which yes and no are balanced: the object's; A4: the first action's
-    alike: str  # and within classes of what else the words tell
+    alike: tuple  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
@@ -574,7 +573,7 @@ class Shown:
         name = "the {label}" if unique else "the {label} at {box}"
         return words | {"object": name.format(**words)}
 
-    def question(self, task, draw, parts, truth, words, alike="", pictures=2):
+    def question(self, task, draw, parts, truth, words, alike=(), pictures=2):
         """One wording of each of `parts`, with `words` filled in."""
         images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
         words = {"label": "", "actions": self.actions} | words
@@ -758,7 +757,7 @@ def ask_gone(pair, task, most, draw):
     gone = [key for key in pair.before.usable if key in known and key not in pair.after.visible]
     # balanced by the way too: after a wide turn most objects are gone
     position, yaw = pose(pair.actions)
-    alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {abs(round(position.imag))}"
+    alike = min(yaw, 360 - yaw), round(position.real), abs(round(position.imag))
     for key in mixed(draw, gone, pair.both, most):
         words = pair.words(key)
         answer = "yes" if key in gone else "no"
@@ -802,7 +801,7 @@ def ask_same(pair, task, most, _):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            alike = "" if apart else f"{any_label} {shift}"
+            alike = () if apart else (any_label, *shift)
             name = {"label": "object"} if task == "S6" and any_label else {}
             q = pair.question(task, draw, parts, answer, words | name, alike)
             yield q._replace(label=words["label"])
@@ -839,7 +838,7 @@ def shift_class(before, after, actions):
     w2, h2 = size(after)
     growth = math.log2(w2 * h2 / (w1 * h1))
     wider = 2 * math.log2(w2 * h1 / (h2 * w1))
-    return f"{turn != 0} {round(shift / 400)} {round(growth / 2)} {round(wider / 2)}"
+    return turn != 0, round(shift / 400), round(growth / 2), round(wider / 2)
 
 
 def ask_bearing(pair, task, most, draw):
@@ -859,10 +858,11 @@ def ask_bearing(pair, task, most, draw):
             place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
             found += [(key, answer) for answer in relations(place, position, yaw)]
     found = sorted(some(draw, found), key=lambda one: one[1] in YES)  # the rare ones first
-    way = f"{yaw} {round(position.real)} {round(position.imag)}"
+    way = yaw, round(position.real), round(position.imag)
     for key, answer in found[:most]:
         words = pair.named(draw, key) | {"label": ""}  # balanced for each motion, of any object
-        parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
+        parts = [WILL, sides if answer in SIDES else ways]
+        alike = answer in SIDES, *way
         yield pair.question(task, draw, parts, answer, words, alike, pictures=1)
 
 
@@ -935,7 +935,7 @@ def ask_whether_there(shown, task, most, draw):
                 continue
             words["label"] = draw.choice(wrong)
         width, height = size(words["box"])  # balanced by them: else the box's form would tell
-        alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
+        alike = round(math.log2(width / height)), round(math.log2(width * height))
         yield shown.question(task, draw, parts_box, answer, words, alike)
 
 
