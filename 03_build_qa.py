@@ -409,7 +409,7 @@ def iou(a, b):
 
 
 def turned(box, view, one, two):
-    """Where the turn from frame `one` to `two` takes a box, even out of sight; None after a move."""
+    """Where a turn from frame `one` to `two` takes a box, even out of sight; None after a move."""
     a, b = np.array(view["c2w"], float)[[one, two]]
     if np.abs(a - b)[:3, 3].max() > 1e-3:
         return None
