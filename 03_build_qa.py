@@ -194,17 +194,16 @@ def shared_poses(max_move_m, max_turn_deg, lengths):
     steps = np.arange(1, round(max_move_m * 10) + 1) / 10
     angles = np.arange(10, round(max_turn_deg) + 1, 10)
     move = np.outer(TOWARDS[[*MOVES.values()]], steps).ravel(), 0
-    turn = 0, np.concatenate([angles, -angles])
+    turn = 0, np.append(angles, -angles)
     keys = []
     for kinds, length in itertools.product(((move, turn), (turn, move)), lengths):
-        position = np.zeros((1, 1))
-        yaw = np.zeros((1, 1), int)
+        position, yaw = np.zeros(1), np.zeros(1, int)
         for step, angle in (kinds * 2)[:length]:
-            # every sequence so far [n, 1] goes on with every action [m]
+            # every sequence so far [..., 1] goes on with every action [m]
+            position, yaw = position[..., None], yaw[..., None]
             position = position + TOWARDS[yaw % 360] * step
-            position, yaw = np.broadcast_arrays(position, yaw + angle)
-            position, yaw = position.reshape(-1, 1), yaw.reshape(-1, 1)
-        keys.append(pose_key(position, yaw))
+            yaw = yaw + angle
+        keys.append(pose_key(position, yaw).ravel())
     keys, times = np.unique(np.concatenate(keys), return_counts=True)
     return set(keys[times > 1].tolist())
 
@@ -252,10 +251,9 @@ def see(path, entries, holes, fov_x_deg, cfg):
             raise ValueError(f"object {key} has the box {exact}, not four of 0..1000")
         visible[key] = label
         box = [min(1000, int(value / cfg.box_step + 0.5) * cfg.box_step) for value in exact]
-        clear = min(exact) >= BORDER and max(exact) <= 1000 - BORDER and min(size(box)) > 0
-        sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA
-        sure = entry.get("score", 1) >= cfg.min_score
-        if clear and sized and sure:
+        clear = BORDER <= min(exact) <= max(exact) <= 1000 - BORDER
+        sized = LEAST_AREA <= math.prod(size(exact)) <= LARGEST_AREA and min(size(box)) > 0
+        if clear and sized and entry.get("score", 1) >= cfg.min_score:
             bearing_deg = float(entry.get("bearing_deg", bearing_of(exact, fov_x_deg)))
             usable[key] = Seen(label, box, float(entry.get("distance_m") or 0), bearing_deg)
     return Picture(path, usable, visible, hidden, Counter(visible.values()), float(holes))
@@ -357,9 +355,8 @@ def load_detector(cfg):
 
     name = cfg.detector
     wanted = cfg.detector_labels
-    options = {"trust_remote_code": False}
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name, **options)
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
         zero_shot = hasattr(processor, "post_process_grounded_object_detection")
         if zero_shot:
             auto = transformers.AutoModelForZeroShotObjectDetection
@@ -367,7 +364,7 @@ def load_detector(cfg):
         else:
             auto = transformers.AutoModelForObjectDetection
             post_process = processor.post_process_object_detection
-        model = auto.from_pretrained(name, use_safetensors=True, **options).eval()
+        model = auto.from_pretrained(name, trust_remote_code=False, use_safetensors=True).eval()
     except (OSError, ValueError) as error:  # no such folder, no safetensors, not a detector
         stop(f"--detector {name}: {str(error).splitlines()[0]}")
     if zero_shot and not wanted:
@@ -412,14 +409,13 @@ def iou(a, b):
 
 
 def turned(box, view, one, two):
-    """Where the turn from frame `one` to `two` takes a box, perhaps out of the picture; None after
-    a move."""
-    a, b = np.array([view["c2w"][one], view["c2w"][two]], float)
+    """Where a turn from frame `one` to `two` takes a box, even out of sight; None after a move."""
+    a, b = np.array(view["c2w"], float)[[one, two]]
     if np.abs(a - b)[:3, 3].max() > 1e-3:
         return None
     half = math.tan(math.radians(view["fov_x_deg"]) / 2)
     x1, y1, x2, y2 = half * (np.array(box) / 500 - 1)
-    corners = np.array([[x1, y1, 1], [x1, y2, 1], [x2, y1, 1], [x2, y2, 1]])
+    corners = np.array([[x, y, 1] for x in (x1, x2) for y in (y1, y2)])
     corners = corners @ a[:3, :3].T @ b[:3, :3]
     depth = np.maximum(corners[:, 2:], 0.05)  # what comes to lie behind is far out
     places = 500 * (corners[:, :2] / depth / half + 1)
@@ -436,30 +432,26 @@ def track(view, found):
     not detected is unknown.
     """
     ids, objects = itertools.count(), []
-    tracks = {}  # id -> (frame, last detection)
+    tracks = []  # the last detection of each, with its id and frame
     for frame, detections in zip(view["kept"], found, strict=True):
-        scores = np.zeros((len(tracks), len(detections)))
-        kept, here = {}, []
-        for row, (key, (last, old)) in zip(scores, tracks.items(), strict=True):
-            expected = turned(old["box"], view, last, frame)
-            for n, new in enumerate(detections):
+        here = [new | {"id": next(ids), "frame": frame} for new in detections]
+        scores = np.zeros((len(tracks), len(here)))
+        missed, gone = [], []
+        for row, old in zip(scores, tracks, strict=True):
+            expected = turned(old["box"], view, old["frame"], frame)
+            for n, new in enumerate(here):
                 if new["label"] == old["label"]:
                     row[n] = iou(expected, new["box"]) if expected else 1
             if expected and not iou(expected, [0, 0, 1000, 1000]):
-                here.append({"id": key, "label": old["label"], "box": None})
+                gone.append(old | {"box": None})
             if row.max(initial=0) < LEAST_IOU:  # perhaps it is detected in a later frame
-                kept[key] = (last, old)
-        key_of = {}
+                missed.append(old)
         for (t, n), score in np.ndenumerate(scores):
             rivals = scores > RIVAL * score  # and itself, in its row as in its column
             if score > LEAST_IOU and rivals[t].sum() + rivals[:, n].sum() == 2:
-                key_of[n] = list(tracks)[t]
-        for n, new in enumerate(detections):
-            key = key_of[n] if n in key_of else next(ids)
-            kept[key] = (frame, new)
-            here.append(new | {"id": key})
-        tracks = kept
-        objects.append(here)
+                here[n]["id"] = tracks[t]["id"]
+        tracks = missed + here
+        objects.append(gone + here)
     return objects
 
 
@@ -470,25 +462,23 @@ class Question(NamedTuple):
     truth: str | list  # the answer in words, as actions or as a box
     images: list
     label: str  # within which yes and no are balanced: the object's; A4: the first action's
-    alike: str  # and within classes of what else the words tell
+    alike: tuple  # and within classes of what else the words tell
     order: float  # 0..1: what is dropped or drawn goes by it, not by the order of the views
     difficulty: str  # of a pair: how many steps and how far, "2 far"
     view: dict
-    options: tuple | list = ()  # of a lettered choice, in the order of the letters
-    right: int = 0  # which of them is
+    options: tuple | list = ()  # of a lettered choice, in the order of the letters; one is `truth`
 
     @property
     def answer(self):
-        return LETTERS[self.right] if self.options else write(self.truth)
+        return LETTERS[self.options.index(self.truth)] if self.options else write(self.truth)
 
     @property
     def prompt(self):
         words = "<image>" * len(self.images) + self.words
         for letter, option in zip(LETTERS, self.options, strict=False):
             words += f" {letter}. {option}"
-        _, how = TASKS[self.task].answer
-        if self.options:
-            words, (_, how) = words + ".", LETTER
+        words += "." if self.options else ""
+        _, how = LETTER if self.options else TASKS[self.task].answer
         return f"{words} {how}" + BOXES * ("[" in words or how == BOX[1])
 
 
@@ -496,7 +486,9 @@ class Survey:
     """What the questions about one view must know of all views."""
 
     def __init__(self, cfg, views):
-        self.cfg, self.caps, self.dropped = cfg, read_caps(cfg.caps), Counter()
+        self.cfg = cfg
+        self.caps = read_caps(cfg.caps)
+        self.dropped = Counter()  # reason -> candidates
         self.motions = defaultdict(list)
         # moves and turns of pairs that are asked about: others would tell what is false
         self.steps = defaultdict(list)
@@ -531,12 +523,11 @@ class Survey:
 
     def only_answer(self, task, actions):
         """Whether the task may ask for these actions; counts those that are not unique."""
-        if len(actions) not in ONE_ANSWER[task]:
-            return False
+        fits = len(actions) in ONE_ANSWER[task]
         unique = self.unique(task, actions)
-        if not unique:
+        if fits and not unique:
             self.dropped[f"{task}: not the only sequence to its pose"] += 1
-        return unique
+        return fits and unique
 
     def differ(self, task, actions, others):
         """Whether two motions end so far apart that a picture tells one from the other."""
@@ -582,7 +573,7 @@ class Shown:
         name = "the {label}" if unique else "the {label} at {box}"
         return words | {"object": name.format(**words)}
 
-    def question(self, task, draw, parts, truth, words, alike="", pictures=2):
+    def question(self, task, draw, parts, truth, words, alike=(), pictures=2):
         """One wording of each of `parts`, with `words` filled in."""
         images = [self.view["pictures"][k].path for k in self.keyframes[:pictures]]
         words = {"label": "", "actions": self.actions} | words
@@ -595,11 +586,9 @@ class Shown:
         return q
 
     def choice(self, q):
-        """The question with lettered options; None where too few differ."""
+        """Yield the question with lettered options, unless too few differ."""
         draw = self.generator("choice", q.task, q.words)
         kind, _ = TASKS[q.task].answer
-        if kind == "choice":  # of pictures, which have been shuffled
-            return q._replace(options=IMAGES, right=IMAGES.index(q.truth))
         if kind == "box":
             options = four_boxes(draw, self, q.truth, q.words)
         elif kind == "meters":
@@ -608,13 +597,12 @@ class Shown:
             options = four_motions(self.survey, draw, q.task, q.truth)
         else:
             options = next(group for group in ANSWERS if q.truth in group)
-        if not options:
+        if options:
+            style, options = draw.choice(STYLES), some(draw, options)
+            options = [write(option, style) for option in options]
+            yield q._replace(options=options, truth=write(q.truth, style), order=draw.random())
+        else:
             self.survey.dropped[f"{q.task} choice: too few options that differ"] += 1
-            return None
-        style, options = draw.choice(STYLES), some(draw, options)
-        right = options.index(q.truth)
-        options = [write(option, style) for option in options]
-        return q._replace(options=options, right=right, order=draw.random())
 
 
 def some(draw, things, most=math.inf):
@@ -647,10 +635,10 @@ def four_motions(survey, draw, task, truth):
             steps = survey.steps[task == "D3", len(truth), step[0] in TURNS]
             steps = survey.facing if task == "E1" else steps or [step]
             new[spot] = draw.choice(steps)[spot % 2]
-        for some in itertools.product(*([None, spot] for spot in new)):
-            changed = [new[k] if k in some else part for k, part in enumerate(parts)]
+        for taken in itertools.product(*([None, spot] for spot in new)):
+            changed = [new[k] if k in taken else part for k, part in enumerate(parts)]
             motion = [*zip(changed[::2], changed[1::2], strict=True)]
-            motions.append(motion[::-1] if len(parts) in some else motion)
+            motions.append(motion[::-1] if len(parts) in taken else motion)
         unique = task not in ONE_ANSWER or all(survey.unique(task, one) for one in motions)
         if unique and all(survey.differ(task, *two) for two in itertools.combinations(motions, 2)):
             return motions
@@ -669,13 +657,14 @@ def four_boxes(draw, pair, true, words):
                 boxes.append(box)
     if len(boxes) < 4:
         boxes = boxes[:2] + [[1000 - x2, y1, 1000 - x1, y2] for x1, y1, x2, y2 in boxes[:2]]
-    overlap = max(iou(one, two) for one, two in itertools.combinations(boxes[:4], 2))
+    overlap = max(iou(*two) for two in itertools.combinations(boxes[:4], 2))
     return boxes[:4] if len(boxes) > 3 and overlap < LEAST_APART else None
 
 
 def four_lengths(draw, truth):
     """Four lengths, each 1.4 times the one before, of any of which the right one may be."""
-    true_m, first = float(truth.split()[0]), draw.randrange(-3, 1)
+    true_m = float(truth.split()[0])
+    first = draw.randrange(-3, 1)
     options = [f"{round(true_m * 1.4**k, 1):g} meters" for k in range(first, first + 4)]
     return options if len({*options}) == 4 else None
 
@@ -712,12 +701,12 @@ def ask_motion(pair, task, most, draw):
         "Image 1 comes before the {verb}, image 2 after it. What was the {verb}?",
         "By which {verb} did the camera get from image 1 to image 2?",
     ]
-    before = [
+    several = [
         "The camera did 2 or 3 things in a row between image 1 and image 2.",
         "Image 2 was taken 2 or 3 actions after image 1.",
         "It took the camera 2 or 3 actions to get from image 1 to image 2.",
     ]
-    parts = [one] if verb else [before, ["Which ones, in order?", "List them in order."]]
+    parts = [one] if verb else [several, ["Which ones, in order?", "List them in order."]]
     if most and verb in say(pair.actions) and pair.survey.only_answer(task, pair.actions):
         yield pair.question(task, draw, parts, pair.actions, {"verb": verb})
 
@@ -733,8 +722,8 @@ def ask_statement(pair, task, most, draw):
     for truth in (draw.sample([True, False], 2) * most)[:most]:
         actions = pair.actions if truth else false_statement(pair, draw)
         if actions:
-            q = pair.question(task, draw, parts, str(truth).lower(), {"actions": actions})
-            yield q._replace(label=actions[0][0])
+            words = {"label": actions[0][0], "actions": actions}
+            yield pair.question(task, draw, parts, str(truth).lower(), words)
 
 
 def false_statement(pair, draw):
@@ -763,14 +752,12 @@ def ask_box(pair, task, most, draw):
 def ask_gone(pair, task, most, draw):
     """D2: will an object be out of sight? Image 2 stays hidden."""
     ask = ["Will it be out of sight then?", "Does it disappear from view?"]
-    gone = []
-    for key in pair.before.usable:
-        known = pair.view["exact"] or key in pair.after.hidden  # a detector may miss an object
-        if known and key not in pair.after.visible:
-            gone.append(key)
+    # a detector may miss an object
+    known = pair.before.usable if pair.view["exact"] else pair.after.hidden
+    gone = [key for key in pair.before.usable if key in known and key not in pair.after.visible]
     # balanced by the way too: after a wide turn most objects are gone
     position, yaw = pose(pair.actions)
-    alike = f"{min(yaw, 360 - yaw)} {round(position.real)} {abs(round(position.imag))}"
+    alike = min(yaw, 360 - yaw), round(position.real), abs(round(position.imag))
     for key in mixed(draw, gone, pair.both, most):
         words = pair.words(key)
         answer = "yes" if key in gone else "no"
@@ -814,7 +801,7 @@ def ask_same(pair, task, most, _):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            alike = "" if apart else f"{any_label} {shift}"
+            alike = () if apart else (any_label, *shift)
             name = {"label": "object"} if task == "S6" and any_label else {}
             q = pair.question(task, draw, parts, answer, words | name, alike)
             yield q._replace(label=words["label"])
@@ -851,7 +838,7 @@ def shift_class(before, after, actions):
     w2, h2 = size(after)
     growth = math.log2(w2 * h2 / (w1 * h1))
     wider = 2 * math.log2(w2 * h1 / (h2 * w1))
-    return f"{turn != 0} {round(shift / 400)} {round(growth / 2)} {round(wider / 2)}"
+    return turn != 0, round(shift / 400), round(growth / 2), round(wider / 2)
 
 
 def ask_bearing(pair, task, most, draw):
@@ -870,14 +857,13 @@ def ask_bearing(pair, task, most, draw):
         if one.distance_m or not position:
             place = (one.distance_m or 1) * np.exp(1j * np.radians(one.bearing_deg))
             found += [(key, answer) for answer in relations(place, position, yaw)]
-    found = some(draw, found)
-    found.sort(key=lambda one: one[1] in YES)  # the rare ones first
-    way = f"{yaw} {round(position.real)} {round(position.imag)}"
+    found = sorted(some(draw, found), key=lambda one: one[1] in YES)  # the rare ones first
+    way = yaw, round(position.real), round(position.imag)
     for key, answer in found[:most]:
-        words = pair.named(draw, key)
-        parts, alike = [WILL, sides if answer in SIDES else ways], f"{answer in SIDES} {way}"
-        q = pair.question(task, draw, parts, answer, words, alike, pictures=1)
-        yield q._replace(label="")  # balanced for each motion, of whatever object
+        words = pair.named(draw, key) | {"label": ""}  # balanced for each motion, of any object
+        parts = [WILL, sides if answer in SIDES else ways]
+        alike = answer in SIDES, *way
+        yield pair.question(task, draw, parts, answer, words, alike, pictures=1)
 
 
 def relations(place, position, yaw):
@@ -898,14 +884,13 @@ def ask_picture(pair, task, most, draw):
 
     Not after one move forward or backward: the nearest or the furthest of the four would be it.
     """
-    if [name for name, _ in pair.actions] in (["forward"], ["backward"]):
+    straight = [name for name, _ in pair.actions] in (["forward"], ["backward"])
+    if straight or not most or pair.keyframes[0] > 0:
         return
     begin = ["Image 1 is the start.", "The camera now sees image 1."]
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
-    survey = pair.survey
-    siblings = survey.starts[pair.view["start"]] if most and pair.keyframes[0] == 0 else []
-    ends = [(pair.actions, pair.after)]
-    for view in some(draw, siblings):
+    survey, ends = pair.survey, [(pair.actions, pair.after)]
+    for view in some(draw, survey.starts[pair.view["start"]]):
         actions, picture = view["actions"], view["pictures"][-1]
         apart = all(survey.differ(task, actions, known) for known, _ in ends)
         if apart and picture.holes <= survey.cfg.max_holes:
@@ -913,7 +898,8 @@ def ask_picture(pair, task, most, draw):
     if len(ends) >= 4:
         order = some(draw, range(4))
         q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
-        yield q._replace(images=[pair.before.path, *(ends[k][1].path for k in order)])
+        images = [pair.before.path, *(ends[k][1].path for k in order)]
+        yield q._replace(images=images, options=IMAGES)
 
 
 def ask_where(shown, task, most, draw):
@@ -928,11 +914,11 @@ def ask_where(shown, task, most, draw):
 
 def ask_whether_there(shown, task, most, draw):
     """S2: is a label in the picture? And is it at a box?"""
+    if not shown.view["exact"]:  # a detector may miss an object
+        return
     seen = ["Do you see", "Can you see", "Is there"]
     parts = [seen, ["any {label}?", "any {label} in the picture?"]]
     parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
-    if not shown.view["exact"]:  # a detector may miss an object
-        return
     picture = shown.before
     known = shown.survey.labels[shown.view["source"]]
     absent = sorted(label for label in known if not same_kind(label, picture.counts))
@@ -942,15 +928,15 @@ def ask_whether_there(shown, task, most, draw):
         yield shown.question(task, draw, parts, answer, {"label": label})
     for key in some(draw, list(picture.usable), most):
         words = shown.words(key)
-        true = draw.random() < 0.5
-        wrong = [label for label in here if not same_kind(label, [words["label"]])]
-        if wrong and not true:
+        answer = "yes" if draw.random() < 0.5 else "no"
+        if answer == "no":
+            wrong = [label for label in here if not same_kind(label, [words["label"]])]
+            if not wrong:
+                continue
             words["label"] = draw.choice(wrong)
         width, height = size(words["box"])  # balanced by them: else the box's form would tell
-        alike = f"{round(math.log2(width / height))} {round(math.log2(width * height))}"
-        if wrong or true:
-            answer = "yes" if true else "no"
-            yield shown.question(task, draw, parts_box, answer, words, alike)
+        alike = round(math.log2(width / height)), round(math.log2(width * height))
+        yield shown.question(task, draw, parts_box, answer, words, alike)
 
 
 def same_kind(label, others):
@@ -1092,10 +1078,10 @@ def ask_all(views, survey):
                     survey.dropped[reason] += len([*asked])
                     continue
                 for q in asked:
-                    if "open" in cfg.formats and row.answer != LETTER:
+                    if "open" in cfg.formats and not q.options:
                         yield q
                     if "choice" in cfg.formats and q.order < cfg.choice_share:
-                        yield from filter(None, [shown.choice(q)])
+                        yield from [q] if q.options else shown.choice(q)
 
 
 def draw_questions(questions, most=None):
@@ -1161,7 +1147,8 @@ def as_record(q):
         ],
         "images": q.images,
     }
-    record |= {"options": q.options} if q.options else {}
+    if q.options:
+        record["options"] = q.options
     record |= {key: q.view[key] for key in ORIGIN}
     if q.task in PAIR_TASKS:
         record["difficulty"] = q.difficulty
@@ -1180,7 +1167,7 @@ def examples(questions, run):
     for task, form in itertools.product(TASKS, (False, True)):
         same = [q for q in questions if q.task == task and bool(q.options) == form]
         chosen += draw_questions(same, 2 if task in BALANCED else 1)
-    page = Image.new("RGB", (4 * WIDE_PX, -(-len(chosen) // 4) * TALL_PX), "white")
+    page = Image.new("RGB", (4 * WIDE_PX, math.ceil(len(chosen) / 4) * TALL_PX), "white")
     font = ImageFont.load_default(14)
     for number, q in enumerate(chosen):
         left, top = number % 4 * WIDE_PX + 10, number // 4 * TALL_PX + 10
@@ -1203,10 +1190,11 @@ def examples(questions, run):
 
 
 def main(cfg: Config):
-    started, run = time.perf_counter(), Path(cfg.run)
-    read_caps(cfg.caps)
+    started = time.perf_counter()
+    run = Path(cfg.run)
+    read_caps(cfg.caps)  # for its faults, before a folder is begun
     for name, given, known in (("tasks", cfg.tasks, TASKS), ("formats", cfg.formats, FORMATS)):
-        if not given or not {*given} <= {*known}:
+        if {*given} - {*known}:
             stop(f"--{name} {given}: choose among {', '.join(sorted(known))}")
     folder = run / cfg.out
     config = asdict(cfg)
@@ -1229,8 +1217,7 @@ def main(cfg: Config):
         save(folder / f"{name}.jsonl", "".join(lines))
         counts[name] = Counter(sorted(q.task for q in questions))
 
-    used = {"used": len(views), "skipped": skipped}
-    card = {"views": used, "counts": counts, "dropped": dropped}
+    card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts, "dropped": dropped}
     save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
     save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
     finish(folder, meta, {name: count.total() for name, count in counts.items()}, started)
