@@ -105,9 +105,7 @@ class Config:
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
     pan: bool = HfArg(default=False, help="turn inside photographs, as always in panoramas (2:1)")
-    view_fov_deg: float = HfArg(
-        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
-    )
+    view_fov_deg: float = HfArg(default=0.0, help="of a pan's frames; 0: 30, in panoramas 75")
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -209,7 +207,7 @@ WOOD, WHITE, LEAF = [150, 105, 65], [235, 235, 228], [55, 130, 60]
 # What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
 # middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
 # one of these three are several parts. A new piece of furniture is a few lines more.
-KINDS = """
+FURNITURE = """
 ball    ball    0.80 0.80 0.80  0 0 0  own
 crate   crate   0.80 0.90 0.70  0 0 0  own
 pillar  pillar  0.55 1.30 0.55  0 0 0  own
@@ -243,7 +241,10 @@ picture crate   0.90 0.70 0.06  0 1.20 0  own
 picture crate   0.74 0.54 0.08  0 1.28 0  white
 picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
 """
-KINDS = [row.split() for row in KINDS.strip().splitlines()]
+KINDS = {}  # kind -> [(shape, [width, height, depth, x, bottom, z], paint), ...]
+for kind, shape, *cells, paint in map(str.split, FURNITURE.strip().splitlines()):
+    for box in itertools.product(*(cell.split(",") for cell in cells)):
+        KINDS.setdefault(kind, []).append((shape, [*map(float, box)], paint))
 ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
 PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
 CARRIERS = ("table", "shelf")  # a toy may stand on them
@@ -278,15 +279,14 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         *color, kind = label.split()
         under = free.pop() if color and kind in TOYS and free else None
         size = "small" if under else "toy" if kind in TOYS else "furniture"
-        look = [color[0] if color else str(g.choice([*COLORS]))]
-        look += [g.uniform(*SCALES[size]), float(g.integers(360))]
+        color = color or [str(g.choice([*COLORS]))]
+        look = [*color, g.uniform(*SCALES[size]), float(g.integers(360))]
         # the second of a pair is a copy of the first: the motion alone decides D4
-        look = looks.get(label, look)
-        thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
-        thing = find_place(g, thing, under, room)
-        room["objects"] += [thing] if thing else []
-        free += [thing] if thing and kind in CARRIERS else []
-        looks[label] = look
+        whole = build_object(kind, *looks.setdefault(label, look))
+        thing = {"id": len(room["objects"]), "label": label} | whole
+        if thing := find_place(g, thing, under, room):
+            room["objects"].append(thing)
+            free += [thing] if kind in CARRIERS else []
     return room
 
 
@@ -295,8 +295,8 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 
     The kinds of the pairs have no other object in the room: "the red ball" is never one of them.
     """
-    kinds = dict.fromkeys(kind for kind, *_ in KINDS)
-    labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
+    labels = [f"{color} {kind}" for color in COLORS for kind in KINDS]
+    labels = g.permutation(labels).tolist()
     if g.random() < cfg.same_label_share:
         paired = g.permutation(PAIRED)[:TWINS].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
@@ -307,20 +307,18 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
     paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
-    parts, boxes = [], []
-    for name, shape, *cells, paint in KINDS:
-        if name == kind:
-            for box in itertools.product(*(cell.split(",") for cell in cells)):
-                parts.append({"shape": shape, "color": paints[paint]})
-                boxes.append(box)
-    sizes_m, places_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
-    places_m[:, 1] = -places_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
-    sizes_m, centers_m = scale * sizes_m, scale * places_m
+    boxes = np.array([box for _, box, _ in KINDS[kind]])
+    sizes_m, centers_m = np.hsplit(boxes, 2)  # [n, 3] each
+    centers_m[:, 1] = -centers_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
+    sizes_m, centers_m = scale * sizes_m, scale * centers_m
     low = (centers_m - sizes_m / 2).min(0)
     high = (centers_m + sizes_m / 2).max(0)
     middle_m = (low + high) / 2
-    for part, size_m, center_m in zip(parts, sizes_m, centers_m - middle_m, strict=True):
-        part |= {"size_m": rounded(size_m), "yaw_deg": 0.0, "center_m": rounded(center_m)}
+    centers_m -= middle_m
+    parts = []
+    for (shape, _, paint), size_m, center_m in zip(KINDS[kind], sizes_m, centers_m, strict=True):
+        part = {"shape": shape, "color": paints[paint], "size_m": rounded(size_m)}
+        parts.append(part | {"yaw_deg": 0.0, "center_m": rounded(center_m)})
     whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
     return whole | {"yaw_deg": yaw_deg, "parts": parts}
 
@@ -347,9 +345,8 @@ def find_place(g: Generator, thing: dict, under, room: dict):
     for other in room["objects"]:
         x, _, z = other["center_m"]
         gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
-        fits &= gap_m > 0.1
-        if other["label"] == thing["label"]:
-            fits &= gap_m < TWIN_GAP_M
+        most_m = TWIN_GAP_M if other["label"] == thing["label"] else math.inf
+        fits &= (gap_m > 0.1) & (gap_m < most_m)
     x, z = np.round(places[fits.argmax()], 2).tolist()
     return thing | {"center_m": [x, y, z]} if fits.any() else None
 
@@ -365,6 +362,11 @@ def outer_radius(thing: dict) -> float:
     return math.hypot(width_m, depth_m) / 2
 
 
+def half_tan(fov_deg: float) -> float:
+    """Half the width of a picture at distance 1."""
+    return math.tan(math.radians(fov_deg) / 2)
+
+
 def rotate(points, yaw_deg):
     """R(yaw) @ points (x, z): from a camera's or object's axes to the world's; -yaw leads back."""
     x, z = points
@@ -373,32 +375,30 @@ def rotate(points, yaw_deg):
     return cos * x + sin * z, cos * z - sin * x
 
 
-def clearance(x, z, room: dict):
-    """Metres from each point to the nearest wall or footprint, negative inside of one."""
+def walk(path, starts):
+    """A path [2, P] from each of the starts [S, 3] -> world x and z, [S, P] each."""
+    x, z, yaw_deg = np.array(starts).T[:, :, None]
+    dx, dz = rotate(path, yaw_deg)
+    return x + dx, z + dz
+
+
+def is_free(x, z, room: dict):
+    """Paths [S, P] -> [S]: does every place on each keep MARGIN_M to walls and footprints?"""
     half_x, half_z = half_size(room)
-    nearest = np.minimum(half_x - np.abs(x), half_z - np.abs(z))
+    nearest_m = np.minimum(half_x - np.abs(x), half_z - np.abs(z))
     for thing in room["objects"]:
         center_x, _, center_z = thing["center_m"]
         width_m, _, depth_m = thing["size_m"]
-        # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
         dx, dz = np.abs(rotate((x - center_x, z - center_z), -thing["yaw_deg"]))
-        dx, dz = dx - width_m / 2, dz - depth_m / 2
-        free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
-        free_m += np.minimum(np.maximum(dx, dz), 0)
-        nearest = np.minimum(nearest, free_m)
-    return nearest
-
-
-def is_free(path, starts, room: dict):
-    """Paths [2, P] from starts [S, 3] -> [S]: does every place on it keep the margin?"""
-    x, z, yaw_deg = starts.T[:, :, None]
-    dx, dz = rotate(path, yaw_deg)  # [S, P]
-    return clearance(x + dx, z + dz, room).min(1) > MARGIN_M
+        # beyond two sides the corner is nearest; inside, all is 0
+        outside_m = np.hypot(np.maximum(dx - width_m / 2, 0), np.maximum(dz - depth_m / 2, 0))
+        nearest_m = np.minimum(nearest_m, outside_m)
+    return nearest_m.min(1) > MARGIN_M
 
 
 def sees_objects(x, z, yaw_deg, room: dict):
-    """Starts [S, 1] each -> [S]: 0, 1 or, where two of one label are among them, 2: are objects
-    well inside the picture?
+    """Cameras [S, 1] each -> [S]: 2 where two objects of one label are well inside the picture,
+    1 where any object is.
 
     It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
     it, which stage 2 finds out exactly.
@@ -406,8 +406,7 @@ def sees_objects(x, z, yaw_deg, room: dict):
     things = [thing["center_m"] + thing["size_m"] for thing in room["objects"]]
     center_x, y, center_z, width_m, height_m, _ = np.array(things).reshape(-1, 6).T  # [O] each
     right, ahead = rotate((center_x - x, center_z - z), -yaw_deg)  # [S, O]
-    # half of the picture's width there
-    half_m = ahead * math.tan(math.radians(room["fov_x_deg"]) / 2)
+    half_m = ahead * half_tan(room["fov_x_deg"])  # of the picture's width there
     off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
     large = width_m * height_m > 0.015 * (2 * half_m) ** 2
     seen = (ahead > 0.3) & (off_m < 0.85 * half_m) & large
@@ -481,8 +480,7 @@ def field_of_view(path: Path, record: dict, tags: dict, size: tuple, cfg: Config
     focal_px = exif_focal_px(tags, *size)
     if 2 < fov_of(max(size), focal_px) < 150:  # otherwise no tag, or a wrong one
         return fov_of(size[0], focal_px), "exif"
-    focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
-    return fov_of(size[0], focal_px), "assumed"
+    return fov_of(size[0], max(size) / 2 / half_tan(ASSUMED_FOV_DEG)), "assumed"
 
 
 def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
@@ -513,8 +511,7 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     # a narrower camera inside, with as many pixels as the picture has there
     if panorama or cfg.pan:
         view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
-        whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
-        share = math.tan(math.radians(view_deg) / 2) / whole
+        share = half_tan(view_deg) / (math.pi if panorama else half_tan(fov_deg))
         width, height = width * share, (width if panorama else height) * share
     scale = min(1.0, cfg.long_side_px / max(width, height))
     width, height = round(width * scale), round(height * scale)
@@ -581,7 +578,7 @@ def draw_splits(scenes: list, cfg: Config) -> dict:
     # Draws below the bar are held out; where that would be none or all, the bar moves by one.
     bar, ordered = cfg.heldout, sorted(set(draws.values()))
     if 0 < bar < 1 and len(ordered) > 1:
-        bar = ordered[1] if bar <= ordered[0] else min(bar, ordered[-1])
+        bar = np.clip(bar, ordered[1], ordered[-1])
     return {name: "heldout" if draw < bar else "train" for name, draw in draws.items()}
 
 
@@ -592,13 +589,12 @@ SHARING = 4  # so many trajectories of a scene have one picture 1: which picture
 def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
     """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
 
-    48 starts are tried at once for each of 20 draws of actions, so that long moves are hardly
-    rarer than short ones. One that sees an object is preferred: before the actions, after them, or
-    a whole turn further on either side. Were it always before, the objects in picture 2 would
-    stand where the camera came from, and tell the way of the turn. The first SHARING records start
-    at one place with different actions, where 20 draws find some that fit there.
+    48 starts for each of 20 draws of actions: long moves are hardly rarer than short ones. One that
+    sees an object is preferred: before the actions, after them, or a whole turn further on either
+    side. Were it always before, the objects in picture 2 would stand where the camera came from,
+    and tell the way of the turn. The first SHARING records start at one place.
     """
-    shared = [record["start"] for record in records[:1] if len(records) < SHARING]
+    shared = records[0]["start"] if 0 < len(records) < SHARING else None
     second_best = None
     for _ in range(20):
         actions = draw_actions(g, cfg, cfg.turn_deg)
@@ -608,22 +604,21 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         path = c2w[:, [0, 2], 3].astype(float).T  # [2, P]
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
-        starts = np.array(shared) if shared else starts
+        starts = np.array([shared]) if shared else starts
         turned_deg = sum(TURNS.get(name, 0) * value for name, value in actions)
         side = int(g.integers(-1, 3))  # 0: the view before, 1: after
-        at = 0 if side < 1 else -1
-        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
-        end_x, end_z = rotate(path[:, at], yaw_deg)
-        # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: a single
-        # move might as well have been the opposite one, for all that either picture tells
-        seen = sees_objects(x + end_x, z + end_z, yaw_deg + side * turned_deg, room)
-        beyond = np.array([-path[:, -1], 2 * path[:, -1]]).T if len(actions) == 1 else path
-        rank = is_free(path, starts, room) * (1 + 2 * seen + is_free(beyond, starts, room))
+        look_from = walk(path[:, :1] if side < 1 else path[:, -1:], starts)  # [S, 1] each
+        seen = sees_objects(*look_from, starts[:, 2:] + side * turned_deg, room)
+        # a single move might as well have been the opposite one, for all that either picture tells
+        beyond = np.outer(path[:, -1], [-1, 2]) if len(actions) == 1 else path
+        # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: as above
+        rank = 1 + 2 * seen + is_free(*walk(beyond, starts), room)
+        rank *= is_free(*walk(path, starts), room)
         best = rank.argmax()
         found = actions, starts[best].tolist()
         if rank[best] >= 3:
             return found
-        if rank[best] >= 1:
+        if rank[best]:
             second_best = second_best or found
     if shared and not second_best:
         return draw_in_room(g, [], room, cfg)
@@ -711,15 +706,13 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
         else:
             ax.axis("equal")
         for thing in room["objects"] if room else ():
-            x, _, z = thing["center_m"]
             color = np.array(thing["parts"][-1]["color"]) / 255
-            ax.add_patch(Circle((x, z), outer_radius(thing), color=color))
+            ax.add_patch(Circle(thing["center_m"][::2], outer_radius(thing), color=color))
         for record in drawn[scene_id]:
-            x, z, yaw_deg = record["start"] or (0, 0, record["start_yaw_deg"] or 0)
-            c2w = np.array(record["c2w"])
-            dx, dz = rotate(c2w[:, [0, 2], 3].T, yaw_deg)
-            views = rotate(c2w[:, [0, 2], 2].T, yaw_deg)
-            ax.quiver(x + dx, z + dz, *views, range(len(c2w)), cmap="coolwarm")
+            start = record["start"] or [0, 0, record["start_yaw_deg"] or 0]
+            _, _, ahead, path = np.array(record["c2w"])[:, [0, 2]].T  # [2, N] each
+            views = rotate(ahead, start[2])
+            ax.quiver(*walk(path, [start]), *views, range(len(path.T)), cmap="coolwarm")
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
