@@ -89,6 +89,7 @@ class Config:
     run: str = HfArg(default="runs/demo", help="run folder; this stage writes RUN/1_trajectories")
     images: str = HfArg(default="", help="photographs: a folder, one picture or a manifest.jsonl")
     rooms: int = HfArg(default=0, help="procedural rooms to draw")
+    world: Literal["rooms", "other"] = HfArg(default="rooms", help="other: looks never trained on")
     room_trajectories: int = HfArg(default=7, help="trajectories per room, each from its own start")
     photo_trajectories: int = HfArg(default=7, help="trajectories per photograph, all different")
     actions: str = HfArg(default="all", help="all | turns (single turns only) | moves (likewise)")
@@ -203,7 +204,7 @@ COLORS = {
     "orange": [245, 135, 25],
     "cyan": [50, 205, 215],
 }
-WOOD, WHITE, LEAF = [150, 105, 65], [235, 235, 228], [55, 130, 60]
+PAINTS = COLORS | {"wood": [150, 105, 65], "white": [235, 235, 228], "leaf": [55, 130, 60]}
 # What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
 # middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
 # one of these three are several parts. A new piece of furniture is a few lines more.
@@ -241,10 +242,41 @@ picture crate   0.90 0.70 0.06  0 1.20 0  own
 picture crate   0.74 0.54 0.08  0 1.28 0  white
 picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
 """
-KINDS = {}  # kind -> [(shape, [width, height, depth, x, bottom, z], paint), ...]
-for kind, shape, *cells, paint in map(str.split, FURNITURE.strip().splitlines()):
-    for box in itertools.product(*(cell.split(",") for cell in cells)):
-        KINDS.setdefault(kind, []).append((shape, [*map(float, box)], paint))
+# The same kinds in a world that no student was taught in, with parts divided by ; and no 0 before .
+OTHER_FURNITURE = """
+ball    ball .7 .7 .7 0 0 0 own; pillar .72 .12 .72 0 .29 0 white
+crate   crate .9 .6 .9 0 0 0 own; crate .94 .08 .94 0 .04,.48 0 wood
+pillar  pillar .4 1.2 .4 0 .1 0 own; crate .56 .1 .56 0 0,1.3 0 white
+cone    cone .7 .95 .7 0 .08 0 own; crate .86 .08 .86 0 0 0 own
+table   pillar 1.2 .1 1.2 0 .66 0 own; pillar .14 .66 .14 0 0 0 wood; pillar .7 .06 .7 0 0 0 wood
+chair   pillar .54 .08 .54 0 .42 0 own; pillar .1 .42 .1 0 0 0 wood; crate .5 .5 .06 0 .5 .24 own
+sofa    crate 2 .4 .9 0 0 0 own; crate .9 .5 .24 -.5,.5 .4 .33 own; crate .16 .66 .9 -1,1 0 0 wood
+bed     crate 1.3 .4 2 0 .1 0 own; crate 1 .2 .3 0 .5 .7 white; pillar .1 1 .1 -.6,.6 0 -1,1 wood
+shelf   crate 1.3 .06 .36 0 .05,.45,.85,1.2 0 own; crate .3 .3 .2 -.4,.2 .51 0 white
+shelf   pillar .07 1.26 .07 -.62,.62 0 -.15,.15 wood
+lamp    pillar .5 .36 .5 0 1.3 0 own; pillar .05 1.3 .05 0 0 0 wood; cone .44 .2 .44 0 0 0 wood
+plant   crate .4 .4 .4 0 0 0 own; pillar .08 .3 .08 0 .4 0 wood; cone .8 .9 .8 0 .6 0 leaf
+door    crate 1 2.1 .06 0 0 0 own; crate .3 .7 .1 -.2,.2 .2,1.1 0 wood; ball .1 .1 .1 .4 1 0 white
+window  crate 1.1 1.3 .06 0 .8 0 own; crate .42 .53 .1 -.26,.26 .87,1.5 0 white
+picture crate 1.1 .6 .06 0 1.3 0 own; crate .9 .4 .08 0 1.4 0 white; crate .3 .3 .1 .2 1.4 0 leaf
+"""
+TINTS = [[165, 15, 45], [115, 200, 60], [75, 125, 255], [255, 240, 115], [190, 95, 230]]
+TINTS += [[225, 95, 10], [110, 240, 230], [90, 95, 105], [250, 225, 190], [130, 150, 40]]
+
+
+def read_furniture(table: str) -> dict:
+    """{kind: [(shape, [width, height, depth, x, bottom, z], paint), ...]}"""
+    kinds = {}
+    for line in table.strip().splitlines():
+        kind, parts = line.split(maxsplit=1)
+        for shape, *cells, paint in map(str.split, parts.split(";")):
+            for box in itertools.product(*(cell.split(",") for cell in cells)):
+                kinds.setdefault(kind, []).append((shape, [*map(float, box)], paint))
+    return kinds
+
+
+KINDS, OTHER_KINDS = read_furniture(FURNITURE), read_furniture(OTHER_FURNITURE)
+WORLDS = {"rooms": (KINDS, PAINTS), "other": (OTHER_KINDS, dict(zip(PAINTS, TINTS, strict=True)))}
 ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
 PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
 CARRIERS = ("table", "shelf")  # a toy may stand on them
@@ -274,6 +306,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         "texture_seed": int(g.integers(2**31)),
         "objects": [],
     }
+    room |= {"world": cfg.world} if cfg.world != "rooms" else {}
     looks, free = {}, []  # free: furniture on which nothing stands
     for label in draw_labels(g, cfg):
         *color, kind = label.split()
@@ -282,7 +315,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         color = color or [str(g.choice([*COLORS]))]
         look = [*color, g.uniform(*SCALES[size]), float(g.integers(360))]
         # the second of a pair is a copy of the first: the motion alone decides D4
-        whole = build_object(kind, *looks.setdefault(label, look))
+        whole = build_object(kind, *looks.setdefault(label, look), cfg.world)
         thing = {"id": len(room["objects"]), "label": label} | whole
         if thing := find_place(g, thing, under, room):
             room["objects"].append(thing)
@@ -304,10 +337,10 @@ def draw_labels(g: Generator, cfg: Config) -> list:
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
 
 
-def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
+def build_object(kind: str, color: str, scale: float, yaw_deg: float, world="rooms") -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
-    paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
-    boxes = np.array([box for _, box, _ in KINDS[kind]])
+    kinds, paints = WORLDS[world]
+    boxes = np.array([box for _, box, _ in kinds[kind]])
     sizes_m, centers_m = np.hsplit(boxes, 2)  # [n, 3] each
     centers_m[:, 1] = -centers_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
     sizes_m, centers_m = scale * sizes_m, scale * centers_m
@@ -316,8 +349,9 @@ def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
     middle_m = (low + high) / 2
     centers_m -= middle_m
     parts = []
-    for (shape, _, paint), size_m, center_m in zip(KINDS[kind], sizes_m, centers_m, strict=True):
-        part = {"shape": shape, "color": paints[paint], "size_m": rounded(size_m)}
+    for (shape, _, paint), size_m, center_m in zip(kinds[kind], sizes_m, centers_m, strict=True):
+        paint = paints[color if paint == "own" else paint]
+        part = {"shape": shape, "color": paint, "size_m": rounded(size_m)}
         parts.append(part | {"yaw_deg": 0.0, "center_m": rounded(center_m)})
     whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
     return whole | {"yaw_deg": yaw_deg, "parts": parts}
@@ -744,6 +778,8 @@ def main(cfg: Config):
     named, malformed = list_photos(cfg.images) if cfg.images else ([], 0)
     config = asdict(cfg)
     del config["run"], config["recipe"]
+    if cfg.world == "rooms":  # no record names the usual world: older runs go on
+        del config["world"]
     meta = begin(folder, config)
 
     rooms = [draw_room(f"room_{number:05d}", cfg) for number in range(cfg.rooms)]
