@@ -62,7 +62,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from numpy.random import Generator, default_rng
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -195,54 +195,34 @@ def draw_actions(g: Generator, cfg: Config, turn_deg: list) -> list:
 
 
 # --- rooms ---
-COLORS = {
-    "red": [215, 40, 40],
-    "green": [40, 165, 60],
-    "blue": [45, 80, 220],
-    "yellow": [240, 215, 40],
-    "purple": [140, 50, 175],
-    "orange": [245, 135, 25],
-    "cyan": [50, 205, 215],
-}
-PAINTS = COLORS | {"wood": [150, 105, 65], "white": [235, 235, 228], "leaf": [55, 130, 60]}
-# What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
-# middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
-# one of these three are several parts. A new piece of furniture is a few lines more.
+COLORS = {"red": "#d72828", "green": "#28a53c", "blue": "#2d50dc", "yellow": "#f0d728"}
+COLORS |= {"purple": "#8c32af", "orange": "#f58719", "cyan": "#32cdd7"}
+PAINTS = COLORS | {"wood": "#966941", "white": "#ebebe4", "leaf": "#37823c"}
+# What rooms hold: a kind a line or two, its parts divided by ;. A part has a shape, width, height
+# and depth in metres, x of its middle, height of its bottom, z of its middle, and color (own: the
+# label's). Several values in one of these three are several parts.
 FURNITURE = """
-ball    ball    0.80 0.80 0.80  0 0 0  own
-crate   crate   0.80 0.90 0.70  0 0 0  own
-pillar  pillar  0.55 1.30 0.55  0 0 0  own
-cone    cone    0.85 1.15 0.85  0 0 0  own
-table   crate   1.30 0.08 0.80  0 0.68 0  own
-table   crate   0.08 0.68 0.08  -0.58,0.58 0 -0.33,0.33  wood
-chair   crate   0.50 0.08 0.50  0 0.42 0  own
-chair   crate   0.50 0.55 0.07  0 0.50 0.21  own
-chair   crate   0.06 0.42 0.06  -0.21,0.21 0 -0.21,0.21  wood
-sofa    crate   1.70 0.42 0.80  0 0 0  own
-sofa    crate   1.70 0.45 0.22  0 0.42 0.29  own
-sofa    crate   0.20 0.20 0.58  -0.75,0.75 0.42 -0.11  own
-bed     crate   1.20 0.22 1.90  0 0 0  wood
-bed     crate   1.14 0.22 1.30  0 0.22 -0.28  own
-bed     crate   1.14 0.18 0.55  0 0.22 0.62  white
-bed     crate   1.20 0.90 0.08  0 0 0.95  wood
-shelf   crate   0.07 1.60 0.40  -0.52,0.52 0 0  own
-shelf   crate   1.00 0.06 0.38  0 0.10,0.80,1.54 0  own
-shelf   crate   0.20 0.34 0.26  -0.30,0.20 0.86 0  white
-lamp    pillar  0.40 0.06 0.40  0 0 0  wood
-lamp    pillar  0.07 1.20 0.07  0 0.06 0  wood
-lamp    cone    0.60 0.50 0.60  0 1.10 0  own
-plant   pillar  0.46 0.45 0.46  0 0 0  own
-plant   ball    0.46 0.46 0.46  -0.15,0.15 0.50 0  leaf
-plant   ball    0.40 0.40 0.40  0 0.80 0  leaf
-door    crate   0.90 2.05 0.06  0 0 0  own
-door    ball    0.12 0.12 0.12  0.35 0.95 0  white
-window  crate   1.30 1.10 0.06  0 0.95 0  own
-window  crate   0.54 0.90 0.10  -0.30,0.30 1.05 0  white
-picture crate   0.90 0.70 0.06  0 1.20 0  own
-picture crate   0.74 0.54 0.08  0 1.28 0  white
-picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
+ball    ball .8 .8 .8 0 0 0 own
+crate   crate .8 .9 .7 0 0 0 own
+pillar  pillar .55 1.3 .55 0 0 0 own
+cone    cone .85 1.15 .85 0 0 0 own
+table   crate 1.3 .08 .8 0 .68 0 own; crate .08 .68 .08 -.58,.58 0 -.33,.33 wood
+chair   crate .5 .08 .5 0 .42 0 own; crate .5 .55 .07 0 .5 .21 own
+chair   crate .06 .42 .06 -.21,.21 0 -.21,.21 wood
+sofa    crate 1.7 .42 .8 0 0 0 own; crate 1.7 .45 .22 0 .42 .29 own
+sofa    crate .2 .2 .58 -.75,.75 .42 -.11 own
+bed     crate 1.2 .22 1.9 0 0 0 wood; crate 1.14 .22 1.3 0 .22 -.28 own
+bed     crate 1.14 .18 .55 0 .22 .62 white; crate 1.2 .9 .08 0 0 .95 wood
+shelf   crate .07 1.6 .4 -.52,.52 0 0 own; crate 1 .06 .38 0 .1,.8,1.54 0 own
+shelf   crate .2 .34 .26 -.3,.2 .86 0 white
+lamp    pillar .4 .06 .4 0 0 0 wood; pillar .07 1.2 .07 0 .06 0 wood; cone .6 .5 .6 0 1.1 0 own
+plant   pillar .46 .45 .46 0 0 0 own; ball .46 .46 .46 -.15,.15 .5 0 leaf; ball .4 .4 .4 0 .8 0 leaf
+door    crate .9 2.05 .06 0 0 0 own; ball .12 .12 .12 .35 .95 0 white
+window  crate 1.3 1.1 .06 0 .95 0 own; crate .54 .9 .1 -.3,.3 1.05 0 white
+picture crate .9 .7 .06 0 1.2 0 own; crate .74 .54 .08 0 1.28 0 white
+picture crate .3 .22 .1 .12 1.38 0 leaf
 """
-# The same kinds in a world that no student was taught in, with parts divided by ; and no 0 before .
+# The same kinds in a world that no student was taught in.
 OTHER_FURNITURE = """
 ball    ball .7 .7 .7 0 0 0 own; pillar .72 .12 .72 0 .29 0 white
 crate   crate .9 .6 .9 0 0 0 own; crate .94 .08 .94 0 .04,.48 0 wood
@@ -260,23 +240,23 @@ door    crate 1 2.1 .06 0 0 0 own; crate .3 .7 .1 -.2,.2 .2,1.1 0 wood; ball .1 
 window  crate 1.1 1.3 .06 0 .8 0 own; crate .42 .53 .1 -.26,.26 .87,1.5 0 white
 picture crate 1.1 .6 .06 0 1.3 0 own; crate .9 .4 .08 0 1.4 0 white; crate .3 .3 .1 .2 1.4 0 leaf
 """
-TINTS = [[165, 15, 45], [115, 200, 60], [75, 125, 255], [255, 240, 115], [190, 95, 230]]
-TINTS += [[225, 95, 10], [110, 240, 230], [90, 95, 105], [250, 225, 190], [130, 150, 40]]
+TINTS = "#a50f2d #73c83c #4b7dff #fff073 #be5fe6 #e15f0a #6ef0e6 #5a5f69 #fae1be #829628"
 
 
 def read_furniture(table: str) -> dict:
-    """{kind: [(shape, [width, height, depth, x, bottom, z], paint), ...]}"""
+    """{kind: [(shape, (width, height, depth, x, bottom, z), paint), ...]}, as they are written"""
     kinds = {}
     for line in table.strip().splitlines():
         kind, parts = line.split(maxsplit=1)
         for shape, *cells, paint in map(str.split, parts.split(";")):
             for box in itertools.product(*(cell.split(",") for cell in cells)):
-                kinds.setdefault(kind, []).append((shape, [*map(float, box)], paint))
+                kinds.setdefault(kind, []).append((shape, box, paint))
     return kinds
 
 
-KINDS, OTHER_KINDS = read_furniture(FURNITURE), read_furniture(OTHER_FURNITURE)
-WORLDS = {"rooms": (KINDS, PAINTS), "other": (OTHER_KINDS, dict(zip(PAINTS, TINTS, strict=True)))}
+KINDS = read_furniture(FURNITURE)
+OTHER = read_furniture(OTHER_FURNITURE), dict(zip(PAINTS, TINTS.split(), strict=True))
+WORLDS = {"rooms": (KINDS, PAINTS), "other": OTHER}
 ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
 PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
 CARRIERS = ("table", "shelf")  # a toy may stand on them
@@ -340,25 +320,21 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 def build_object(kind: str, color: str, scale: float, yaw_deg: float, world="rooms") -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
     kinds, paints = WORLDS[world]
-    boxes = np.array([box for _, box, _ in kinds[kind]])
-    sizes_m, centers_m = np.hsplit(boxes, 2)  # [n, 3] each
+    boxes = [box for _, box, _ in kinds[kind]]
+    sizes_m, centers_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
     centers_m[:, 1] = -centers_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
     sizes_m, centers_m = scale * sizes_m, scale * centers_m
     low = (centers_m - sizes_m / 2).min(0)
     high = (centers_m + sizes_m / 2).max(0)
     middle_m = (low + high) / 2
-    centers_m -= middle_m
+    center_m, size_m = np.round([middle_m, high - low], 4).tolist()
+    rows = np.round([sizes_m, centers_m - middle_m], 4).tolist()
     parts = []
-    for (shape, _, paint), size_m, center_m in zip(kinds[kind], sizes_m, centers_m, strict=True):
+    for (shape, _, paint), part_m, place_m in zip(kinds[kind], *rows, strict=True):
         paint = paints[color if paint == "own" else paint]
-        part = {"shape": shape, "color": paint, "size_m": rounded(size_m)}
-        parts.append(part | {"yaw_deg": 0.0, "center_m": rounded(center_m)})
-    whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
-    return whole | {"yaw_deg": yaw_deg, "parts": parts}
-
-
-def rounded(values) -> list:
-    return np.round(values, 4).tolist()
+        part = {"shape": shape, "color": [*ImageColor.getrgb(paint)]}
+        parts.append(part | {"size_m": part_m, "yaw_deg": 0.0, "center_m": place_m})
+    return {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg, "parts": parts}
 
 
 def find_place(g: Generator, thing: dict, under, room: dict):
@@ -377,8 +353,7 @@ def find_place(g: Generator, thing: dict, under, room: dict):
         thing = thing | {"yaw_deg": 90.0 * wall}
     fits = np.ones(200, bool)
     for other in room["objects"]:
-        x, _, z = other["center_m"]
-        gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
+        gap_m = np.hypot(*(places - other["center_m"][::2]).T) - radius_m - outer_radius(other)
         most_m = TWIN_GAP_M if other["label"] == thing["label"] else math.inf
         fits &= (gap_m > 0.1) & (gap_m < most_m)
     x, z = np.round(places[fits.argmax()], 2).tolist()
@@ -640,7 +615,7 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
         starts = np.array([shared]) if shared else starts
         turned_deg = sum(TURNS.get(name, 0) * value for name, value in actions)
-        side = int(g.integers(-1, 3))  # 0: the view before, 1: after
+        side = g.integers(-1, 3)  # 0: the view before, 1: after
         look_from = walk(path[:, :1] if side < 1 else path[:, -1:], starts)  # [S, 1] each
         seen = sees_objects(*look_from, starts[:, 2:] + side * turned_deg, room)
         # a single move might as well have been the opposite one, for all that either picture tells
@@ -782,8 +757,8 @@ def main(cfg: Config):
         del config["world"]
     meta = begin(folder, config)
 
-    rooms = [draw_room(f"room_{number:05d}", cfg) for number in range(cfg.rooms)]
-    rooms = {room["scene_id"]: room for room in rooms}
+    names = [f"room_{number:05d}" for number in range(cfg.rooms)]
+    rooms = {name: draw_room(name, cfg) for name in names}
     photos = photo_scenes(named, cfg)
     scenes = [room_scene(room, cfg) for room in rooms.values()]
     splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)
@@ -813,9 +788,7 @@ def main(cfg: Config):
     save(folder / "trajectories.png", draw_picture(drawn, rooms))
     finish(folder, meta, counts, started)
     if counts["fields of view assumed"]:
-        print(
-            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed: --fov_x_deg"
-        )
+        print(f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side assumed: --fov_x_deg")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bench_simulator import bench_room
 from conftest import ROOT, copy_of, launch, lines, load, script
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 SCRIPT = ROOT / "02_imagine_views.py"
 SHAPES = ["ball", "crate", "pillar", "cone"]
@@ -303,6 +303,7 @@ def test_another_world_has_other_looks_and_the_same_conventions(stage, rooms, tm
             looks.append([(part["shape"], *part["size_m"]) for part in parts])
         assert not set(looks[0]) & set(looks[1]), kind
     (_, usual), (_, other) = sample.WORLDS.values()
+    usual, other = ({k: ImageColor.getrgb(v) for k, v in one.items()} for one in (usual, other))
     hues = {name: colorsys.rgb_to_hsv(*usual[name])[0] for name in sample.COLORS}
     for name in usual:  # red stays red, and no tint is one that was trained on
         assert min(math.dist(other[name], rgb) for rgb in usual.values()) > 20
