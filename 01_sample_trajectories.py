@@ -272,7 +272,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
     """A room and its objects, none of which touches another but a toy what it stands on.
 
     World axes: x right, y down, z forward; the floor is y = 0, its middle x = z = 0. An object
-    that finds no place in 200 tries is left out. Stage 2 draws the walls by texture_seed.
+    that finds no place in 200 tries is left out. Stage 2 draws the walls by texture_seed and world.
     """
     g = rng(cfg.seed, scene_id, "room")
     width_m, depth_m = np.round(g.uniform(*ROOM_SIDE_M, 2), 2).tolist()
@@ -408,7 +408,6 @@ def is_free(x, z, room: dict):
 def sees_objects(x, z, yaw_deg, room: dict):
     """Cameras [S, 1] each -> [S]: 2 where two objects of one label are well inside the picture,
     1 where any object is.
-
     It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
     it, which stage 2 finds out exactly.
     """
@@ -447,7 +446,7 @@ def list_photos(source: str):
     return [(p, path, {"image": str(p.relative_to(path))}) for p in files], 0
 
 
-ASSUMED_FOV_DEG = 54.0  # along the longer side, where nothing tells
+ASSUMED_FOV_DEG = 54  # along the longer side, where nothing tells
 VIEW_FOV_DEG = {False: 30.0, True: 75.0}  # of a frame inside a photograph, a panorama
 MOST_TURN = 0.8  # of a frame's field of view: what is left is seen twice
 APART_DEG = 20.0  # turns from one start are so different
@@ -788,7 +787,7 @@ def main(cfg: Config):
     save(folder / "trajectories.png", draw_picture(drawn, rooms))
     finish(folder, meta, counts, started)
     if counts["fields of view assumed"]:
-        print(f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side assumed: --fov_x_deg")
+        print(f"warning: {ASSUMED_FOV_DEG} degrees along the longer side are assumed: --fov_x_deg")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 
