@@ -62,7 +62,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from numpy.random import Generator, default_rng
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -89,6 +89,7 @@ class Config:
     run: str = HfArg(default="runs/demo", help="run folder; this stage writes RUN/1_trajectories")
     images: str = HfArg(default="", help="photographs: a folder, one picture or a manifest.jsonl")
     rooms: int = HfArg(default=0, help="procedural rooms to draw")
+    world: Literal["rooms", "other"] = HfArg(default="rooms", help="other: looks never trained on")
     room_trajectories: int = HfArg(default=7, help="trajectories per room, each from its own start")
     photo_trajectories: int = HfArg(default=7, help="trajectories per photograph, all different")
     actions: str = HfArg(default="all", help="all | turns (single turns only) | moves (likewise)")
@@ -105,9 +106,7 @@ class Config:
     long_side_px: int = HfArg(default=576, help="longer side of a photograph's frames at most")
     fov_x_deg: float = HfArg(default=0.0, help="of photographs, degrees; 0: as their files say")
     pan: bool = HfArg(default=False, help="turn inside photographs, as always in panoramas (2:1)")
-    view_fov_deg: float = HfArg(
-        default=0.0, help="with --pan, of a frame along x; 0: 30 in a photograph, 75 in a panorama"
-    )
+    view_fov_deg: float = HfArg(default=0.0, help="of a pan's frames; 0: 30, in panoramas 75")
     heldout: float = HfArg(default=0.15, help="share of scenes kept out of training, one at least")
     seed: int = HfArg(default=0, help="base of every draw")
 
@@ -196,54 +195,68 @@ def draw_actions(g: Generator, cfg: Config, turn_deg: list) -> list:
 
 
 # --- rooms ---
-COLORS = {
-    "red": [215, 40, 40],
-    "green": [40, 165, 60],
-    "blue": [45, 80, 220],
-    "yellow": [240, 215, 40],
-    "purple": [140, 50, 175],
-    "orange": [245, 135, 25],
-    "cyan": [50, 205, 215],
-}
-WOOD, WHITE, LEAF = [150, 105, 65], [235, 235, 228], [55, 130, 60]
-# What rooms hold: a part a line, with its kind, shape, width, height and depth in metres, x of its
-# middle, height of its bottom, z of its middle, and color (own: the label's). Several values in
-# one of these three are several parts. A new piece of furniture is a few lines more.
-KINDS = """
-ball    ball    0.80 0.80 0.80  0 0 0  own
-crate   crate   0.80 0.90 0.70  0 0 0  own
-pillar  pillar  0.55 1.30 0.55  0 0 0  own
-cone    cone    0.85 1.15 0.85  0 0 0  own
-table   crate   1.30 0.08 0.80  0 0.68 0  own
-table   crate   0.08 0.68 0.08  -0.58,0.58 0 -0.33,0.33  wood
-chair   crate   0.50 0.08 0.50  0 0.42 0  own
-chair   crate   0.50 0.55 0.07  0 0.50 0.21  own
-chair   crate   0.06 0.42 0.06  -0.21,0.21 0 -0.21,0.21  wood
-sofa    crate   1.70 0.42 0.80  0 0 0  own
-sofa    crate   1.70 0.45 0.22  0 0.42 0.29  own
-sofa    crate   0.20 0.20 0.58  -0.75,0.75 0.42 -0.11  own
-bed     crate   1.20 0.22 1.90  0 0 0  wood
-bed     crate   1.14 0.22 1.30  0 0.22 -0.28  own
-bed     crate   1.14 0.18 0.55  0 0.22 0.62  white
-bed     crate   1.20 0.90 0.08  0 0 0.95  wood
-shelf   crate   0.07 1.60 0.40  -0.52,0.52 0 0  own
-shelf   crate   1.00 0.06 0.38  0 0.10,0.80,1.54 0  own
-shelf   crate   0.20 0.34 0.26  -0.30,0.20 0.86 0  white
-lamp    pillar  0.40 0.06 0.40  0 0 0  wood
-lamp    pillar  0.07 1.20 0.07  0 0.06 0  wood
-lamp    cone    0.60 0.50 0.60  0 1.10 0  own
-plant   pillar  0.46 0.45 0.46  0 0 0  own
-plant   ball    0.46 0.46 0.46  -0.15,0.15 0.50 0  leaf
-plant   ball    0.40 0.40 0.40  0 0.80 0  leaf
-door    crate   0.90 2.05 0.06  0 0 0  own
-door    ball    0.12 0.12 0.12  0.35 0.95 0  white
-window  crate   1.30 1.10 0.06  0 0.95 0  own
-window  crate   0.54 0.90 0.10  -0.30,0.30 1.05 0  white
-picture crate   0.90 0.70 0.06  0 1.20 0  own
-picture crate   0.74 0.54 0.08  0 1.28 0  white
-picture crate   0.30 0.22 0.10  0.12 1.38 0  leaf
+COLORS = {"red": "#d72828", "green": "#28a53c", "blue": "#2d50dc", "yellow": "#f0d728"}
+COLORS |= {"purple": "#8c32af", "orange": "#f58719", "cyan": "#32cdd7"}
+PAINTS = COLORS | {"wood": "#966941", "white": "#ebebe4", "leaf": "#37823c"}
+# What rooms hold: a kind a line or two, its parts divided by ;. A part has a shape, width, height
+# and depth in metres, x of its middle, height of its bottom, z of its middle, and color (own: the
+# label's). Several values in one of these three are several parts.
+FURNITURE = """
+ball    ball .8 .8 .8 0 0 0 own
+crate   crate .8 .9 .7 0 0 0 own
+pillar  pillar .55 1.3 .55 0 0 0 own
+cone    cone .85 1.15 .85 0 0 0 own
+table   crate 1.3 .08 .8 0 .68 0 own; crate .08 .68 .08 -.58,.58 0 -.33,.33 wood
+chair   crate .5 .08 .5 0 .42 0 own; crate .5 .55 .07 0 .5 .21 own
+chair   crate .06 .42 .06 -.21,.21 0 -.21,.21 wood
+sofa    crate 1.7 .42 .8 0 0 0 own; crate 1.7 .45 .22 0 .42 .29 own
+sofa    crate .2 .2 .58 -.75,.75 .42 -.11 own
+bed     crate 1.2 .22 1.9 0 0 0 wood; crate 1.14 .22 1.3 0 .22 -.28 own
+bed     crate 1.14 .18 .55 0 .22 .62 white; crate 1.2 .9 .08 0 0 .95 wood
+shelf   crate .07 1.6 .4 -.52,.52 0 0 own; crate 1 .06 .38 0 .1,.8,1.54 0 own
+shelf   crate .2 .34 .26 -.3,.2 .86 0 white
+lamp    pillar .4 .06 .4 0 0 0 wood; pillar .07 1.2 .07 0 .06 0 wood; cone .6 .5 .6 0 1.1 0 own
+plant   pillar .46 .45 .46 0 0 0 own; ball .46 .46 .46 -.15,.15 .5 0 leaf; ball .4 .4 .4 0 .8 0 leaf
+door    crate .9 2.05 .06 0 0 0 own; ball .12 .12 .12 .35 .95 0 white
+window  crate 1.3 1.1 .06 0 .95 0 own; crate .54 .9 .1 -.3,.3 1.05 0 white
+picture crate .9 .7 .06 0 1.2 0 own; crate .74 .54 .08 0 1.28 0 white
+picture crate .3 .22 .1 .12 1.38 0 leaf
 """
-KINDS = [row.split() for row in KINDS.strip().splitlines()]
+# The same kinds in a world that no student was taught in.
+OTHER_FURNITURE = """
+ball    ball .7 .7 .7 0 0 0 own; pillar .72 .12 .72 0 .29 0 white
+crate   crate .9 .6 .9 0 0 0 own; crate .94 .08 .94 0 .04,.48 0 wood
+pillar  pillar .4 1.2 .4 0 .1 0 own; crate .56 .1 .56 0 0,1.3 0 white
+cone    cone .7 .95 .7 0 .08 0 own; crate .86 .08 .86 0 0 0 own
+table   pillar 1.2 .1 1.2 0 .66 0 own; pillar .14 .66 .14 0 0 0 wood; pillar .7 .06 .7 0 0 0 wood
+chair   pillar .54 .08 .54 0 .42 0 own; pillar .1 .42 .1 0 0 0 wood; crate .5 .5 .06 0 .5 .24 own
+sofa    crate 2 .4 .9 0 0 0 own; crate .9 .5 .24 -.5,.5 .4 .33 own; crate .16 .66 .9 -1,1 0 0 wood
+bed     crate 1.3 .4 2 0 .1 0 own; crate 1 .2 .3 0 .5 .7 white; pillar .1 1 .1 -.6,.6 0 -1,1 wood
+shelf   crate 1.3 .06 .36 0 .05,.45,.85,1.2 0 own; crate .3 .3 .2 -.4,.2 .51 0 white
+shelf   pillar .07 1.26 .07 -.62,.62 0 -.15,.15 wood
+lamp    pillar .5 .36 .5 0 1.3 0 own; pillar .05 1.3 .05 0 0 0 wood; cone .44 .2 .44 0 0 0 wood
+plant   crate .4 .4 .4 0 0 0 own; pillar .08 .3 .08 0 .4 0 wood; cone .8 .9 .8 0 .6 0 leaf
+door    crate 1 2.1 .06 0 0 0 own; crate .3 .7 .1 -.2,.2 .2,1.1 0 wood; ball .1 .1 .1 .4 1 0 white
+window  crate 1.1 1.3 .06 0 .8 0 own; crate .42 .53 .1 -.26,.26 .87,1.5 0 white
+picture crate 1.1 .6 .06 0 1.3 0 own; crate .9 .4 .08 0 1.4 0 white; crate .3 .3 .1 .2 1.4 0 leaf
+"""
+TINTS = "#a50f2d #73c83c #4b7dff #fff073 #be5fe6 #e15f0a #6ef0e6 #5a5f69 #fae1be #829628"
+
+
+def read_furniture(table: str) -> dict:
+    """{kind: [(shape, (width, height, depth, x, bottom, z), paint), ...]}, as they are written"""
+    kinds = {}
+    for line in table.strip().splitlines():
+        kind, parts = line.split(maxsplit=1)
+        for shape, *cells, paint in map(str.split, parts.split(";")):
+            for box in itertools.product(*(cell.split(",") for cell in cells)):
+                kinds.setdefault(kind, []).append((shape, box, paint))
+    return kinds
+
+
+KINDS = read_furniture(FURNITURE)
+OTHER = read_furniture(OTHER_FURNITURE), dict(zip(PAINTS, TINTS.split(), strict=True))
+WORLDS = {"rooms": (KINDS, PAINTS), "other": OTHER}
 ON_WALLS, TOYS = ("door", "window", "picture"), ("ball", "crate", "pillar", "cone")
 PAIRED = (*TOYS, "chair", "lamp", "plant")  # small enough for two in a picture
 CARRIERS = ("table", "shelf")  # a toy may stand on them
@@ -259,7 +272,7 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
     """A room and its objects, none of which touches another but a toy what it stands on.
 
     World axes: x right, y down, z forward; the floor is y = 0, its middle x = z = 0. An object
-    that finds no place in 200 tries is left out. Stage 2 draws the walls by texture_seed.
+    that finds no place in 200 tries is left out. Stage 2 draws the walls by texture_seed and world.
     """
     g = rng(cfg.seed, scene_id, "room")
     width_m, depth_m = np.round(g.uniform(*ROOM_SIDE_M, 2), 2).tolist()
@@ -273,20 +286,20 @@ def draw_room(scene_id: str, cfg: Config) -> dict:
         "texture_seed": int(g.integers(2**31)),
         "objects": [],
     }
+    room |= {"world": cfg.world} if cfg.world != "rooms" else {}
     looks, free = {}, []  # free: furniture on which nothing stands
     for label in draw_labels(g, cfg):
         *color, kind = label.split()
         under = free.pop() if color and kind in TOYS and free else None
         size = "small" if under else "toy" if kind in TOYS else "furniture"
-        look = [color[0] if color else str(g.choice([*COLORS]))]
-        look += [g.uniform(*SCALES[size]), float(g.integers(360))]
+        color = color or [str(g.choice([*COLORS]))]
+        look = [*color, g.uniform(*SCALES[size]), float(g.integers(360))]
         # the second of a pair is a copy of the first: the motion alone decides D4
-        look = looks.get(label, look)
-        thing = {"id": len(room["objects"]), "label": label} | build_object(kind, *look)
-        thing = find_place(g, thing, under, room)
-        room["objects"] += [thing] if thing else []
-        free += [thing] if thing and kind in CARRIERS else []
-        looks[label] = look
+        whole = build_object(kind, *looks.setdefault(label, look), cfg.world)
+        thing = {"id": len(room["objects"]), "label": label} | whole
+        if thing := find_place(g, thing, under, room):
+            room["objects"].append(thing)
+            free += [thing] if kind in CARRIERS else []
     return room
 
 
@@ -295,8 +308,8 @@ def draw_labels(g: Generator, cfg: Config) -> list:
 
     The kinds of the pairs have no other object in the room: "the red ball" is never one of them.
     """
-    kinds = dict.fromkeys(kind for kind, *_ in KINDS)
-    labels = g.permutation([f"{color} {kind}" for color in COLORS for kind in kinds]).tolist()
+    labels = [f"{color} {kind}" for color in COLORS for kind in KINDS]
+    labels = g.permutation(labels).tolist()
     if g.random() < cfg.same_label_share:
         paired = g.permutation(PAIRED)[:TWINS].tolist()
         others = [label for label in labels if label.split()[1] not in paired]
@@ -304,29 +317,24 @@ def draw_labels(g: Generator, cfg: Config) -> list:
     return labels[: g.integers(min(cfg.objects), max(cfg.objects) + 1)]
 
 
-def build_object(kind: str, color: str, scale: float, yaw_deg: float) -> dict:
+def build_object(kind: str, color: str, scale: float, yaw_deg: float, world="rooms") -> dict:
     """The parts of an object that has no place on the floor yet, and the box around them."""
-    paints = {"own": COLORS[color], "wood": WOOD, "white": WHITE, "leaf": LEAF}
-    parts, boxes = [], []
-    for name, shape, *cells, paint in KINDS:
-        if name == kind:
-            for box in itertools.product(*(cell.split(",") for cell in cells)):
-                parts.append({"shape": shape, "color": paints[paint]})
-                boxes.append(box)
-    sizes_m, places_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
-    places_m[:, 1] = -places_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
-    sizes_m, centers_m = scale * sizes_m, scale * places_m
+    kinds, paints = WORLDS[world]
+    boxes = [box for _, box, _ in kinds[kind]]
+    sizes_m, centers_m = np.hsplit(np.array(boxes, float), 2)  # [n, 3] each
+    centers_m[:, 1] = -centers_m[:, 1] - sizes_m[:, 1] / 2  # from the bottom to the middle, y down
+    sizes_m, centers_m = scale * sizes_m, scale * centers_m
     low = (centers_m - sizes_m / 2).min(0)
     high = (centers_m + sizes_m / 2).max(0)
     middle_m = (low + high) / 2
-    for part, size_m, center_m in zip(parts, sizes_m, centers_m - middle_m, strict=True):
-        part |= {"size_m": rounded(size_m), "yaw_deg": 0.0, "center_m": rounded(center_m)}
-    whole = {"center_m": rounded(middle_m), "size_m": rounded(high - low)}
-    return whole | {"yaw_deg": yaw_deg, "parts": parts}
-
-
-def rounded(values) -> list:
-    return np.round(values, 4).tolist()
+    center_m, size_m = np.round([middle_m, high - low], 4).tolist()
+    rows = np.round([sizes_m, centers_m - middle_m], 4).tolist()
+    parts = []
+    for (shape, _, paint), part_m, place_m in zip(kinds[kind], *rows, strict=True):
+        paint = paints[color if paint == "own" else paint]
+        part = {"shape": shape, "color": [*ImageColor.getrgb(paint)]}
+        parts.append(part | {"size_m": part_m, "yaw_deg": 0.0, "center_m": place_m})
+    return {"center_m": center_m, "size_m": size_m, "yaw_deg": yaw_deg, "parts": parts}
 
 
 def find_place(g: Generator, thing: dict, under, room: dict):
@@ -345,11 +353,9 @@ def find_place(g: Generator, thing: dict, under, room: dict):
         thing = thing | {"yaw_deg": 90.0 * wall}
     fits = np.ones(200, bool)
     for other in room["objects"]:
-        x, _, z = other["center_m"]
-        gap_m = np.hypot(*(places - (x, z)).T) - radius_m - outer_radius(other)
-        fits &= gap_m > 0.1
-        if other["label"] == thing["label"]:
-            fits &= gap_m < TWIN_GAP_M
+        gap_m = np.hypot(*(places - other["center_m"][::2]).T) - radius_m - outer_radius(other)
+        most_m = TWIN_GAP_M if other["label"] == thing["label"] else math.inf
+        fits &= (gap_m > 0.1) & (gap_m < most_m)
     x, z = np.round(places[fits.argmax()], 2).tolist()
     return thing | {"center_m": [x, y, z]} if fits.any() else None
 
@@ -365,6 +371,11 @@ def outer_radius(thing: dict) -> float:
     return math.hypot(width_m, depth_m) / 2
 
 
+def half_tan(fov_deg: float) -> float:
+    """Half the width of a picture at distance 1."""
+    return math.tan(math.radians(fov_deg) / 2)
+
+
 def rotate(points, yaw_deg):
     """R(yaw) @ points (x, z): from a camera's or object's axes to the world's; -yaw leads back."""
     x, z = points
@@ -373,41 +384,37 @@ def rotate(points, yaw_deg):
     return cos * x + sin * z, cos * z - sin * x
 
 
-def clearance(x, z, room: dict):
-    """Metres from each point to the nearest wall or footprint, negative inside of one."""
+def walk(path, starts):
+    """A path [2, P] from each of the starts [S, 3] -> world x and z, [S, P] each."""
+    x, z, yaw_deg = np.array(starts).T[:, :, None]
+    dx, dz = rotate(path, yaw_deg)
+    return x + dx, z + dz
+
+
+def is_free(x, z, room: dict):
+    """Paths [S, P] -> [S]: does every place on each keep MARGIN_M to walls and footprints?"""
     half_x, half_z = half_size(room)
-    nearest = np.minimum(half_x - np.abs(x), half_z - np.abs(z))
+    nearest_m = np.minimum(half_x - np.abs(x), half_z - np.abs(z))
     for thing in room["objects"]:
         center_x, _, center_z = thing["center_m"]
         width_m, _, depth_m = thing["size_m"]
-        # Beyond two sides the corner is nearest; inside, the nearer side counts, as negative.
         dx, dz = np.abs(rotate((x - center_x, z - center_z), -thing["yaw_deg"]))
-        dx, dz = dx - width_m / 2, dz - depth_m / 2
-        free_m = np.hypot(np.maximum(dx, 0), np.maximum(dz, 0))
-        free_m += np.minimum(np.maximum(dx, dz), 0)
-        nearest = np.minimum(nearest, free_m)
-    return nearest
-
-
-def is_free(path, starts, room: dict):
-    """Paths [2, P] from starts [S, 3] -> [S]: does every place on it keep the margin?"""
-    x, z, yaw_deg = starts.T[:, :, None]
-    dx, dz = rotate(path, yaw_deg)  # [S, P]
-    return clearance(x + dx, z + dz, room).min(1) > MARGIN_M
+        # beyond two sides the corner is nearest; inside, all is 0
+        outside_m = np.hypot(np.maximum(dx - width_m / 2, 0), np.maximum(dz - depth_m / 2, 0))
+        nearest_m = np.minimum(nearest_m, outside_m)
+    return nearest_m.min(1) > MARGIN_M
 
 
 def sees_objects(x, z, yaw_deg, room: dict):
-    """Starts [S, 1] each -> [S]: 0, 1 or, where two of one label are among them, 2: are objects
-    well inside the picture?
-
+    """Cameras [S, 1] each -> [S]: 2 where two objects of one label are well inside the picture,
+    1 where any object is.
     It must fill 1.5 % of the picture, for a question asks for 1 %. Another object may stand before
     it, which stage 2 finds out exactly.
     """
     things = [thing["center_m"] + thing["size_m"] for thing in room["objects"]]
     center_x, y, center_z, width_m, height_m, _ = np.array(things).reshape(-1, 6).T  # [O] each
     right, ahead = rotate((center_x - x, center_z - z), -yaw_deg)  # [S, O]
-    # half of the picture's width there
-    half_m = ahead * math.tan(math.radians(room["fov_x_deg"]) / 2)
+    half_m = ahead * half_tan(room["fov_x_deg"])  # of the picture's width there
     off_m = np.maximum(np.abs(right), np.abs(y + room["camera_height_m"]))
     large = width_m * height_m > 0.015 * (2 * half_m) ** 2
     seen = (ahead > 0.3) & (off_m < 0.85 * half_m) & large
@@ -439,7 +446,7 @@ def list_photos(source: str):
     return [(p, path, {"image": str(p.relative_to(path))}) for p in files], 0
 
 
-ASSUMED_FOV_DEG = 54.0  # along the longer side, where nothing tells
+ASSUMED_FOV_DEG = 54  # along the longer side, where nothing tells
 VIEW_FOV_DEG = {False: 30.0, True: 75.0}  # of a frame inside a photograph, a panorama
 MOST_TURN = 0.8  # of a frame's field of view: what is left is seen twice
 APART_DEG = 20.0  # turns from one start are so different
@@ -481,8 +488,7 @@ def field_of_view(path: Path, record: dict, tags: dict, size: tuple, cfg: Config
     focal_px = exif_focal_px(tags, *size)
     if 2 < fov_of(max(size), focal_px) < 150:  # otherwise no tag, or a wrong one
         return fov_of(size[0], focal_px), "exif"
-    focal_px = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV_DEG) / 2)
-    return fov_of(size[0], focal_px), "assumed"
+    return fov_of(size[0], max(size) / 2 / half_tan(ASSUMED_FOV_DEG)), "assumed"
 
 
 def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
@@ -513,8 +519,7 @@ def read_photo(folder: Path, record: dict, cfg: Config) -> dict:
     # a narrower camera inside, with as many pixels as the picture has there
     if panorama or cfg.pan:
         view_deg = cfg.view_fov_deg or VIEW_FOV_DEG[panorama]
-        whole = math.pi if panorama else math.tan(math.radians(fov_deg) / 2)
-        share = math.tan(math.radians(view_deg) / 2) / whole
+        share = half_tan(view_deg) / (math.pi if panorama else half_tan(fov_deg))
         width, height = width * share, (width if panorama else height) * share
     scale = min(1.0, cfg.long_side_px / max(width, height))
     width, height = round(width * scale), round(height * scale)
@@ -581,7 +586,7 @@ def draw_splits(scenes: list, cfg: Config) -> dict:
     # Draws below the bar are held out; where that would be none or all, the bar moves by one.
     bar, ordered = cfg.heldout, sorted(set(draws.values()))
     if 0 < bar < 1 and len(ordered) > 1:
-        bar = ordered[1] if bar <= ordered[0] else min(bar, ordered[-1])
+        bar = np.clip(bar, ordered[1], ordered[-1])
     return {name: "heldout" if draw < bar else "train" for name, draw in draws.items()}
 
 
@@ -592,13 +597,12 @@ SHARING = 4  # so many trajectories of a scene have one picture 1: which picture
 def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
     """Actions and a start (x_m, z_m, yaw_deg) from which they touch nothing; None if not found.
 
-    48 starts are tried at once for each of 20 draws of actions, so that long moves are hardly
-    rarer than short ones. One that sees an object is preferred: before the actions, after them, or
-    a whole turn further on either side. Were it always before, the objects in picture 2 would
-    stand where the camera came from, and tell the way of the turn. The first SHARING records start
-    at one place with different actions, where 20 draws find some that fit there.
+    48 starts for each of 20 draws of actions: long moves are hardly rarer than short ones. One that
+    sees an object is preferred: before the actions, after them, or a whole turn further on either
+    side. Were it always before, the objects in picture 2 would stand where the camera came from,
+    and tell the way of the turn. The first SHARING records start at one place.
     """
-    shared = [record["start"] for record in records[:1] if len(records) < SHARING]
+    shared = records[0]["start"] if 0 < len(records) < SHARING else None
     second_best = None
     for _ in range(20):
         actions = draw_actions(g, cfg, cfg.turn_deg)
@@ -608,22 +612,21 @@ def draw_in_room(g: Generator, records: list, room: dict, cfg: Config):
         path = c2w[:, [0, 2], 3].astype(float).T  # [2, P]
         places = np.round(g.uniform(-1, 1, (48, 2)) * (half_size(room) - MARGIN_M), 2)
         starts = np.column_stack([places, 10.0 * g.integers(36, size=48)])
-        starts = np.array(shared) if shared else starts
+        starts = np.array([shared]) if shared else starts
         turned_deg = sum(TURNS.get(name, 0) * value for name, value in actions)
-        side = int(g.integers(-1, 3))  # 0: the view before, 1: after
-        at = 0 if side < 1 else -1
-        x, z, yaw_deg = starts.T[:, :, None]  # [S, 1] each
-        end_x, end_z = rotate(path[:, at], yaw_deg)
-        # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: a single
-        # move might as well have been the opposite one, for all that either picture tells
-        seen = sees_objects(x + end_x, z + end_z, yaw_deg + side * turned_deg, room)
-        beyond = np.array([-path[:, -1], 2 * path[:, -1]]).T if len(actions) == 1 else path
-        rank = is_free(path, starts, room) * (1 + 2 * seen + is_free(beyond, starts, room))
+        side = g.integers(-1, 3)  # 0: the view before, 1: after
+        look_from = walk(path[:, :1] if side < 1 else path[:, -1:], starts)  # [S, 1] each
+        seen = sees_objects(*look_from, starts[:, 2:] + side * turned_deg, room)
+        # a single move might as well have been the opposite one, for all that either picture tells
+        beyond = np.outer(path[:, -1], [-1, 2]) if len(actions) == 1 else path
+        # 0: hits something, 1: is free, + 2: sees an object, + 4: two of one label, + 1: as above
+        rank = 1 + 2 * seen + is_free(*walk(beyond, starts), room)
+        rank *= is_free(*walk(path, starts), room)
         best = rank.argmax()
         found = actions, starts[best].tolist()
         if rank[best] >= 3:
             return found
-        if rank[best] >= 1:
+        if rank[best]:
             second_best = second_best or found
     if shared and not second_best:
         return draw_in_room(g, [], room, cfg)
@@ -711,15 +714,13 @@ def draw_picture(drawn: dict, rooms: dict) -> bytes:
         else:
             ax.axis("equal")
         for thing in room["objects"] if room else ():
-            x, _, z = thing["center_m"]
             color = np.array(thing["parts"][-1]["color"]) / 255
-            ax.add_patch(Circle((x, z), outer_radius(thing), color=color))
+            ax.add_patch(Circle(thing["center_m"][::2], outer_radius(thing), color=color))
         for record in drawn[scene_id]:
-            x, z, yaw_deg = record["start"] or (0, 0, record["start_yaw_deg"] or 0)
-            c2w = np.array(record["c2w"])
-            dx, dz = rotate(c2w[:, [0, 2], 3].T, yaw_deg)
-            views = rotate(c2w[:, [0, 2], 2].T, yaw_deg)
-            ax.quiver(x + dx, z + dz, *views, range(len(c2w)), cmap="coolwarm")
+            start = record["start"] or [0, 0, record["start_yaw_deg"] or 0]
+            _, _, ahead, path = np.array(record["c2w"])[:, [0, 2]].T  # [2, N] each
+            views = rotate(ahead, start[2])
+            ax.quiver(*walk(path, [start]), *views, range(len(path.T)), cmap="coolwarm")
     file = io.BytesIO()
     figure.savefig(file)
     return file.getvalue()
@@ -751,10 +752,12 @@ def main(cfg: Config):
     named, malformed = list_photos(cfg.images) if cfg.images else ([], 0)
     config = asdict(cfg)
     del config["run"], config["recipe"]
+    if cfg.world == "rooms":  # no record names the usual world: older runs go on
+        del config["world"]
     meta = begin(folder, config)
 
-    rooms = [draw_room(f"room_{number:05d}", cfg) for number in range(cfg.rooms)]
-    rooms = {room["scene_id"]: room for room in rooms}
+    names = [f"room_{number:05d}" for number in range(cfg.rooms)]
+    rooms = {name: draw_room(name, cfg) for name in names}
     photos = photo_scenes(named, cfg)
     scenes = [room_scene(room, cfg) for room in rooms.values()]
     splits = draw_splits(scenes, cfg) | draw_splits(photos, cfg)
@@ -784,9 +787,7 @@ def main(cfg: Config):
     save(folder / "trajectories.png", draw_picture(drawn, rooms))
     finish(folder, meta, counts, started)
     if counts["fields of view assumed"]:
-        print(
-            f"warning: {ASSUMED_FOV_DEG:g} degrees along the longer side are assumed: --fov_x_deg"
-        )
+        print(f"warning: {ASSUMED_FOV_DEG} degrees along the longer side are assumed: --fov_x_deg")
     print(f"look at {folder}/trajectories.png, then: python 02_imagine_views.py --run {cfg.run}")
 
 

@@ -289,7 +289,16 @@ def pattern_bank():
     kinds = [stripes, bricks]
     for kind in (checks, panels, noise(1.3)):
         kinds += [np.rot90(kind, turns) for turns in range(4)]
-    level = np.stack([0.75 * kind + 0.25 * noise(1.0) for kind in kinds])
+    level = [0.75 * kind + 0.25 * noise(1.0) for kind in kinds]
+    # of the other world, drawn last: zigzags, dots, diamonds
+    zigzags = rng.uniform(0, 1, 16)[(row + abs(column % 64 - 32)) % S // 16]
+    off_row, off_column = abs(row % 32 - 16), abs(column % 32 - 16)
+    spots = tones(0.5, 32, 32, column)
+    dots = np.where(np.hypot(off_row, off_column) < 10, spots, 0.1)
+    diamonds = np.where(off_row + off_column < 16, spots, 0.2)
+    for kind in (zigzags, dots, diamonds):
+        level += [np.rot90(kind, turns) for turns in range(4)]
+    level = np.stack(level)
     levels = [level]
     for size in (1, 2, 4, 8):
         for axis in (1, 2):
@@ -350,9 +359,12 @@ def prepare_room(room: dict) -> Room:
 
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
     paper = (np.arange(4) == rng.integers(8)) + 0  # 1: the accent wall of every other room
-    pattern = np.r_[rng.permutation([0, 1, 2, 6, 10])[paper], rng.integers(2, 14, 2)] * TEXELS**2
+    other = room.get("world") == "other"
+    walls = [14, 18, 22] if other else [0, 1, 2, 6, 10]
+    pattern = np.r_[rng.permutation(walls)[paper], rng.integers(2, 14, 2) + 12 * other] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
     rgb = rng.uniform(100, 215, (6, 1)) + rng.uniform(-35, 35, (6, 3))  # paler than objects
+    rgb *= 0.55 if other else 1
     rgb[:4] = rgb[paper]
     rgb[4] = 120 + rgb[4] / 2  # most ceilings are light
     # Half as dark to a third brighter: the hue stays the wall's own.

@@ -3,6 +3,7 @@
 And faults that are caught, runs that survive.
 """
 
+import colorsys
 import io
 import json
 import math
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from bench_simulator import bench_room
 from conftest import ROOT, copy_of, launch, lines, load, script
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 SCRIPT = ROOT / "02_imagine_views.py"
 SHAPES = ["ball", "crate", "pillar", "cone"]
@@ -225,36 +226,90 @@ def random_pose(draw: np.random.Generator, room: dict) -> np.ndarray:
             return pose
 
 
+def check_view(stage, room: dict, pose, width: int, height: int, fov_x_deg: float) -> list[dict]:
+    """The view agrees with brute force, and the boxes with its ids; returns the objects in it."""
+    seen = []
+    ready = stage.prepare_room(room)
+    picture, ids, depth = stage.render(ready, pose, stage.intrinsics(width, height, fov_x_deg))
+    want_ids, want_depth = reference(room, pose, width, height, fov_x_deg)
+    assert picture.shape == (height, width, 3) and picture.dtype == np.uint8
+    same = ids == want_ids
+    assert same.mean() >= 0.995
+    assert np.abs(depth - want_depth)[same].max() < 2e-3 * want_depth.max()
+    found = {entry["id"]: entry for entry in stage.visible_objects(ready, ids, pose)}
+    for number, body in enumerate(room["objects"], 1):
+        rows, columns = np.nonzero(ids == number)
+        assert (body["id"] in found) == bool(len(rows))
+        if not len(rows):
+            continue
+        entry = found[body["id"]]
+        low = columns.min() / width, rows.min() / height
+        high = (columns.max() + 1) / width, (rows.max() + 1) / height
+        assert entry["visible_px"] == len(rows) and entry["label"] == body["label"]
+        box = [math.floor(1000 * a + 1e-9) for a in low]
+        assert entry["box"] == box + [math.ceil(1000 * a - 1e-9) for a in high]
+        away_m = math.hypot(*(pose[[0, 2], 3] - np.array(body["center_m"])[[0, 2]]))
+        assert abs(entry["distance_m"] - away_m) < 1e-3
+        x, _, z, _ = np.linalg.inv(pose) @ [*body["center_m"], 1]
+        assert abs(entry["bearing_deg"] - math.degrees(math.atan2(x, z))) < 0.06
+        seen.append(body)
+    return seen
+
+
 @pytest.mark.parametrize("width, height, fov_x_deg", [(32, 32, 90.0), (45, 24, 54.0)])
 def test_render_equals_brute_force(stage, width, height, fov_x_deg):
     draw, shapes_seen = np.random.default_rng(width), set()
     for _ in range(12):
         room = random_room(draw)
-        ready, pose = stage.prepare_room(room), random_pose(draw, room)
-        picture, ids, depth = stage.render(ready, pose, stage.intrinsics(width, height, fov_x_deg))
-        want_ids, want_depth = reference(room, pose, width, height, fov_x_deg)
-        assert picture.shape == (height, width, 3) and picture.dtype == np.uint8
-        same = ids == want_ids
-        assert same.mean() >= 0.995
-        assert np.abs(depth - want_depth)[same].max() < 2e-3 * want_depth.max()
-        found = {entry["id"]: entry for entry in stage.visible_objects(ready, ids, pose)}
-        for number, body in enumerate(room["objects"], 1):
-            rows, columns = np.nonzero(ids == number)
-            assert (body["id"] in found) == bool(len(rows))
-            if not len(rows):
-                continue
-            entry = found[body["id"]]
-            low = columns.min() / width, rows.min() / height
-            high = (columns.max() + 1) / width, (rows.max() + 1) / height
-            assert entry["visible_px"] == len(rows) and entry["label"] == body["label"]
-            box = [math.floor(1000 * a + 1e-9) for a in low]
-            assert entry["box"] == box + [math.ceil(1000 * a - 1e-9) for a in high]
-            away_m = math.hypot(*(pose[[0, 2], 3] - np.array(body["center_m"])[[0, 2]]))
-            assert abs(entry["distance_m"] - away_m) < 1e-3
-            x, _, z, _ = np.linalg.inv(pose) @ [*body["center_m"], 1]
-            assert abs(entry["bearing_deg"] - math.degrees(math.atan2(x, z))) < 0.06
-            shapes_seen.add(body["parts"][0]["shape"])
+        seen = check_view(stage, room, random_pose(draw, room), width, height, fov_x_deg)
+        shapes_seen |= {body["parts"][0]["shape"] for body in seen}
     assert shapes_seen == set(SHAPES)
+
+
+def test_another_world_has_other_looks_and_the_same_conventions(stage, rooms, tmp_path):
+    """01 --world other: the same labels stand for other shapes, tints, walls and floors; boxes show
+    what brute force sees. The usual world is what it is without the setting."""
+    sample, draw, drawn = load("01"), np.random.default_rng(0), {}
+    for world in ("rooms", "other"):
+        script("01", "--run", tmp_path / world, "--rooms", 4, "--room_px", 84, "--world", world)
+        files = sorted((tmp_path / world / "1_trajectories/rooms").glob("*.json"))
+        drawn[world] = [json.loads(path.read_text()) for path in files]
+    for path in (rooms / "1_trajectories").rglob("*.*"):
+        same = tmp_path / "rooms" / path.relative_to(rooms)
+        assert same.read_bytes() == path.read_bytes() or path.name == "meta.json"
+    settings = [
+        json.loads((run / "1_trajectories/meta.json").read_text())["config"]
+        for run in (rooms, tmp_path / "rooms", tmp_path / "other")
+    ]
+    assert settings[0] == settings[1] and settings[2] == settings[0] | {"world": "other"}
+
+    words = {
+        word for room in drawn["other"] for o in room["objects"] for word in o["label"].split()
+    }
+    assert words <= {*sample.COLORS, *sample.KINDS}
+    seen = [
+        check_view(stage, room, random_pose(draw, room), 40, 40, 90.0) for room in drawn["other"]
+    ]
+    assert sum(map(len, seen)) > 4
+    for usual, other in zip(drawn["rooms"], drawn["other"], strict=True):
+        assert "world" not in usual and other["world"] == "other"
+        patterns = [set(stage.prepare_room(room).face_pattern) for room in (usual, other)]
+        assert not patterns[0] & patterns[1]
+
+    for kind in sample.KINDS:
+        looks = []
+        for world in ("rooms", "other"):
+            parts = sample.build_object(kind, "red", 1.0, 0.0, world)["parts"]
+            looks.append([(part["shape"], *part["size_m"]) for part in parts])
+        assert not set(looks[0]) & set(looks[1]), kind
+    (_, usual), (_, other) = sample.WORLDS.values()
+    usual, other = ({k: ImageColor.getrgb(v) for k, v in one.items()} for one in (usual, other))
+    hues = {name: colorsys.rgb_to_hsv(*usual[name])[0] for name in sample.COLORS}
+    for name in usual:  # red stays red, and no tint is one that was trained on
+        assert min(math.dist(other[name], rgb) for rgb in usual.values()) > 20
+        hue = colorsys.rgb_to_hsv(*other[name])[0]
+        apart = {one: abs((hue - hues[one] + 0.5) % 1 - 0.5) for one in hues}
+        assert name not in hues or min(apart, key=apart.get) == name
 
 
 def test_occlusion_hides_pixels(stage):
