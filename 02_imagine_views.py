@@ -360,8 +360,9 @@ def prepare_room(room: dict) -> Room:
     light = yaw_matrix(rng.uniform(0, 360)) @ [0.6, -0.8, 0]
     paper = (np.arange(4) == rng.integers(8)) + 0  # 1: the accent wall of every other room
     other = room.get("world") == "other"
-    walls = [14, 18, 22] if other else [0, 1, 2, 6, 10]
-    pattern = np.r_[rng.permutation(walls)[paper], rng.integers(2, 14, 2) + 12 * other] * TEXELS**2
+    walls = rng.permutation([14, 18, 22] if other else [0, 1, 2, 6, 10])
+    flats = rng.integers(2, 14, 2) + 12 * other
+    pattern = np.r_[walls[paper], flats] * TEXELS**2
     *wall_shift, flat_shift = rng.integers(0, TEXELS, 5).tolist()
     rgb = rng.uniform(100, 215, (6, 1)) + rng.uniform(-35, 35, (6, 3))  # paler than objects
     rgb *= 0.55 if other else 1
@@ -2136,6 +2137,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
 
 
 def main(cfg: Config):
+    """Imagine this process's share; whoever ends last writes the records of all."""
     started, run = time.perf_counter(), Path(cfg.run)
     names = [*cfg.teacher, *filter(None, [cfg.heldout_teacher])]
     if not {*names} <= TEACHERS.keys() or cfg.workers < 1:
@@ -2165,9 +2167,9 @@ def main(cfg: Config):
         imagine_all(todo, teachers, cfg)
     if peak := torch.cuda.max_memory_allocated():
         print(f"peak GPU memory {peak / 2**30:.1f} GB")
-
+    # should two shards end together, the second finds the folder finished
     missing = 0
-    with alone(folder):  # should two shards end together, the second finds the folder finished
+    with alone(folder):
         for trajectory, _ in jobs:
             place = run / folder_of(trajectory)
             missing += not ((place / "view.json").is_file() or (place / "skipped.json").is_file())
