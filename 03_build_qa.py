@@ -477,7 +477,7 @@ class Question(NamedTuple):
         words = "<image>" * len(self.images) + self.words
         for letter, option in zip(LETTERS, self.options, strict=False):
             words += f" {letter}. {option}"
-        words += "." if self.options else ""
+        words += "." * bool(self.options)
         _, how = LETTER if self.options else TASKS[self.task].answer
         return f"{words} {how}" + BOXES * ("[" in words or how == BOX[1])
 
@@ -813,13 +813,15 @@ def same_and_other(pair, any_label, apart):
     """
     same, other, later = [], [], pair.after.usable
     for key, one in pair.before.usable.items():
+        known = pair.view["exact"] or key in pair.after.visible
         twin = max(pair.before.counts[one.label], pair.after.counts[one.label]) > 1
         if key in later and (any_label or twin):
             same.append((key, key))
         for k, two in later.items():
             # thousandths from the middle of the right box to that of the other, both in image 2
             aside = abs(sum(later[key].box[::2]) - sum(two.box[::2])) / 2 if key in later else 0
-            if k != key and aside >= apart and (any_label or one.label == two.label):
+            two_ids = k != key and (known or k in pair.before.visible)  # of a lost track, too
+            if two_ids and aside >= apart and (any_label or one.label == two.label):
                 other.append((key, k))
     return same, other
 
@@ -919,14 +921,13 @@ def ask_whether_there(shown, task, most, draw):
     seen = ["Do you see", "Can you see", "Is there"]
     parts = [seen, ["any {label}?", "any {label} in the picture?"]]
     parts_box = [seen, ["any {label} at {box}?", "any {label} inside {box}?"]]
-    picture = shown.before
-    known = shown.survey.labels[shown.view["source"]]
-    absent = sorted(label for label in known if not same_kind(label, picture.counts))
-    here = sorted({one.label for one in picture.usable.values()})
+    known, things = shown.survey.labels[shown.view["source"]], shown.before.usable
+    absent = sorted(label for label in known if not same_kind(label, shown.before.counts))
+    here = sorted({one.label for one in things.values()})
     for label in mixed(draw, here, absent, most):
         answer = "yes" if label in here else "no"
         yield shown.question(task, draw, parts, answer, {"label": label})
-    for key in some(draw, list(picture.usable), most):
+    for key in some(draw, [*things], most):
         words = shown.words(key)
         answer = "yes" if draw.random() < 0.5 else "no"
         if answer == "no":
@@ -1133,8 +1134,7 @@ def name_empty(survey, files):
         if task not in made and survey.caps[task] and trains(survey.cfg, task):
             print(f"no question of {task} to train on: it needs {row.needs}", file=sys.stderr)
     if not files["heldout"]:
-        why = "no usable scene is held out: more rooms or photographs, or a larger 01 --heldout"
-        print(f"heldout.jsonl is empty: {why}", file=sys.stderr)
+        print("heldout.jsonl is empty: more scenes, or a larger 01 --heldout", file=sys.stderr)
 
 
 def as_record(q):
@@ -1190,8 +1190,8 @@ def examples(questions, run):
 
 
 def main(cfg: Config):
-    started = time.perf_counter()
-    run = Path(cfg.run)
+    """Ask about every view, balance what was asked, write the files of questions."""
+    started, run = time.perf_counter(), Path(cfg.run)
     read_caps(cfg.caps)  # for its faults, before a folder is begun
     for name, given, known in (("tasks", cfg.tasks, TASKS), ("formats", cfg.formats, FORMATS)):
         if {*given} - {*known}:
@@ -1200,29 +1200,29 @@ def main(cfg: Config):
     config = asdict(cfg)
     del config["recipe"], config["run"]
     meta = begin(folder, config, run / "2_views")
-
+    # from here on it takes minutes
     detect = load_detector(cfg) if cfg.detector else None
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)
     files = make_files(survey, list(ask_all(views, survey)))
     dropped = +survey.dropped
     for reason, count in sorted(dropped.items()):
-        print(f"dropped {count:7,}  {reason}")
+        print("dropped", count, reason)
     name_empty(survey, files)
     if not files["static"] + files["sft"]:
-        stop(f"no question to train on, {len(views)} usable views in {run}/2_views: see above")
+        stop("no question to train on: see the lines above")
     counts = {}
     for name, questions in files.items():
         lines = [json.dumps(as_record(q), ensure_ascii=False) + "\n" for q in questions]
         save(folder / f"{name}.jsonl", "".join(lines))
         counts[name] = Counter(sorted(q.task for q in questions))
-
+    # for people: what there is, and what it looks like
     card = {"views": {"used": len(views), "skipped": skipped}, "counts": counts, "dropped": dropped}
-    save(folder / "card.json", json.dumps(card, indent=1, ensure_ascii=False))
+    save(folder / "card.json", json.dumps(card, indent=1))
     save(folder / "examples.png", examples(files["static"] + files["sft"] + files["heldout"], run))
     finish(folder, meta, {name: count.total() for name, count in counts.items()}, started)
     for name, count in (counts | {"skipped": skipped}).items():
-        print(f"{name:8}", dict(count))
+        print(name, dict(count))
     print(f"next: python 04_train_sft.py --run {cfg.run}")
 
 
