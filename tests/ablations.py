@@ -2,7 +2,8 @@
 
 Every student is a run folder runs/ablations/VARIANT-SEED, trained from base/ as in `make demo`, on
 as many questions as the others (two lengths apart). The questions come from the same trajectories,
-imagined by the rows of TEACHERS; all students answer the same held-out questions about exact views.
+imagined by the rows of TEACHERS; all students answer the same held-out questions about exact views,
+those of `fill` also about rooms of another world, with other furniture, tints, walls and floors.
 A finished student is a line of tests/ablations.jsonl, with its hash and scores, and is not made
 again: the table can be completed in any number of sittings; --table only prints it. On a GPU, or on
 many cores, --jobs students are made at once. The arithmetic is float32 everywhere.
@@ -24,10 +25,12 @@ PLACE, LOG = ROOT / "runs/ablations", ROOT / "tests/ablations.jsonl"
 FORWARD, INVERSE = ("D1", "D2", "D4"), ("A1", "A2", "A3", "A4", "D3")
 TASKS = ("A1", "A2", "A3", "A4", "D1", "D2", "D3", "D4")
 ROOMS = 1000
-TEACHERS = {  # the settings of 02 and of 03
-    "fill": ({"teacher": "warp", "fill": "base/world", "heldout_teacher": "simulator"}, {}),
-    "simulator": ({}, {}),
-    "warp": ({"teacher": "warp", "heldout_teacher": "simulator"}, {"max_holes": 1}),
+FILL = {"teacher": "warp", "fill": "base/world", "heldout_teacher": "simulator"}
+TEACHERS = {  # the settings of 01, 02 and 03
+    "fill": ({}, FILL, {}),
+    "simulator": ({}, {}, {}),
+    "warp": ({}, {"teacher": "warp", "heldout_teacher": "simulator"}, {"max_holes": 1}),
+    "another world": ({"world": "other"}, {}, {}),
 }
 VARIANTS = {
     "fill": {},
@@ -41,6 +44,9 @@ VARIANTS = {
     "four times as long": {"length": 4},
     "simulator, twice as long": {"teachers": ["simulator"], "length": 2},
 }
+
+
+STAGES = {"sft": "", "refined": " refined", "elsewhere": " refined, in another world"}
 
 
 def script(number: str, run: Path, recipe: str, **flags):
@@ -57,9 +63,9 @@ def script(number: str, run: Path, recipe: str, **flags):
 @functools.cache
 def views(teacher: str) -> Path:
     """The run folder with a teacher's views and the questions about them, open and as choices."""
-    run, (imagining, asking) = PLACE / teacher, TEACHERS[teacher]
+    run, (sampling, imagining, asking) = PLACE / teacher.replace(" ", "-"), TEACHERS[teacher]
     PLACE.mkdir(parents=True, exist_ok=True)
-    script("01", run, "tiny", rooms=ROOMS)
+    script("01", run, "tiny", rooms=ROOMS, **sampling)
     script("02", run, "tiny", workers=os.cpu_count(), **imagining)
     script("03", run, "tiny", **asking)
     script("03", run, "tiny", out="3_choice", formats=["open", "choice"], **asking)
@@ -86,9 +92,10 @@ def training_questions(run: Path, how: dict):
         (run / f"{name}.jsonl").write_text("".join(kept))
 
 
-def evaluate(run: Path, checkpoint: str, temperature: int, per_task: int) -> dict:
+def evaluate(run: Path, checkpoint: str, temperature: int, per_task: int, where="simulator"):
     """{task: main score} and the means over the tasks of reward and right answers."""
-    rooms, tag = views("simulator"), checkpoint[2:] + "-drawn" * temperature
+    rooms, tag = views(where), checkpoint[2:] + "-drawn" * temperature
+    tag += "-elsewhere" * (where != "simulator")
     script(
         "06",
         run,
@@ -124,10 +131,12 @@ def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
     if variant != "fill":
         return line | {"sft": evaluate(run, "4_sft", 0, per_task)}
     script("05", run, "tiny", data=run / "grpo.jsonl", steps=steps[1], seed=seed, **place)
-    evaluations = [("4_sft", 0), ("5_refine", 0), ("4_sft", 1), ("5_refine", 1)]
+    evaluations = [("4_sft", 0, per_task), ("5_refine", 0, per_task)]
+    evaluations += [("4_sft", 1, per_task), ("5_refine", 1, per_task)]
+    evaluations += [("5_refine", 0, per_task, "another world")]
     with ThreadPoolExecutor(4) as pool:
-        sft, refined, *_ = pool.map(lambda one: evaluate(run, *one, per_task), evaluations)
-    line |= {"sft": sft, "refined": refined}
+        sft, refined, *_, elsewhere = pool.map(lambda one: evaluate(run, *one), evaluations)
+    line |= {"sft": sft, "refined": refined, "elsewhere": elsewhere}
     for ending, how in (("", "greedy"), ("-drawn", "drawn")):
         script("06", run, "paper", compare=[f"sft{ending}", f"refine{ending}"])
         name = f"compare_sft{ending}_refine{ending}.json"
@@ -144,12 +153,12 @@ def scores_table(lines: list[dict]) -> str:
     """Means over the seeds, and the range of the mean reward."""
     rows = [["variant", "seeds", *TASKS, "reward", "range"]]
     for variant in VARIANTS:
-        for stage in ("sft", "refined"):
+        for stage, words in STAGES.items():
             own = [line[stage] for line in lines if line["variant"] == variant and stage in line]
             if own:
                 rewards = [one["reward"] for one in own]
                 means = [statistics.mean(one["scores"][task] for one in own) for task in TASKS]
-                row = [variant + " refined" * (stage == "refined"), str(len(own))]
+                row = [variant + words, str(len(own))]
                 row += [f"{mean:.3f}" for mean in means]
                 row += [f"{statistics.mean(rewards):.4f}"]
                 rows.append([*row, f"{min(rewards):.4f} to {max(rewards):.4f}"])
@@ -191,7 +200,8 @@ def main():
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.jobs)))
     with ThreadPoolExecutor(options.jobs) as pool:
         known = [VARIANTS[variant].get("teachers", ["fill"]) for variant, _ in missing]
-        list(pool.map(views, {*sum(known, []), "simulator"} if missing else ()))
+        wanted = {*sum(known, []), "simulator", "another world"} if missing else ()
+        list(pool.map(views, wanted))
         students = [pool.submit(student, *one, options.steps, options.per_task) for one in missing]
         for done in as_completed(students):
             line = done.result()
