@@ -81,7 +81,7 @@ TINY = "--train full --freeze_vision False --lr 2e-3 --muon_lr 8e-3 --mean answe
 TINY += "--no_checkpointing "
 REHEARSE = "--data 3_qa/sft.jsonl 3_qa/static.jsonl "
 LESSON = "--student 4_first --data 3_lesson/sft.jsonl --schedule constant --out 4_lesson"
-BASE = "--data 3_qa/static.jsonl --steps 8000 --save_dtype bfloat16 --out 4_base"
+BASE = "--data 3_qa/static.jsonl --steps 4000 --save_dtype bfloat16 --out 4_base"
 RECIPES = {
     "paper": "",
     "tiny": TINY + "--warmup 0.02 " + REHEARSE,

@@ -81,7 +81,7 @@ ablations: $(VENV)/ready
 # log; base-check trains the first 5 % anew and compares the losses.
 BASE = $(PY) 04_train_sft.py --run runs/base --recipe base
 runs/base/3_qa/meta.json: RUN = runs/base
-runs/base/3_qa/meta.json: ROOMS = 16000
+runs/base/3_qa/meta.json: ROOMS = 8000
 runs/base/3_qa/meta.json: | $(VENV)/ready
 	$(SAMPLE) base
 	$(IMAGINE) tiny

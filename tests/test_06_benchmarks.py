@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import launch, load, tiny_qwen
+from conftest import launch, load, script, tiny_qwen
 from PIL import Image
 from test_06_eval import evaluate, write
 
@@ -679,8 +679,8 @@ def test_two_shards_equal_one_and_a_killed_run_goes_on(tmp_path, monkeypatch, ca
 
 
 def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
-    """The real model: 2 x 7 questions in one run, in two shards one by one, and killed in the
-    middle: the same answers and results."""
+    """The real model: 2 x 7 questions in one run, in two shards one by one, by two processes of
+    torchrun, and killed in the middle: the same answers and results."""
     data, folder = write_mindcube(tmp_path / "cube", rows=14), tmp_path / "run"
     folder.mkdir()
     (folder / "student").symlink_to(run / "4_base")
@@ -691,6 +691,8 @@ def test_a_tiny_student_killed_resumed_one_by_one_and_in_shards(run, tmp_path):
         evaluation.main(evaluation.Config(**usual, tag="shards", shard=shard, batch=1))
     assert without_times(folder, "shards") == without_times(folder, "whole")
     flags = [part for key, value in usual.items() for part in (f"--{key}", value)]
+    script("06", *flags, "--tag", "processes", processes=2)
+    assert without_times(folder, "processes") == without_times(folder, "whole")
     log = folder / "6_eval/killed/samples.jsonl"
     process = launch("06", *flags, "--tag", "killed", "--batch", 1)
     while process.poll() is None and not (log.is_file() and log.stat().st_size):
