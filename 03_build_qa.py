@@ -90,6 +90,7 @@ RECIPES = {
     "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
     " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
     " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
+    # of which base/ learns the static ones alone
     "base": "--box_step 10 --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
 }
 
