@@ -23,7 +23,8 @@ from kernels.rows import common_prefix, packs, recurrent, who_sees_whom
 
 ROOM = 128  # tokens of a response for which a layer has room, and gets it again when it is used up
 ANSWER = 16  # tokens that a response has, about
-WIDEST = 64  # prompts in a row at most: each makes it longer for all others
+WIDEST = 64  # prompts in a row at most
+TOKEN = 2000  # pairs of query and key that cost as much as a token does: base/ on a CPU
 
 
 class LayerWithRoom(DynamicLayer):
@@ -36,8 +37,7 @@ class LayerWithRoom(DynamicLayer):
         super().__init__()
         self.room, self.written = room, layer.keys.shape[-2]
         self.storage = [self.enlarged(x) for x in (layer.keys, layer.values)]
-        self.dtype, self.device = layer.keys.dtype, layer.keys.device
-        self.is_initialized = True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.show_written()
 
     def enlarged(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,27 +75,29 @@ def end_tokens(student) -> list[int]:
 def shared_heads(prompts: list[dict], config) -> list[tuple[list[int], int]]:
     """What is encoded once: [(the prompts that share a head, its length)].
 
-    Prompts about the same pictures (the same tensor `pixels`) share the tokens with which they
-    begin, if all pictures are among them. Every prompt keeps at least one token of its own. As all
-    rows are as wide as the widest, large groups are cut where reading their heads again costs less.
+    Prompts about the same pictures (one tensor `pixels`) share the tokens with which they begin, if
+    all pictures are among them; each keeps one of its own. Large groups are cut where that pays.
     """
-    groups, heads, alone = {}, [], recurrent(config)
+    groups, heads, ids = {}, [], [prompt["ids"] for prompt in prompts]
     for b, prompt in enumerate(prompts):
-        groups.setdefault(b if alone else id(prompt["pixels"]), []).append(b)
-    sizes = [len(members) for members in groups.values()]
-    length = sum(len(prompt["ids"]) for prompt in prompts) / len(prompts)
+        groups.setdefault(b if recurrent(config) else id(prompt["pixels"]), []).append(b)
 
-    def cost(width):
-        return sum(math.ceil(size / width) for size in sizes) * (length + width * ANSWER)
+    def common(members):
+        return common_prefix([{"ids": ids[b], "prompt": len(ids[b]) - 1} for b in members])
 
-    K = min(range(1, min(WIDEST, max(sizes)) + 1), key=cost)
-    for members in [own[i : i + K] for own in groups.values() for i in range(0, len(own), K)]:
-        ids = [prompts[b]["ids"] for b in members]
-        n = common_prefix([{"ids": own, "prompt": len(own) - 1} for own in ids])
-        if any((own[n:] == config.image_token_id).any() for own in ids):
-            heads += [([b], len(own) - 1) for b, own in zip(members, ids, strict=True)]
-        else:
-            heads.append((members, n))
+    groups = [(own, common(own)) for own in groups.values()]
+    head, most = max(n for _, n in groups), max(len(own) for own, _ in groups)
+    tail = max(len(ids[b]) - n for own, n in groups for b in own)
+
+    def cost(width):  # rows are as wide as the widest, and a token meets all of its row
+        rows, own = sum(math.ceil(len(g) / width) for g, _ in groups), width * (tail + ANSWER)
+        return rows * (head + own) * (TOKEN + own)
+
+    K = min(range(1, min(WIDEST, most) + 1), key=cost)
+    for members in [own[i : i + K] for own, _ in groups for i in range(0, len(own), K)]:
+        n = common(members)
+        apart = any((ids[b][n:] == config.image_token_id).any() for b in members)
+        heads += [([b], len(ids[b]) - 1) for b in members] if apart else [(members, n)]
     return heads
 
 
@@ -164,13 +166,11 @@ def generate(
     for row, (members, n) in enumerate(heads):
         own = [prompts[b] for b in members]
         seen.append([(own[0]["ids"][:n], own[0]["positions"][:, :n], 0)])
-        tails = [(one["ids"][n:-1], one["positions"][:, n:-1]) for one in own]
-        told.append([(*tail, k) for k, tail in enumerate(tails, 1)])
+        told.append([(x["ids"][n:-1], x["positions"][:, n:-1], k) for k, x in enumerate(own, 1)])
         firsts.append(own[0])
         place[members] = torch.arange(row * K, row * K + len(members))
-    pixels = torch.cat([first["pixels"] for first in firsts]).to(device)
-    grids = torch.cat([first["grids"] for first in firsts]).to(device)
-    rows.read(seen, pixel_values=pixels, image_grid_thw=grids)
+    pixels, grids = (torch.cat([x[name] for x in firsts]) for name in ("pixels", "grids"))
+    rows.read(seen, pixel_values=pixels.to(device), image_grid_thw=grids.to(device))
     if not recurrent(model.config):
         room = K * min(max_new_tokens, ROOM)
         rows.cache.layers = [LayerWithRoom(layer, room) for layer in rows.cache.layers]

@@ -9,7 +9,7 @@ from conftest import load, student_of, write_questions
 from PIL import Image
 
 from kernels import rows as made
-from kernels.generation import generate_groups
+from kernels.generation import generate_groups, shared_heads
 from kernels.rows import encode_question, micro_batches, pack, pad_rows, share
 
 sft, refine = load("04"), load("05")
@@ -276,3 +276,19 @@ def test_a_picture_token_in_a_response_never_reaches_the_model(run, tmp_path):
     prompts = [refine.open_prompt(student, refine.read_questions(run / "3_qa/grpo.jsonl", run)[0])]
     (responses,) = generate_groups(student, prompts, 5, 4, torch.rand(4, 5))
     assert all(pad not in response for response in responses)
+
+
+@pytest.mark.parametrize(
+    "head, tail, few, most",
+    [(28, 40, 2, 16), (28, 150, 1, 4), (2000, 40, 18, 64)],
+    ids=["small pictures", "long questions", "a video"],
+)
+def test_rows_are_as_wide_as_pays(head, tail, few, most):
+    """A token meets all of its row: 64 long questions in one took nine times as long as in 32."""
+    prompts, pixels = [], torch.zeros(1)
+    for number in range(64):
+        ids = torch.cat([torch.full((head,), 5), torch.full((tail,), 10 + number)])
+        prompts.append({"ids": ids, "pixels": pixels})
+    config = SimpleNamespace(image_token_id=1, get_text_config=lambda: None)
+    widest = max(len(members) for members, _ in shared_heads(prompts, config))
+    assert few <= widest <= most
