@@ -89,7 +89,10 @@ def test_mindcube_equals_the_public_evaluator():
     for item in golden("mindcube_items"):
         assert evaluation.extract_choice(item["answer"]) == item["extracted"], item
         assert evaluation.setting_of(item["id"]) == item["setting_official"]
-    want, left_out = golden("aggregates")[1]["official"], evaluation.NOT_COUNTED["not_counted"]
+    want, left_out = (
+        golden("aggregates")[1]["official"],
+        evaluation.EXAMS["mindcube"]["not_counted"],
+    )
     right = {}
     for item in golden("mindcube_run"):
         if item["gt_answer"]:
