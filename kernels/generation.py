@@ -24,7 +24,7 @@ from kernels.rows import common_prefix, packs, recurrent, who_sees_whom
 ROOM = 128  # tokens of a response for which a layer has room, and gets it again when it is used up
 ANSWER = 16  # tokens that a response has, about
 WIDEST = 64  # prompts in a row at most
-TOKEN = 2000  # pairs of query and key that cost as much as a token does: base/ on a CPU
+TOKEN = 6000  # pairs of query and key that cost as much as a token: fits base/ on a CPU
 
 
 class LayerWithRoom(DynamicLayer):
