@@ -244,7 +244,7 @@ TINTS = "#a50f2d #73c83c #4b7dff #fff073 #be5fe6 #e15f0a #6ef0e6 #5a5f69 #fae1be
 
 
 def read_furniture(table: str) -> dict:
-    """{kind: [(shape, (width, height, depth, x, bottom, z), paint), ...]}, as they are written"""
+    """{kind: [(shape, (width, height, depth, x, bottom, z), paint), ...]}; numbers as text."""
     kinds = {}
     for line in table.strip().splitlines():
         kind, parts = line.split(maxsplit=1)

@@ -813,6 +813,7 @@ def same_and_other(pair, any_label, apart):
     """
     same, other, later = [], [], pair.after.usable
     for key, one in pair.before.usable.items():
+        # a detector's object may come back under a new id, if it is not found where it should be
         known = pair.view["exact"] or key in pair.after.visible
         twin = max(pair.before.counts[one.label], pair.after.counts[one.label]) > 1
         if key in later and (any_label or twin):
@@ -820,8 +821,8 @@ def same_and_other(pair, any_label, apart):
         for k, two in later.items():
             # thousandths from the middle of the right box to that of the other, both in image 2
             aside = abs(sum(later[key].box[::2]) - sum(two.box[::2])) / 2 if key in later else 0
-            two_ids = k != key and (known or k in pair.before.visible)  # of a lost track, too
-            if two_ids and aside >= apart and (any_label or one.label == two.label):
+            another = k != key and (known or k in pair.before.visible)
+            if another and aside >= apart and (any_label or one.label == two.label):
                 other.append((key, k))
     return same, other
 
@@ -1200,7 +1201,6 @@ def main(cfg: Config):
     config = asdict(cfg)
     del config["recipe"], config["run"]
     meta = begin(folder, config, run / "2_views")
-    # from here on it takes minutes
     detect = load_detector(cfg) if cfg.detector else None
     views, skipped = load_views(cfg, detect)
     survey = Survey(cfg, views)

@@ -44,8 +44,6 @@ VARIANTS = {
     "four times as long": {"length": 4},
     "simulator, twice as long": {"teachers": ["simulator"], "length": 2},
 }
-
-
 STAGES = {"sft": "", "refined": " refined", "elsewhere": " refined, in another world"}
 
 
@@ -199,9 +197,9 @@ def main():
     missing = [] if options.table else [one for one in wanted if one not in known]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.jobs)))
     with ThreadPoolExecutor(options.jobs) as pool:
-        known = [VARIANTS[variant].get("teachers", ["fill"]) for variant, _ in missing]
-        wanted = {*sum(known, []), "simulator", "another world"} if missing else ()
-        list(pool.map(views, wanted))
+        taught = [VARIANTS[variant].get("teachers", ["fill"]) for variant, _ in missing]
+        needed = {*sum(taught, []), "simulator", "another world"} if missing else ()
+        list(pool.map(views, needed))
         students = [pool.submit(student, *one, options.steps, options.per_task) for one in missing]
         for done in as_completed(students):
             line = done.result()

@@ -758,7 +758,6 @@ def test_eighteen_questions_about_a_video_hold_its_keys_once(eighteen, monkeypat
 
     monkeypatch.setattr(generation, "LayerWithRoom", counted)
     monkeypatch.setattr(generation, "end_tokens", lambda student: [-1])
-    monkeypatch.setattr(generation, "TOKEN", 10**6)  # as if the frames were large: one row
     prompts = evaluation.prompts_of(student, questions, False)
     ((_, head),) = generation.shared_heads(prompts, student.model.config)
     own = sum(len(prompt["ids"]) - head + 15 for prompt in prompts)
@@ -769,10 +768,9 @@ def test_eighteen_questions_about_a_video_hold_its_keys_once(eighteen, monkeypat
 @pytest.mark.parametrize(
     "family, attention", [("qwen3", "world2vlm"), ("qwen3", "sdpa"), ("qwen2.5", "world2vlm")]
 )
-def test_shared_prefill_answers_as_alone(run, tmp_path, monkeypatch, family, attention):
+def test_shared_prefill_answers_as_alone(run, tmp_path, family, attention):
     """Groups of one, two and three questions about one and two pictures, in one batch; sampled
     too. One text is longer than the room of a layer."""
-    monkeypatch.setattr(generation, "TOKEN", 10**6)  # as if the model were large: wide rows
     if family == "qwen2.5":
         student = tiny_qwen(run, tmp_path, attention, "qwen2.5")
     else:
