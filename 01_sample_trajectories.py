@@ -71,7 +71,7 @@ from transformers.hf_argparser import HfArg
 SMALL_ROOMS = "--room_px 84 --objects 6 8 --move_m 0.4 1.6 --move_grid_m 0.4 --turn_deg 10 40"
 RECIPES = {
     "paper": "",
-    "tiny": f"{SMALL_ROOMS} --shares 0.4 0.3 0.3 --heldout 0.15",
+    "tiny": f"{SMALL_ROOMS} --heldout 0.15",
     "base": f"{SMALL_ROOMS} --shares 0.7 0.15 0.15 --heldout 0.02 --seed 1",
     "world": f"{SMALL_ROOMS} --shares 0.6 0.2 0.2 --heldout 0 --seed 2",
     "photos": "--pan --photo_trajectories 28",

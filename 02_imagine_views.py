@@ -96,7 +96,9 @@ from kernels.seva import Seva, SevaConfig
 from kernels.temporal import MAX_FRAMES
 from kernels.student import read_picture
 
-RECIPES = {"paper": "", "tiny": "--keep ends"}
+# training views are imagined, those of the exam exact
+TINY = "--keep ends --teacher warp --fill base/world --heldout_teacher simulator"
+RECIPES = {"paper": "", "tiny": TINY, "exact": "--keep ends"}
 
 
 @dataclass
@@ -126,9 +128,7 @@ class Config:
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
     depth: str = HfArg(default="", help="metric depth checkpoint, for photographs without a file")
     fill: str = HfArg(
-        default="",
-        help="warp: paints holes: base/world in rooms, in photographs an inpainting pipeline of "
-        "diffusers (folder, hub id); empty: they stay grey",
+        default="", help="warp: paints holes: base/world in rooms, else an inpainting pipeline"
     )
     heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")

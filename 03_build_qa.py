@@ -24,7 +24,7 @@ is dropped is counted and printed.
 Departures from the published code: no prompt contains its answer. The yes/no tasks have both
 answers in equal numbers for each object label (A4: for each first action) and for each class of
 what else the words tell (`alike` of a question), so neither gives the answer away. A D4 question
-needs a second object of that label in the pictures (but see --near_miss_box).
+needs a second object of that label in the pictures.
 
 Reads   RUN/2_views/views.jsonl, one trajectory per line (shortened here), and whether its frames
         are there:
@@ -84,14 +84,12 @@ from transformers.hf_argparser import HfArg
 
 RECIPES = {
     "paper": "",
-    "tiny": "--formats open --box_step 10 --grpo_per_task 2500"
-    " --caps A4=1 D1=2 D2=1 D3=2 D4=4 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.6 S5=1 S6=4",
-    # single actions only, mostly D4 and A4, whose false statements are plainly false
-    "lesson": "--out 3_lesson --formats open --box_step 10 --grpo_per_task 0 --most_actions 1"
-    " --caps A3=0 A4=2 D1=0.5 D2=0.3 D3=0.5 D4=4 E1=0 E2=0 E3=0 S2=1 S5=1 S6=1"
-    " --near_miss_m 1 --near_miss_deg 45 --near_miss_box 150",
+    # false statements are so false that 84 pixels show it
+    "tiny": "--formats open --box_step 10 --near_miss_m 0.8 --near_miss_deg 30 --grpo_per_task 2500"
+    " --caps A4=1 D1=1 D2=1 D3=1 D4=2 E1=0 E2=0 E3=0 S1=1 S2=0.6 S3=0.6 S5=1 S6=1",
     # of which base/ learns the static ones alone
-    "base": "--box_step 10 --caps D1=1 D2=1 D4=1 E1=0.5 E2=1 E3=0 S1=1 S2=0.6 S3=0.4 S5=4 S6=4",
+    "base": "--box_step 10 --choice_share 0.3"
+    " --caps D1=0.1 D2=0.1 D4=0.1 E1=0.1 E2=0.1 E3=0 S1=4 S2=0.5 S3=0.4 S5=4 S6=1",
 }
 
 
@@ -117,7 +115,6 @@ class Config:
     )
     max_holes: float = HfArg(default=0.05, help="largest share of a picture that is holes; 1: any")
     keep_unchecked: bool = HfArg(default=False, help="ask about moves that nothing could check")
-    most_actions: int = HfArg(default=0, help="in a pair asked about, an easier lesson; 0: any")
     caps: list[str] = HfArg(
         default_factory=list,
         help="TASK=NUMBER: most questions per pair (S1-S3, E1: per picture), so that scenes full "
@@ -126,9 +123,6 @@ class Config:
     box_step: int = HfArg(default=1, help="grid of boxes, thousandths; 10: a token each in tiny")
     near_miss_m: float = HfArg(default=0.3, help="a false A4 ends at least so far off, metres ...")
     near_miss_deg: float = HfArg(default=20.0, help="... or is turned so far, degrees")
-    near_miss_box: int = HfArg(
-        default=0, help="a D4 answered no: any object so far aside, thousandths; 0: of its label"
-    )
     grpo_per_task: int = HfArg(default=125, help="questions per task in grpo.jsonl (paper: 125)")
     detector: str = HfArg(
         default="", help="of objects, zero-shot or not: hub id or folder; for views without boxes"
@@ -783,17 +777,16 @@ def ask_motion_of_object(pair, task, most, draw):
 def ask_same(pair, task, most, _):
     """D4, S6: do two boxes hold one object, told the motion (D4) or not (S6)?
 
-    D4 asks about two objects of one label, S6 about such and about any two, called "object". With
-    --near_miss_box D4 asks about any two that lie so far apart: the boxes alone may tell.
+    D4 asks about two objects of one label, S6 about such and about any two, called "object".
+    Yes and no come in equal numbers within each `shift_class`.
     """
-    apart = pair.survey.cfg.near_miss_box if task == "D4" else 0
     twins = [
         "Is the {label} at {box2} in image 2 the same one?",
         "Is it the {label} at {box2} in image 2?",
     ]
     any_two = ["Is it at {box2} in image 2?", "Is it the object at {box2} in image 2?"]
-    for any_label in [apart > 0] if task == "D4" else [False, True]:
-        same, other = same_and_other(pair, any_label, apart)
+    for any_label in [False] if task == "D4" else [False, True]:
+        same, other = same_and_other(pair, any_label)
         draw = pair.generator(task, any_label)
         parts = [SEEN, DID] if task == "D4" else [SEEN]
         parts.append(any_two if any_label else twins)
@@ -801,13 +794,12 @@ def ask_same(pair, task, most, _):
             answer = "yes" if key == k else "no"
             words = pair.words(key, k)
             shift = shift_class(words["box"], words["box2"], pair.actions)
-            alike = () if apart else (any_label, *shift)
-            name = {"label": "object"} if task == "S6" and any_label else {}
-            q = pair.question(task, draw, parts, answer, words | name, alike)
+            name = {"label": "object"} if any_label else {}
+            q = pair.question(task, draw, parts, answer, words | name, (any_label, *shift))
             yield q._replace(label=words["label"])
 
 
-def same_and_other(pair, any_label, apart):
+def same_and_other(pair, any_label):
     """Ids (in image 1, in image 2) of the same object, and of two: of one label, or of any. Where
     the label is one, there is a second object of it also for the same: the words do not tell.
     """
@@ -819,10 +811,8 @@ def same_and_other(pair, any_label, apart):
         if key in later and (any_label or twin):
             same.append((key, key))
         for k, two in later.items():
-            # thousandths from the middle of the right box to that of the other, both in image 2
-            aside = abs(sum(later[key].box[::2]) - sum(two.box[::2])) / 2 if key in later else 0
             another = k != key and (known or k in pair.before.visible)
-            if another and aside >= apart and (any_label or one.label == two.label):
+            if another and (any_label or one.label == two.label):
                 other.append((key, k))
     return same, other
 
@@ -1062,8 +1052,6 @@ def ask_all(views, survey):
         singles = [(k,) for k in kept if k > 0 or first]
         for keyframes in [*pairs, *singles]:
             shown = Shown(survey, view, *keyframes)
-            if 0 < cfg.most_actions < len(shown.actions):
-                continue
             if shown.holes > cfg.max_holes:
                 survey.dropped["all: pictures with more holes than --max_holes"] += 1
                 continue

@@ -79,14 +79,10 @@ logging.disable_progress_bar()
 
 TINY = "--train full --freeze_vision False --lr 2e-3 --muon_lr 8e-3 --mean answer --tokens 6000 "
 TINY += "--no_checkpointing "
-REHEARSE = "--data 3_qa/sft.jsonl 3_qa/static.jsonl "
-LESSON = "--student 4_first --data 3_lesson/sft.jsonl --schedule constant --out 4_lesson"
-BASE = "--data 3_qa/static.jsonl --steps 4000 --save_dtype bfloat16 --out 4_base"
+BASE = "--data 3_qa/static.jsonl --steps 8000 --save_dtype bfloat16 --out 4_base"
 RECIPES = {
     "paper": "",
-    "tiny": TINY + "--warmup 0.02 " + REHEARSE,
-    "first": TINY + "--warmup 0.02 " + REHEARSE + "--student base --out 4_first",
-    "lesson": TINY + "--warmup 0.02 " + LESSON,
+    "tiny": TINY + "--student base --data 3_qa/sft.jsonl 3_qa/static.jsonl --warmup 0.02",
     "base": TINY + BASE,
 }
 # Settings that may differ when a run is resumed: they do not decide the result.

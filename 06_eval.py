@@ -77,7 +77,7 @@ TINY = "--tasks A1 A2 A3 A4 D1 D2 D3 D4 --pictures shown"
 RECIPES = {
     "paper": "",
     "tiny": f"{TINY} --per_task 600",
-    "sampled": f"{TINY} --per_task 400 --temperature 1",  # answers drawn as GRPO draws them
+    "drawn": f"{TINY} --per_task 400 --temperature 1",  # answers drawn as GRPO draws them
 }
 
 

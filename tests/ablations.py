@@ -3,7 +3,8 @@
 Every student is a run folder runs/ablations/VARIANT-SEED, trained from base/ as in `make demo`, on
 as many questions as the others (two lengths apart). The questions come from the same trajectories,
 imagined by the rows of TEACHERS; all students answer the same held-out questions about exact views,
-those of `fill` also about rooms of another world, with other furniture, tints, walls and floors.
+that of `fill` is refined by GRPO and, for a control, goes on with SFT for as many seconds; it also
+answers about rooms of another world, with other furniture, tints, walls and floors.
 A finished student is a line of tests/ablations.jsonl, with its hash and scores, and is not made
 again: the table can be completed in any number of sittings; --table only prints it. On a GPU, or on
 many cores, --jobs students are made at once. The arithmetic is float32 everywhere.
@@ -44,7 +45,8 @@ VARIANTS = {
     "four times as long": {"length": 4},
     "simulator, twice as long": {"teachers": ["simulator"], "length": 2},
 }
-STAGES = {"sft": "", "refined": " refined", "elsewhere": " refined, in another world"}
+STAGES = {"sft": "", "refined": " refined", "more": " and as many seconds of SFT"}
+STAGES["elsewhere"] = " refined, in another world"
 
 
 def script(number: str, run: Path, recipe: str, **flags):
@@ -64,7 +66,7 @@ def views(teacher: str) -> Path:
     run, (sampling, imagining, asking) = PLACE / teacher.replace(" ", "-"), TEACHERS[teacher]
     PLACE.mkdir(parents=True, exist_ok=True)
     script("01", run, "tiny", rooms=ROOMS, **sampling)
-    script("02", run, "tiny", workers=os.cpu_count(), **imagining)
+    script("02", run, "exact", workers=os.cpu_count(), **imagining)
     script("03", run, "tiny", **asking)
     script("03", run, "tiny", out="3_choice", formats=["open", "choice"], **asking)
     return run
@@ -113,28 +115,36 @@ def evaluate(run: Path, checkpoint: str, temperature: int, per_task: int, where=
     return {"scores": scores, "reward": round(reward, 4), "right": results["right"]["mean"]}
 
 
+def seconds_of(folder: Path) -> list[float]:
+    """Of each step of a training."""
+    return [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").open()]
+
+
 def student(variant: str, seed: int, steps: list[int], per_task: int) -> dict:
-    """Train and evaluate one student; that of `fill` is refined too. steps: of SFT, of GRPO."""
+    """Train and evaluate one student; that of `fill` goes on. steps: of SFT, of GRPO."""
     how, run = VARIANTS[variant], PLACE / f"{variant.replace(' ', '-')}-{seed}"
     print(f"{variant}, seed {seed}: {run}.log tells how far it is", flush=True)
     training_questions(run, how)
     length = round(steps[0] * how.get("length", 1))
     place = {"data_root": PLACE, "dtype": "float32"}
     questions = [run / "sft.jsonl", run / "static.jsonl"]
-    how_long = {"steps": length, "seed": seed}
-    script("04", run, "tiny", student=ROOT / "base", data=questions, **how_long, **place)
+    place |= {"seed": seed}
+    script("04", run, "tiny", student=ROOT / "base", data=questions, steps=length, **place)
     weights = (run / "4_sft/model.safetensors").read_bytes()
     line = {"variant": variant, "seed": seed, "steps": length}
     line["sha256"] = hashlib.sha256(weights).hexdigest()
     if variant != "fill":
         return line | {"sft": evaluate(run, "4_sft", 0, per_task)}
-    script("05", run, "tiny", data=run / "grpo.jsonl", steps=steps[1], seed=seed, **place)
-    evaluations = [("4_sft", 0, per_task), ("5_refine", 0, per_task)]
-    evaluations += [("4_sft", 1, per_task), ("5_refine", 1, per_task)]
+    script("05", run, "tiny", data=run / "grpo.jsonl", steps=steps[1], **place)
+    more = round(sum(seconds_of(run / "5_refine")) / statistics.median(seconds_of(run / "4_sft")))
+    place |= {"student": "4_sft", "out": "4_more"}
+    script("04", run, "tiny", data=questions, steps=more, **place)
+    evaluations = [("4_sft", 0, per_task), ("5_refine", 0, per_task), ("4_more", 0, per_task)]
     evaluations += [("5_refine", 0, per_task, "another world")]
-    with ThreadPoolExecutor(4) as pool:
-        sft, refined, *_, elsewhere = pool.map(lambda one: evaluate(run, *one), evaluations)
-    line |= {"sft": sft, "refined": refined, "elsewhere": elsewhere}
+    evaluations += [("4_sft", 1, per_task), ("5_refine", 1, per_task)]
+    with ThreadPoolExecutor(3) as pool:
+        sft, refined, other, elsewhere, *_ = pool.map(lambda one: evaluate(run, *one), evaluations)
+    line |= {"sft": sft, "refined": refined, "more": other, "elsewhere": elsewhere}
     for ending, how in (("", "greedy"), ("-drawn", "drawn")):
         script("06", run, "paper", compare=[f"sft{ending}", f"refine{ending}"])
         name = f"compare_sft{ending}_refine{ending}.json"

@@ -243,7 +243,7 @@ def test_six_phrasings_per_task_at_least_each_of_them_used(built, tmp_path, monk
 
     monkeypatch.setattr(qa.Shown, "question", spied)
     run = write_run(tmp_path / "run", fake_views(rooms=20))
-    records = everything(build(run)) + everything(build(run, "easier", near_miss_box=150))
+    records = everything(build(run))
     assert set(wordings) == set(GRAMMAR)
     said = defaultdict(set)
     for record in records + everything(built[2]):
@@ -790,27 +790,6 @@ def test_grpo_is_a_subset_of_sft_of_the_size_asked_for(tmp_path):
     assert count == dict.fromkeys(TRAINED, 11)
 
 
-def test_an_easier_lesson_about_the_same_views(tmp_path):
-    """--most_actions 1: single actions; --near_miss_box: which D4 boxes are plainly another's."""
-    run = write_run(tmp_path / "run", fake_views(rooms=60))
-    files, before = build(run), digest(run / "3_qa")
-    lesson = build(run, "3_lesson", most_actions=1, near_miss_box=150)["sft"]
-    views = by_name(lines(run / "2_views/views.jsonl"))
-    steps = {name: len(view["actions"]) for name, view in views.items()}
-    assert {steps[name_of(r)] for r in lesson if r["task_type"] != "E1"} == {1}
-    assert {1} < {steps[name_of(record)] for record in files["sft"]}
-    assert digest(run / "3_qa") == before
-    said = Counter()
-    for record in [record for record in lesson if record["task_type"] == "D4"]:
-        view, (box, box2) = views[name_of(record)], boxes_of(words_of_question(record))
-        first, shown = object_at(view, 0, box), object_at(view, -1, box2)
-        (right,) = [e["box"] for e in view["objects"][-1] if e["id"] == first["id"]]
-        same = first["id"] == shown["id"]
-        assert same if in_words(record) == "yes" else abs(sum(right[::2]) - sum(box2[::2])) >= 300
-        said[in_words(record), first["label"]] += 1
-    assert len(said) > 4 and all(said["yes", label] == said["no", label] for _, label in said)
-
-
 def test_a_red_ball_is_a_ball(tmp_path):
     """S2 asks for a "ball" neither as absent nor as the wrong name where a "red ball" stands."""
     views = fake_views(rooms=40)
@@ -974,12 +953,11 @@ def test_two_thousand_questions_a_second(built):
     assert len(everything(files)) / (time.perf_counter() - started) > 2000
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "lesson", "base"])
+@pytest.mark.parametrize("recipe", ["tiny", "base"])
 def test_recipes(recipe, tmp_path):
     run = write_run(tmp_path / "run", fake_views(rooms=8))
     script("03", "--run", run, "--recipe", recipe, "--grpo_per_task", 3)
-    folder = run / ("3_lesson" if recipe == "lesson" else "3_qa")
-    config = json.loads((folder / "meta.json").read_text())["config"]
+    config = json.loads((run / "3_qa/meta.json").read_text())["config"]
     assert config["box_step"] == 10 and config["grpo_per_task"] == 3  # one's own flags win
     assert not config.keys() & {"recipe", "run"}
 

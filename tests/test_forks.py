@@ -50,7 +50,7 @@ def test_another_teacher(views, tmp_path):
     stage = forked("teacher", tmp_path)
     run = tmp_path / "run"
     shutil.copytree(views / "1_trajectories", run / "1_trajectories")
-    stage("02", "--run", run, "--recipe", "tiny", "--teacher", "soft")
+    stage("02", "--run", run, "--recipe", "exact", "--teacher", "soft")
     records = lines(run / "2_views/views.jsonl")
     assert records and {record["teacher"] for record in records} == {"soft"}
 
