@@ -137,8 +137,7 @@ class Config:
         help="its picture autoencoder: hub id or folder of an AutoencoderKL, at its top or in vae/",
     )
     svc_clip: str = HfArg(
-        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        help="its picture encoder: hub id or folder of a CLIPVisionModelWithProjection",
+        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="its picture encoder, likewise"
     )
     svc_px: int = HfArg(default=576, help="short side of its frames; both are multiples of 64")
     svc_frames: int = HfArg(default=0, help="frames per call at least: the authors pad to 21")
@@ -147,9 +146,7 @@ class Config:
         default="Efficient-Large-Model/SANA-WM_bidirectional-diffusers",
         help="hub id or folder of a SanaWMPipeline",
     )
-    sana_size: list[int] = HfArg(
-        default_factory=lambda: [704, 1280], help="height, width of its frames: multiples of 32"
-    )
+    sana_size: list[int] = HfArg(default_factory=lambda: [704, 1280], help="height, width; of 32s")
     cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
     cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
@@ -790,16 +787,6 @@ def look_back(picture, c2w, K, z):
     return view.astype(np.uint8), u, v, holes
 
 
-def share_shown(depth, later_depth, pose, K):
-    """Share of a frame's pixels, at later_depth [h,w], that an earlier one shows, whose depth is
-    [h,w]; pose [4,4]: the later camera in the earlier one's axes. No depth is needed for a turn.
-    """
-    if np.abs(pose[:3, 3]).max() < 1e-6:
-        return float(1 - came_from(pose, K, 1.0)[3].mean())
-    u, v, z, hidden = came_from(pose, K, later_depth)
-    return float((~hidden & (z < 1.05 * at_pixels(depth, u, v) + 0.02)).mean())
-
-
 def splat_depth(depth, c2w, K):
     """Depth map [H,W] of frame 0 (inf: unknown) -> that of the view from c2w, inf where no
     surface lands.
@@ -950,6 +937,9 @@ class Warp(Teacher):
             moved = np.abs(pose[:3, 3]).max() > 1e-6
             z = splat_depth(anchor.depth, pose, K) if moved else 1.0
             view, u, v, hidden = look_back(anchor.picture, pose, K, z)
+            # photographs are painted well by large pipelines: there known pixels stay
+            if self.cfg.fill and anchor.room:
+                hidden = with_decoy(hidden, anchor.depth, pose, K)
             frames.append(view)
             holes.append(hidden)
             depths.append(z if moved else np.full(hidden.shape, np.inf))
@@ -972,14 +962,12 @@ class Warp(Teacher):
 # --- warp --fill: what the picture does not show ---
 # B views; h w: a cell of 2 x 2 pixels, as the small network sees them.
 FILL_STEPS = 3
-FILL_BAND = 1  # pixels around holes that are painted anew too: a seam would tell the motion
 PROMPT = "the same place, in the same light"
 
 
 def widen(holes):
-    """Holes [B,H,W], and the pixels within FILL_BAND of one."""
-    wide = F.max_pool2d(torch.as_tensor(holes).float()[:, None], 2 * FILL_BAND + 1, 1, FILL_BAND)
-    return wide[:, 0].bool()
+    """Holes [B,H,W], and the pixels beside one: a seam would tell the motion."""
+    return F.max_pool2d(torch.as_tensor(holes).float()[:, None], 3, 1, 1)[:, 0].bool()
 
 
 def to_unit(pictures):
@@ -1020,6 +1008,16 @@ def fill_sample(network, noise, warped, painted, steps):
         clean = fill_predict(network, x, known, painted, t.expand(len(x)))
         x = clean + (x - clean) * lower / t
     return x
+
+
+def with_decoy(holes, depth, pose, K):
+    """Holes [H,W], and those of the way back if a third of the view stays: what a small network
+    paints can be told from the rest, so its place must not tell the way."""
+    # a motion and its reverse, from one picture, are painted in the same places
+    back = np.linalg.inv(pose)
+    there = splat_depth(depth, back, K) if pose[:3, 3].any() else 1.0
+    both = holes | came_from(back, K, there)[3]
+    return both if both.mean() < 2 / 3 else holes
 
 
 class Fill:
@@ -1755,14 +1753,15 @@ def small_depths(trajectory: dict, views: Views, c2w, kept: list[int], cfg: Conf
 
 def covisible(kept: list[int], c2w, keyframes: list[int], K, depths) -> list:
     """[[i, j, share of frame j that frame i shows], ...] for key frames i < j; null: unknown."""
-    found, every = [], max(1, min(size_of(K)) // 84)  # 84 x 84 points are enough
-    small = intrinsics(*(len(range(0, side, every)) for side in size_of(K)), fov_x_deg_of(K))
-    at_keys = [i for i, frame in enumerate(kept) if frame in keyframes]
+    at_keys, found = [i for i, frame in enumerate(kept) if frame in keyframes], []
     for i, j in itertools.combinations(at_keys, 2):
         pose, share = np.linalg.inv(c2w[kept[i]]) @ c2w[kept[j]], None
-        if depths is not None or np.abs(pose[:3, 3]).max() < 1e-6:
-            few = [None, None] if depths is None else depths[[i, j], ::every, ::every]
-            share = round(share_shown(*few, pose, small), 3)
+        if np.abs(pose[:3, 3]).max() < 1e-6:  # no depth is needed for a turn
+            share = round(float(1 - came_from(pose, K, 1.0)[3].mean()), 3)
+        elif depths is not None:
+            u, v, z, hidden = came_from(pose, K, depths[j])
+            shown = ~hidden & (z < 1.05 * at_pixels(depths[i], u, v) + 0.02)
+            share = round(float(shown.mean()), 3)
         found.append([kept[i], kept[j], share])
     return found
 
@@ -2125,11 +2124,11 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
     finish(folder, meta, found, started)
     for name in dict.fromkeys(record["teacher"] for record in records):
         checks = [record["qc"] for record in records if record["teacher"] == name]
-        over = [qc["over_turn_deg"] for qc in checks if qc["over_turn_deg"] is not None]
+        over, far = (
+            [qc[key] for qc in checks if qc[key] is not None] for key in ("over_turn_deg", "length")
+        )
         print(f"{name}: {len(over):,} turns, on average {np.mean(over or 0):+.2f} degrees too far")
-        lengths = [qc["length"] for qc in checks if qc["length"] is not None]
-        if lengths:
-            print(f"{name}: {len(lengths):,} moves, {np.median(lengths):.2f} times as far as asked")
+        print(f"{name}: {len(far):,} moves, {np.median(far or 1):.2f} times as far as asked")
     if found["moves unchecked"]:
         print("moves that nothing could check are left out by stage 3: name a --depth checkpoint")
     print(f"look at {folder}/contact_sheet.png and qc.png")
@@ -2139,7 +2138,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
 def main(cfg: Config):
     """Imagine this process's share; whoever ends last writes the records of all."""
     started, run = time.perf_counter(), Path(cfg.run)
-    names = [*cfg.teacher, *filter(None, [cfg.heldout_teacher])]
+    names = [*cfg.teacher, cfg.heldout_teacher or cfg.teacher[0]]
     if not {*names} <= TEACHERS.keys() or cfg.workers < 1:
         stop(f"--teacher {names}, --workers {cfg.workers}: want {', '.join(TEACHERS)}; 1 up")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)

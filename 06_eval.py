@@ -1447,7 +1447,7 @@ def settle(cfg: Config) -> tuple[Config, dict]:
         stop(f"--benchmark {cfg.benchmark}: want one of {', '.join(EXAMS)}")
     if cfg.benchmark != "heldout" and not cfg.data:
         stop(f"--benchmark {cfg.benchmark} needs --data: a folder with its files as published")
-    exam = EXAMS[cfg.benchmark] | {"pictures": cfg.pictures}
+    exam = EXAMS[cfg.benchmark] | {"grey": cfg.pictures == "blank"}
     exam["max_new_tokens"] = cfg.max_new_tokens or exam["max_new_tokens"]
     least = min(cfg.batch, exam["max_new_tokens"], cfg.per_task + 1)
     if least < 1 or not 0 <= cfg.temperature < math.inf:

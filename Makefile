@@ -10,8 +10,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 
 # The sizes of the demo: rooms, optimiser steps of the two stages, questions per task at the end.
-ROOMS      ?= 430
-STEPS      ?= 300
+ROOMS      ?= 330
+STEPS      ?= 240
 GRPO_STEPS ?= 20
 PER_TASK   ?= 200
 

@@ -156,6 +156,36 @@ def test_known_pixels_spread_into_holes(stage):
     assert torch.allclose(found, torch.full_like(found, -0.5), atol=1e-5)
 
 
+def test_where_a_room_is_painted_does_not_tell_the_way(stage):
+    """A motion and its way back are painted in the same places, if that leaves a third of the view;
+    holes are always among them. Only turns that are too wide are still told by the wider side."""
+    K, told = stage.intrinsics(84, 84, 80.0), {}
+    depth = np.full((84, 84), 3.0)
+    depth[40:60, 30:50] = 1.5
+
+    def painted(pose, depth_m):
+        holes = stage.came_from(pose, K, depth_m)[3]
+        both = stage.with_decoy(holes, depth, pose, K)
+        assert both[holes].all() and (both.mean() < 2 / 3 or np.array_equal(both, holes))
+        return [[mask[:, :42].mean(), mask[:, 42:].mean()] for mask in (holes, both)], both
+
+    for degrees in (10, 20, 30, 40):
+        right = np.eye(4)
+        right[:3, :3] = stage.yaw_matrix(degrees)
+        for pose in (right, right.T):
+            (holes, both), _ = painted(pose, 1.0)
+            assert abs(np.subtract(*holes)) > 0.2
+            told.setdefault(degrees, []).append(bool(abs(np.subtract(*both)) > 0.02))
+    assert told == {10: [False] * 2, 20: [False] * 2, 30: [True] * 2, 40: [True] * 2}
+    for axis in (0, 2):
+        ways = []
+        for metres in (-0.8, 0.8):
+            pose = np.eye(4)
+            pose[axis, 3] = metres
+            ways.append(painted(pose, stage.splat_depth(depth, pose, K))[1])
+        assert np.array_equal(*ways)
+
+
 def test_known_pixels_stay_and_noise_is_the_trajectory_s_own(stage, world):
     fill = stage.Fill(stage.Config(fill=str(world), device="cpu"))
     draw = np.random.default_rng(0)

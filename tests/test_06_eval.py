@@ -400,10 +400,11 @@ def test_finished_evaluation_is_only_shown_and_other_settings_are_refused(run, m
 
 def test_beside_prints_one_table(run, monkeypatch, capsys):
     evaluate(run, monkeypatch, lambda question, blank: "no", tag="base")
-    evaluate(run, monkeypatch, truth, tag="sft")
+    evaluate(run, monkeypatch, truth, tag="sft", pictures="shown")
     capsys.readouterr()
     evaluate(run, monkeypatch, truth, tag="refined", beside=["base", "sft"])
     lines = capsys.readouterr().out.splitlines()
+    assert not any("in another way" in line for line in lines)  # grey pictures are asked besides
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("task")) :]
     columns = "task score n constant blank copy base sft refined above blank"
     assert table[0].split() == columns.split()
