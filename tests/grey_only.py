@@ -3,7 +3,7 @@
 .venv/bin/python tests/grey_only.py runs/warp runs/grey [runs/fill]
 
 paints every pixel brown that the first picture shows, leaves the grey holes of `02 --teacher warp`
-(or, of the third run, which has the same trajectories by `--fill`, what was painted there), and
+(or, of the third run, which has the same trajectories by `--fill`, all that was painted), and
 writes 300 held-out questions each of A1 and A2 for 06 --data_root. A student that still answers
 them has learnt to read the holes or how they were filled, not the room.
 """
@@ -19,8 +19,9 @@ FILL, BROWN, PER_TASK = 127, (150, 110, 80), 300  # FILL: the grey of 02
 
 
 def only_grey(rgb: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3]: `shown` where rgb is the grey of a hole, BROWN elsewhere."""
-    return np.where((rgb == FILL).all(-1, keepdims=True), shown, np.uint8(BROWN))
+    """uint8 [h, w, 3]: `shown` where rgb is the grey of a hole or another one, BROWN elsewhere."""
+    made = (rgb == FILL).all(-1, keepdims=True) | (rgb != shown).any(-1, keepdims=True)
+    return np.where(made, shown, np.uint8(BROWN))
 
 
 def main(run: Path, out: Path, filled: Path):
