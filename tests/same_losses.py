@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS = 200
+STEPS = 400
 
 
 def losses(folder: str) -> list[float]:
