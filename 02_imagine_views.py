@@ -128,7 +128,7 @@ class Config:
     depth_dir: str = HfArg(default="", help="of <photo stem>.depth.npy; empty: the photograph's")
     depth: str = HfArg(default="", help="metric depth checkpoint, for photographs without a file")
     fill: str = HfArg(
-        default="", help="warp: paints holes: base/world in rooms, else an inpainting pipeline"
+        default="", help="paints warp's holes: base/world in rooms, else an inpainting pipeline"
     )
     heldout_teacher: str = HfArg(default="", help="of scenes held out; empty: as of the others")
     svc: str = HfArg(default="stabilityai/stable-virtual-camera", help="hub id, folder or file")
@@ -137,7 +137,8 @@ class Config:
         help="its picture autoencoder: hub id or folder of an AutoencoderKL, at its top or in vae/",
     )
     svc_clip: str = HfArg(
-        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", help="its picture encoder, likewise"
+        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        help="its picture encoder: hub id or folder",
     )
     svc_px: int = HfArg(default=576, help="short side of its frames; both are multiples of 64")
     svc_frames: int = HfArg(default=0, help="frames per call at least: the authors pad to 21")
@@ -146,7 +147,7 @@ class Config:
         default="Efficient-Large-Model/SANA-WM_bidirectional-diffusers",
         help="hub id or folder of a SanaWMPipeline",
     )
-    sana_size: list[int] = HfArg(default_factory=lambda: [704, 1280], help="height, width; of 32s")
+    sana_size: list[int] = HfArg(default_factory=lambda: [704, 1280], help="height, width: 32 * n")
     cosmos: str = HfArg(default="nvidia/Cosmos3-Edge", help="hub id or folder of its pipeline")
     cosmos_tier: Literal[256, 480, 720] = HfArg(default=480, help="of its frames: row of CANVASES")
     max_holes: float = HfArg(default=0.6, help="of a frame, 0..1; at 54 degrees a turn by 30: 0.57")
@@ -937,7 +938,7 @@ class Warp(Teacher):
             moved = np.abs(pose[:3, 3]).max() > 1e-6
             z = splat_depth(anchor.depth, pose, K) if moved else 1.0
             view, u, v, hidden = look_back(anchor.picture, pose, K, z)
-            # photographs are painted well by large pipelines: there known pixels stay
+            # in photographs, which large pipelines paint, all known pixels stay
             if self.cfg.fill and anchor.room:
                 hidden = with_decoy(hidden, anchor.depth, pose, K)
             frames.append(view)
@@ -1011,17 +1012,17 @@ def fill_sample(network, noise, warped, painted, steps):
 
 
 def with_decoy(holes, depth, pose, K):
-    """Holes [H,W], and those of the way back if a third of the view stays: what a small network
-    paints can be told from the rest, so its place must not tell the way."""
-    # a motion and its reverse, from one picture, are painted in the same places
+    """Holes [H,W] of the view from c2w `pose`, and those of the way back if a third of the view
+    stays: what a small network paints can be told from the rest, so its place must not tell the
+    way. A motion and its reverse, from one picture, are painted in the same places."""
     back = np.linalg.inv(pose)
-    there = splat_depth(depth, back, K) if pose[:3, 3].any() else 1.0
+    there = splat_depth(depth, back, K) if np.abs(pose[:3, 3]).max() > 1e-6 else 1.0
     both = holes | came_from(back, K, there)[3]
     return both if both.mean() < 2 / 3 else holes
 
 
 class Fill:
-    """What paints the holes of warped views: --fill. Known pixels stay."""
+    """What paints the holes of warped views: --fill. All other pixels stay."""
 
     def __init__(self, cfg: Config):
         self.cfg, (self.device, dtype) = cfg, network_place(cfg.device)
@@ -2124,11 +2125,11 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
     finish(folder, meta, found, started)
     for name in dict.fromkeys(record["teacher"] for record in records):
         checks = [record["qc"] for record in records if record["teacher"] == name]
-        over, far = (
-            [qc[key] for qc in checks if qc[key] is not None] for key in ("over_turn_deg", "length")
-        )
+        over = [qc["over_turn_deg"] for qc in checks if qc["over_turn_deg"] is not None]
         print(f"{name}: {len(over):,} turns, on average {np.mean(over or 0):+.2f} degrees too far")
-        print(f"{name}: {len(far):,} moves, {np.median(far or 1):.2f} times as far as asked")
+        lengths = [qc["length"] for qc in checks if qc["length"] is not None]
+        if lengths:
+            print(f"{name}: {len(lengths):,} moves, {np.median(lengths):.2f} times as far as asked")
     if found["moves unchecked"]:
         print("moves that nothing could check are left out by stage 3: name a --depth checkpoint")
     print(f"look at {folder}/contact_sheet.png and qc.png")
@@ -2138,7 +2139,7 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
 def main(cfg: Config):
     """Imagine this process's share; whoever ends last writes the records of all."""
     started, run = time.perf_counter(), Path(cfg.run)
-    names = [*cfg.teacher, cfg.heldout_teacher or cfg.teacher[0]]
+    names = [*cfg.teacher, *filter(None, [cfg.heldout_teacher])]
     if not {*names} <= TEACHERS.keys() or cfg.workers < 1:
         stop(f"--teacher {names}, --workers {cfg.workers}: want {', '.join(TEACHERS)}; 1 up")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)

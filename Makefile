@@ -39,11 +39,11 @@ demo: $(VENV)/ready
 	$(EXAM) --checkpoint base
 	$(EXAM) --checkpoint 4_sft --tag sft
 	$(EXAM) --checkpoint 5_refine --tag refined --pictures both --beside base sft
-	@echo "Look at $(RUN)/2_views/contact_sheet.png, $(RUN)/3_qa/examples.png and the report above; then make"
-	@echo "miniature (an hour, the paper's claims), or your own photographs: README.md"
+	@echo "Look at $(RUN)/2_views/contact_sheet.png, $(RUN)/3_qa/examples.png and the report above. Then:"
+	@echo "make miniature (longer, with the test-time baseline), or your own photographs: README.md"
 
-# The paper's claims in an hour: the demo with more rooms and steps, how GRPO changed the greedy and
-# the drawn answers, and the test-time baseline.
+# The paper's claims: the demo with more rooms and steps, how GRPO changed the greedy and the drawn
+# answers, and the test-time baseline.
 miniature:
 	$(MAKE) demo second-stage test-time-baseline \
 		RUN=runs/miniature ROOMS=1200 STEPS=900 GRPO_STEPS=100 PER_TASK=600
