@@ -40,11 +40,12 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
              "covisible": [[0, 8, 0.62]], "holes": [0.0, 0.0],
              "frames": ["2_views/room_00000/t000/000.png", ...], "objects": [[{"id": 3, "label":
              "red chair", "box": [412, 300, 530, 611], "visible_px": 310, "distance_m": 2.41,
-             "bearing_deg": -3.2}], []],
+             "bearing_deg": -3.2, "score": 1.0}], []],
              "qc": {"turn_error_deg": 0.1, "over_turn_deg": -0.1, "match": 0.98, "sharpness": 0.97,
              "holes": 0.0, "passed": true, "why": ""}}
-            (objects: the visible ones per kept frame; null where the teacher does not know them;
-            covisible: of two key frames the share of the later one that the earlier one shows)
+            (objects: the visible ones per kept frame, null where the teacher does not know them;
+            score: the share of an object that is no paint; covisible: of two key frames the share
+            of the later one that the earlier one shows)
         RUN/2_views/qc.png (each measure per teacher), contact_sheet.png, meta.json
 
     python 02_imagine_views.py --run runs/demo
@@ -52,8 +53,6 @@ Writes  RUN/2_views/<scene>/<trajectory>/NNN.png (NNN: frame index), transforms.
     torchrun --nproc-per-node 8 -- 02_imagine_views.py --run runs/big --teacher svc   # 8 GPUs
     python 02_imagine_views.py --run runs/mine --teacher pan                # 01 --recipe photos
     python 02_imagine_views.py --run runs/demo --teacher warp --fill base/world
-
-Measured on two CPU cores by `make bench`: 2029 frames/s at 112x112 and 244 at 576x576.
 """
 
 from __future__ import annotations
@@ -600,21 +599,24 @@ def paint(room: Room, rays, origins, picture, parts, depth):
     picture.ravel()[place] = color.view(np.uint32)[:, 0]
 
 
-def visible_objects(room: Room, ids, pose) -> list[dict]:
+def visible_objects(room: Room, ids, pose, shown) -> list[dict]:
     """The objects that show in `ids` [H,W]: exact box and number of their visible pixels, and
-    where their centre is: horizontal distance, and bearing from the camera's axis, + right."""
+    where their centre is: horizontal distance, and bearing from the camera's axis, + right; as
+    score the share of these pixels that a picture of `shown` [H,W] shows."""
     found, (height, width) = [], ids.shape
     counts = np.bincount(ids.ravel())
     for index in (np.flatnonzero(counts[1:]) + 1).tolist():
         thing = room.objects[index - 1]
-        left, top, right, bottom = Image.fromarray(ids == index).getbbox()
+        mine = ids == index
+        left, top, right, bottom = Image.fromarray(mine).getbbox()
         box = [BOX * left // width, BOX * top // height]
         box += [-(-BOX * right // width), -(-BOX * bottom // height)]
         x, _, z = (thing["center_m"] - pose[:3, 3]) @ pose[:3, :3]
-        bearing_deg = math.degrees(math.atan2(x, z))
         entry = {"id": thing["id"], "label": thing["label"], "box": box}
         entry |= {"visible_px": int(counts[index]), "distance_m": round(math.hypot(x, z), 3)}
-        found.append(entry | {"bearing_deg": round(bearing_deg, 1)})
+        entry["bearing_deg"] = round(math.degrees(math.atan2(x, z)), 1)
+        entry["score"] = round((shown[mine] == index).mean().item(), 2)
+        found.append(entry)
     return found
 
 
@@ -660,7 +662,7 @@ class Simulator(Teacher):
             picture, ids, depth = render(room, pose, K)
             frames.append(picture)
             depths.append(depth)
-            objects.append(visible_objects(room, ids, pose))
+            objects.append(visible_objects(room, ids, pose, ids))
         return Views(np.stack(frames), K, objects, depth=np.stack(depths))
 
 
@@ -682,11 +684,11 @@ def network_place(name: str):
     return device, torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def first_line(error: Exception) -> str:
+def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
-def random_numbers(*key) -> torch.Generator:
+def random_numbers(*key):
     """A generator on the CPU that depends on the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -884,7 +886,7 @@ def network_depth(picture: Image.Image, name: str, device: str, photo):
     return np.clip(depth, 0.01, FAR_M)
 
 
-def only_turns(trajectory: dict):
+def only_turns(trajectory):
     return all(name.startswith("turn") for name, _ in trajectory["actions"])
 
 
@@ -898,8 +900,8 @@ class WarpAnchor(NamedTuple):
 
 class Warp(Teacher):
     """Moves the pixels of one picture. In a room that is the simulator's frame 0, whose objects
-    move with their pixels: a box is that of what the view shows, with --fill of the whole object
-    where some of it shows."""
+    move with their pixels: a box is that of what the view shows, with --fill the true one of an
+    object that frame 0 shows, painted over or not."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -946,11 +948,11 @@ class Warp(Teacher):
             depths.append(z if moved else np.full(hidden.shape, np.inf))
             if anchor.room:
                 room, start, ids = anchor.room
-                shown = np.where(hidden, 0, at_pixels(ids, u, v))
-                if self.cfg.fill:  # what is painted goes on with the objects that show
+                true = shown = np.where(hidden, 0, at_pixels(ids, u, v))
+                if self.cfg.fill:
                     true = render(room, start @ pose, K)[1]
-                    shown = np.where(np.isin(true, shown), true, 0)
-                objects.append(visible_objects(room, shown, start @ pose))
+                    true = np.where(np.isin(true, ids), true, 0)
+                objects.append(visible_objects(room, true, start @ pose, shown))
         if anchor.depth is not None:
             depths[0] = anchor.depth
         frames, holes, settings = np.stack(frames), np.stack(holes), {"depth": anchor.source}
@@ -1775,7 +1777,7 @@ def check_turn(views: Views, holes, i: int, j: int, pose):
         return None
     found_deg, match = measure_turn(views.frames[i], views.frames[j], views.K)
     error_deg = round(found_deg - asked_deg, 2)
-    return error_deg, round(math.copysign(1, asked_deg) * error_deg, 2), round(match, 3)
+    return error_deg, error_deg if asked_deg > 0 else -error_deg, round(match, 3)
 
 
 def check_move(small, i: int, j: int, pose):
@@ -2132,14 +2134,13 @@ def complete(folder: Path, meta: dict, jobs: list, counts: dict, cfg: Config, st
             print(f"{name}: {len(lengths):,} moves, {np.median(lengths):.2f} times as far as asked")
     if found["moves unchecked"]:
         print("moves that nothing could check are left out by stage 3: name a --depth checkpoint")
-    print(f"look at {folder}/contact_sheet.png and qc.png")
-    print(f"next: python 03_build_qa.py --run {cfg.run}")
+    print(f"see {folder}/contact_sheet.png, qc.png; next: python 03_build_qa.py --run {cfg.run}")
 
 
 def main(cfg: Config):
     """Imagine this process's share; whoever ends last writes the records of all."""
     started, run = time.perf_counter(), Path(cfg.run)
-    names = [*cfg.teacher, *filter(None, [cfg.heldout_teacher])]
+    names = [*cfg.teacher, *cfg.heldout_teacher.split()]
     if not {*names} <= TEACHERS.keys() or cfg.workers < 1:
         stop(f"--teacher {names}, --workers {cfg.workers}: want {', '.join(TEACHERS)}; 1 up")
     numbers = re.fullmatch(r"(\d+)/(\d+)", cfg.shard)
@@ -2168,11 +2169,10 @@ def main(cfg: Config):
     if peak := torch.cuda.max_memory_allocated():
         print(f"peak GPU memory {peak / 2**30:.1f} GB")
     # should two shards end together, the second finds the folder finished
-    missing = 0
     with alone(folder):
-        for trajectory, _ in jobs:
-            place = run / folder_of(trajectory)
-            missing += not ((place / "view.json").is_file() or (place / "skipped.json").is_file())
+        places = [run / folder_of(trajectory) for trajectory, _ in jobs]
+        done = [(p / "view.json").is_file() or (p / "skipped.json").is_file() for p in places]
+        missing = done.count(False)
         if missing:
             print(f"shard {shard}/{shards} is done; {missing} trajectories of others are missing")
         elif read_meta(folder)["finished"]:

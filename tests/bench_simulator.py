@@ -29,7 +29,8 @@ def work(job: tuple[int, int, int]) -> int:
     room, K = bench_room(seed), stage.intrinsics(side_px, side_px, 80.0)
     for i in range(frames):
         pose = stage.start_pose(room, [math.sin(i), math.cos(2 * i), 37.0 * i])
-        stage.visible_objects(room, stage.render(room, pose, K)[1], pose)
+        ids = stage.render(room, pose, K)[1]
+        stage.visible_objects(room, ids, pose, ids)
     return frames
 
 

@@ -232,6 +232,32 @@ def test_shards_workers_and_resume_are_byte_identical_in_rooms(world, rooms, tmp
         ) > 1
 
 
+def test_paint_hides_an_object_but_does_not_take_it_away(world, rooms, tmp_path):
+    """The boxes of filled views are those of exact ones, of all objects of frame 0 that stay in
+    sight (else "it disappears" would be taught of what paint covers); the score is the share that
+    the warped picture shows."""
+    exact, fill, warp = (copy_of(rooms, tmp_path / name) for name in ("exact", "fill", "warp"))
+    script("02", "--run", exact, "--keep", "ends")
+    how = ("--keep", "ends", "--teacher", "warp")
+    script("02", "--run", fill, *how, "--fill", world, "--device", "cpu")
+    script("02", "--run", warp, *how)
+    scores = []
+    records = (lines(run / "2_views/views.jsonl") for run in (exact, fill, warp))
+    for true, view, holed in zip(*records, strict=True):
+        first, last = ({thing["id"]: thing for thing in seen} for seen in true["objects"])
+        assert view["objects"][0] == true["objects"][0]
+        assert {thing["score"] for thing in [*true["objects"][0], *true["objects"][1]]} <= {1.0}
+        shown = {thing["id"]: thing["visible_px"] for thing in holed["objects"][1]}
+        found = {thing["id"]: thing for thing in view["objects"][1]}
+        assert found.keys() == first.keys() & last.keys()
+        for key, thing in found.items():
+            scores.append(thing["score"])
+            assert thing == last[key] | {"score": scores[-1]}
+            if thing["visible_px"] > 60:  # what is painted beside true holes only lowers it
+                assert scores[-1] < 1.2 * shown.get(key, 0) / thing["visible_px"] + 0.1
+    assert min(scores) == 0 and max(scores) == 1 and len(scores) > 20
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Two photographs of 150 x 100 pixels, each with a depth file: a wall beyond a nearer block."""

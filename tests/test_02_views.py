@@ -236,7 +236,7 @@ def check_view(stage, room: dict, pose, width: int, height: int, fov_x_deg: floa
     same = ids == want_ids
     assert same.mean() >= 0.995
     assert np.abs(depth - want_depth)[same].max() < 2e-3 * want_depth.max()
-    found = {entry["id"]: entry for entry in stage.visible_objects(ready, ids, pose)}
+    found = {entry["id"]: entry for entry in stage.visible_objects(ready, ids, pose, ids)}
     for number, body in enumerate(room["objects"], 1):
         rows, columns = np.nonzero(ids == number)
         assert (body["id"] in found) == bool(len(rows))
@@ -321,7 +321,8 @@ def test_occlusion_hides_pixels(stage):
     def visible(*objects):
         room = stage.prepare_room(room_of(*objects))
         pose = stage.start_pose(room, [0, 0, 0])
-        seen = stage.visible_objects(room, stage.render(room, pose, K)[1], pose)
+        ids = stage.render(room, pose, K)[1]
+        seen = stage.visible_objects(room, ids, pose, ids)
         return {entry["id"]: entry["visible_px"] for entry in seen}
 
     ball = thing("ball", [0.2, -1.0, 1.8], [0.6] * 3, 0, 2)
@@ -370,7 +371,8 @@ def test_a_group_has_one_box_and_one_index(stage):
     def seen(parts):
         room = stage.prepare_room(room_of(whole | {"parts": parts}))
         pose = stage.start_pose(room, [0, 0, 0])
-        (entry,) = stage.visible_objects(room, stage.render(room, pose, K)[1], pose)
+        ids = stage.render(room, pose, K)[1]
+        (entry,) = stage.visible_objects(room, ids, pose, ids)
         return entry
 
     boxes = np.array([seen([part])["box"] for part in whole["parts"]])
@@ -620,7 +622,7 @@ def test_records_and_files(stage, rooms, tmp_path):
             pose = stage.start_pose(room, view["start"]) @ c2w[frame]
             picture, ids, _ = stage.render(room, pose, K)
             assert (np.asarray(Image.open(run / view["frames"][k])) == picture).all()
-            assert view["objects"][k] == stage.visible_objects(room, ids, pose)
+            assert view["objects"][k] == stage.visible_objects(room, ids, pose, ids)
             opengl = np.array(written["frames"][k]["transform_matrix"])
             assert np.allclose(opengl[:, [0, 3]], c2w[frame][:, [0, 3]])
             assert np.allclose(opengl[:, [1, 2]], -c2w[frame][:, [1, 2]])

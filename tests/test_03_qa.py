@@ -1030,6 +1030,26 @@ def test_a_missed_detection_is_not_called_a_disappearance():
             assert not any(str(thing["box"]) in text for text in gone)
 
 
+def test_an_object_that_paint_covers_is_neither_asked_about_nor_called_gone():
+    """score: the share of an object that is not painted; 0.3 is the least that is asked about."""
+    cfg, asked = qa.Config(caps=["D2=9"], pairs="ends", formats=["open"]), {0.29: [], 0.31: []}
+    for view in fake_views(rooms=20):
+        first, last = view["objects"][0], view["objects"][-1]
+        staying = {thing["id"] for thing in last}
+        boxes = [str(thing["box"]) for thing in first if thing["id"] in staying]
+        for score, found in asked.items():
+            covered = [thing | {"score": score} for thing in last]
+            seen = qa.slim(view | {"objects": [*view["objects"][:-1], covered]}, cfg, None)
+            for q in qa.ask_all([seen], qa.Survey(cfg, [seen])):
+                stays = any(box in q.prompt for box in boxes)
+                found.append((q.task, q.answer == "yes" if q.task == "D2" else None, stays))
+    gone = [one for one in asked[0.29] if one[0] == "D2"]
+    assert gone == [one for one in asked[0.31] if one[:2] == ("D2", True)] and len(gone) > 50
+    assert not any(stays for *_, stays in gone)
+    both = {"D1", "D3", "D4", "S5", "S6"}
+    assert {task for task, *_ in asked[0.31]} - {task for task, *_ in asked[0.29]} == both
+
+
 def test_an_object_whose_track_breaks_is_never_called_another_one():
     """A detector misses one object in seven; of all D4 and S6 answered no, the two are two."""
     g, said = np.random.default_rng(0), Counter()
