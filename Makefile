@@ -46,7 +46,7 @@ demo: $(VENV)/ready
 # answers, and the test-time baseline.
 miniature:
 	$(MAKE) demo second-stage test-time-baseline \
-		RUN=runs/miniature ROOMS=1200 STEPS=900 GRPO_STEPS=100 PER_TASK=600
+		RUN=runs/miniature ROOMS=1500 STEPS=1150 GRPO_STEPS=100 PER_TASK=600
 
 second-stage: $(VENV)/ready
 	$(EVAL) --compare sft refined
@@ -62,13 +62,11 @@ BASELINE = $(EVAL) --recipe tiny --per_task 200
 COUPLED = $(BASELINE) --checkpoint base --coupled
 test-time-baseline: $(VENV)/ready
 	$(BASELINE) --checkpoint base --tag rival-base
-	$(COUPLED) simulator
-	$(COUPLED) "warp --fill base/world"
 	$(COUPLED) simulator --coupled_stated
 	$(COUPLED) "warp --fill base/world" --coupled_stated
 	$(BASELINE) --checkpoint 4_sft --tag rival-sft
-	$(BASELINE) --checkpoint 5_refine --tag rival-refined --beside rival-base base-simulator \
-		base-warp base-simulator-stated base-warp-stated rival-sft
+	$(BASELINE) --checkpoint 5_refine --tag rival-refined --beside rival-base \
+		base-simulator-stated base-warp-stated rival-sft
 	$(EVAL) --compare base-warp-stated rival-refined
 
 # One part of the method changed at a time, three seeds, one line of tests/ablations.jsonl per
