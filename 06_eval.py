@@ -44,6 +44,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -249,8 +250,7 @@ def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]
 
     The orders of one row's choices stay together.
     """
-    groups, kept = defaultdict(list), []
-    counts = Counter()
+    groups, counts, kept = defaultdict(list), Counter(), []
     for question in questions:
         groups[question.get("group", question["number"])].append(question)
     keys = ("task_type", "question", "number")
@@ -264,13 +264,25 @@ def choose(questions: list[dict], tasks: list[str], per_task: int) -> list[dict]
 
 
 # --- benchmarks, as they are published: one function each
+def unpack(folder: Path):
+    """Put beside the zips of a folder what they hold, once."""
+    for file in sorted(folder.glob("*.zip")):
+        mark = file.with_suffix(".unpacked")
+        with alone(folder):
+            if not mark.is_file():
+                shutil.unpack_archive(file, folder)
+                mark.touch()
+
+
 def find_file(data: Path, pattern: str) -> Path:
     """The file with the rows, in the folder or in a hub cache's newest snapshot, behind links."""
     snapshots = sorted(data.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime)
-    for folder, _, names in os.walk([data, *snapshots][-1], followlinks=True):
+    home = [data, *snapshots][-1]
+    unpack(home)
+    for folder, _, names in os.walk(home, followlinks=True):
         if matching := sorted(name for name in names if fnmatch(name, pattern)):
             return Path(folder) / matching[0]
-    stop(f"no {pattern} under {data}: --data wants the benchmark's files, its zips unpacked there")
+    stop(f"no {pattern} under {data}: --data wants the benchmark's files as they are published")
 
 
 def locate(root: Path, name: str) -> Path:
@@ -489,14 +501,13 @@ def respond(student: Student, batch: list[dict], blank: bool, cfg: Config) -> li
             raise
         stop(f"out of memory with {len(good)} questions at a time: lower --batch {cfg.batch}")
     texts = student.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    ends = {*end_tokens(student)}
     seconds = (time.perf_counter() - begun) / len(good)
     for i, prompt, own, text in zip(good, prompts, tokens, texts, strict=True):
         if batch[i].get("inverted") and (said := PARSERS["yes_no"](text)) is not None:
             text = "no" if said else "yes"
         cost = NOTHING | spent(student, prompt, len(own), seconds)
         found[i] = {"response": text.strip(), "cost": cost}
-        found[i]["cut_off"] = not ends & {*own}
+        found[i]["cut_off"] = not {*end_tokens(student)} & {*own}
     return found
 
 
@@ -606,7 +617,7 @@ def extract_choice(text: str | None) -> str | None:
     return next((found[1] for found in reversed(lines) if found), None)
 
 
-def setting_of(id: str) -> str:
+def setting_of(id):
     """MindCube's setting, by the first of these words inside the id."""
     words = ("around", "rotation", "translation", "among")
     return next((setting for setting in words if setting in id.lower()), "other")
@@ -632,8 +643,7 @@ def score_choice(scorer: str, sample: dict, response: str) -> dict:
     """{"answered", "score" by the public scorer, "right"} of a response to a benchmark; "lmms" by
     lmms-eval where its number is another: MindCube's own code scores thoughts, in one line."""
     kind, options, truth = sample["task_type"], sample["options"], sample["truth"]
-    text, letters = without_thoughts(response), [*LETTERS[: len(options)]]
-    scores = {}
+    text, letters, scores = without_thoughts(response), [*LETTERS[: len(options)]], {}
     if scorer == "vsi":
         score = score_vsi(kind, text, truth)
         answered = text.split(" ")[0].rstrip(".").strip().upper() in letters
@@ -758,23 +768,18 @@ def holm(values: list[float]) -> list[float]:
     return corrected
 
 
-def category(kind: str) -> str:
+def category(kind):
     """The eight of VSI-Bench: a direction's three difficulties are one."""
     return re.sub("_(easy|medium|hard)$", "", kind)
 
 
-def vsi_weights(kinds: list[str]) -> np.ndarray:
-    """VSI-Bench's number is the mean over categories of the mean over question types."""
-    types = Counter(category(kind) for kind in {*kinds})
-    questions = Counter(kinds)
-    return np.array([1 / questions[kind] / types[category(kind)] for kind in kinds])
-
-
 def weights_of(own: list[dict]) -> np.ndarray:
-    """What a question counts: by VSI-Bench's categories; rows asked in several orders once."""
+    """What a question counts: rows asked in several orders once; VSI-Bench's number is the mean
+    over categories of the mean over question types."""
     kinds, rows = [one["task_type"] for one in own], [one.get("group") for one in own]
     if VSI_TYPES.keys() >= {*kinds}:
-        return vsi_weights(kinds)
+        types, questions = Counter(category(kind) for kind in {*kinds}), Counter(kinds)
+        return np.array([1 / questions[kind] / types[category(kind)] for kind in kinds])
     counts = Counter(rows)
     return np.array([1.0 if row is None else 1 / counts[row] for row in rows])
 
@@ -960,9 +965,8 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        words = [cell.ljust(n) for cell, n in zip(row[:2], widths, strict=False)]
-        words += [cell.rjust(n) for cell, n in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(words).rstrip())
+        cells = zip(row, widths, "<<" + ">" * len(row), strict=False)
+        lines.append("  ".join(f"{cell:{side}{n}}" for cell, n, side in cells).rstrip())
     return "\n".join(lines)
 
 
@@ -1030,13 +1034,10 @@ def pictures_of(sample: dict, root: Path) -> list[str]:
 CARDS = 4  # examples per task that were answered rightly, and as many wrongly
 SCRIPT = """
 for (const head of document.querySelectorAll('.sort tr:first-child td')) head.onclick = () => {
-  const table = head.closest('table'), column = head.cellIndex;
-  const value = row => parseFloat(row.cells[column].textContent);
-  const down = head.dataset.down = head.dataset.down ? '' : '1';
-  const key = (a, b) => value(a) - value(b) ||
-    a.cells[column].textContent.localeCompare(b.cells[column].textContent);
-  const rows = [...table.rows].slice(1).sort((a, b) => down ? key(b, a) : key(a, b));
-  rows.forEach(row => row.parentNode.append(row));
+  const text = row => row.cells[head.cellIndex].textContent, down = head.dataset.down ^= 1;
+  const key = (a, b) => parseFloat(text(a)) - parseFloat(text(b)) || text(a).localeCompare(text(b));
+  const rows = [...head.closest('table').rows].slice(1).sort(key);
+  (down ? rows.reverse() : rows).forEach(row => row.parentNode.append(row));
 };
 """
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -1140,11 +1141,10 @@ def compare_two(cfg: Config):
     if not tasks:
         stop(f"{' and '.join(cfg.compare)} have no question in common: ask both the same")
     n, path = tasks["all"]["n"], home / f"compare_{'_'.join(names)}.json"
-    only_a, only_b = (len(own) - n for own in samples)
-    result = dict(zip("ab", cfg.compare, strict=True)) | {"only_a": only_a, "only_b": only_b}
+    result = dict(zip("ab", cfg.compare, strict=True)) | {"of": [*map(len, samples)]}
     save(path, json.dumps(result | {"tasks": tasks}, indent=1))
     print(aligned(difference_rows(tasks, names)))
-    print(f"{n} questions that both answered, {only_a} only A, {only_b} only B")
+    print(f"{n} questions that both answered, of {result['of']}")
     if (scenes := tasks["all"]["scenes"]) < 20:
         print(f"note: {scenes} scenes, trust p by Holm, not the interval")
     print(f"written: {path}")

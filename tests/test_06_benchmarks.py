@@ -4,6 +4,7 @@ bad rows, shared prefill, shards."""
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +68,8 @@ def vsi_run() -> tuple[list[str], np.ndarray]:
 
 def test_vsi_aggregate_of_a_whole_run():
     kinds, scores = vsi_run()
-    weights, want = evaluation.vsi_weights(kinds), golden("aggregates")[0]["subscores_unrounded"]
+    weights = evaluation.weights_of([{"task_type": kind} for kind in kinds])
+    want = golden("aggregates")[0]["subscores_unrounded"]
     assert len(want) == 9
     for key, value in want.items():
         category = key.removesuffix("_accuracy").removesuffix("_MRA:.5:.95:.05")
@@ -78,7 +80,8 @@ def test_vsi_aggregate_of_a_whole_run():
 
 def test_intervals_of_vsi_take_the_mean_of_categories():
     kinds, scores = vsi_run()
-    scenes, weights = [f"scene {i % 60}" for i in range(len(kinds))], evaluation.vsi_weights(kinds)
+    scenes = [f"scene {i % 60}" for i in range(len(kinds))]
+    weights = evaluation.weights_of([{"task_type": kind} for kind in kinds])
     got = evaluation.estimate(scores, scenes, 0, weights=weights)
     overall = golden("aggregates")[0]["subscores_unrounded"]["overall"]
     assert got["mean"] == pytest.approx(overall, abs=1e-6)
@@ -518,6 +521,31 @@ def test_the_cache_of_the_hub_is_read(tmp_path, monkeypatch, two_frames, name):
     linked = take(tmp_path / "b", cache, name, right, monkeypatch, pictures="shown")
     assert plain["questions"] == linked["questions"] > 3 and skips(linked) == {}
     assert plain["right"] == linked["right"]
+
+
+@pytest.mark.parametrize("name", ["vsibench-multiimage", "mindcube"])
+def test_published_zips_are_unpacked_once(tmp_path, monkeypatch, capsys, two_frames, name):
+    """VSI-Bench: a zip of videos beside the rows; MindCube: one with all that there is."""
+    vsi = name.startswith("vsi")
+    data = write_vsi(tmp_path / "data", 1, 4, 4) if vsi else write_mindcube(tmp_path / "data")
+    plain = take(tmp_path / "a", data, name, right, monkeypatch, pictures="shown")
+    zipped = tmp_path / "zipped"
+    zipped.mkdir()
+    part = "scannet" if vsi else data.name
+    shutil.make_archive(zipped / part, "zip", data if vsi else tmp_path, part)
+    if vsi:
+        shutil.copy(data / "test.jsonl", zipped)
+    for number in range(2):  # the second time they lie there
+        out = tmp_path / f"b{number}"
+        unpacked = take(out, zipped, name, right, monkeypatch, pictures="shown")
+        assert plain["questions"] == unpacked["questions"] > 3 and skips(unpacked) == {}
+        assert plain["right"] == unpacked["right"]
+    (zipped / f"{part}.unpacked").unlink()
+    (zipped / f"{part}.zip").write_bytes((zipped / f"{part}.zip").read_bytes()[:-30])
+    command = ("--run", tmp_path / "c", "--checkpoint", "a/b", "--benchmark", name)
+    ended = script("06", *command, "--data", zipped, check=False)
+    assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1
+    assert f"{part}.zip is not a zip file" in ended.stderr
 
 
 def test_linked_folders_are_read_and_rows_do_not_lead_out(tmp_path, monkeypatch, two_frames):

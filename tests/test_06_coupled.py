@@ -425,7 +425,7 @@ def test_compare(tmp_path, capsys):
     found = compare("base", "better")
     row = found["tasks"]["D2"]["accuracy"]["above_a"]
     gain = better[:-20].mean() - base[:-20].mean()
-    assert (found["tasks"]["D2"]["n"], found["only_a"], found["only_b"]) == (280, 20, 0)
+    assert (found["tasks"]["D2"]["n"], found["of"]) == (280, [300, 280])
     assert row["mean"] == pytest.approx(gain, abs=1e-6) and row["p"] < 0.01
     assert 0 < row["low"] < gain < row["high"]
     apart = 1.96 * np.sqrt(base[:-20].var() / 280 + better[:-20].var() / 280)
