@@ -55,10 +55,10 @@ second-stage: $(VENV)/ready
 	$(EVAL) --compare sft-drawn refined-drawn
 
 # The base of a run that asks a world model while it answers, beside the students that do not:
-# right answers, seconds and operations per question, on 200 questions per task. The simulator is an
-# oracle. Stated: the base knows static skills only, so it is asked the static question that a view
-# from the end of the stated motion makes of D1, D2 and D4.
-BASELINE = $(EVAL) --recipe tiny --per_task 200
+# right answers, seconds and operations per question. The base knows static skills only, so it is
+# asked the static question that a view from the end of the stated motion makes of D1, D2 and D4, 200
+# of each; of D1 and D4 the second picture is given. The simulator is an oracle.
+BASELINE = $(EVAL) --recipe tiny --tasks D1 D2 D4 --per_task 200
 COUPLED = $(BASELINE) --checkpoint base --coupled
 test-time-baseline: $(VENV)/ready
 	$(BASELINE) --checkpoint base --tag rival-base
