@@ -57,7 +57,7 @@ def test_own_flags_win_over_the_recipe(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["04"])
     sft.run(found.append, sft.Config)
     tiny, paper = found
-    assert (tiny.recipe, tiny.lr, tiny.muon_lr, tiny.train) == ("tiny", 5.0, 8e-3, "full")
+    assert (tiny.recipe, tiny.lr, tiny.muon_lr, tiny.train) == ("tiny", 5.0, 4e-3, "full")
     assert (paper.lr, paper.lora_rank, paper.batch, paper.muon_lr) == (1e-5, 256, 128, 0)
 
 
