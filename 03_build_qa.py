@@ -87,6 +87,7 @@ RECIPES = {
     # 84 pixels show that false statements are false; half an object's show that it is there
     "tiny": "--formats open --box_step 10 --near_miss_m 0.8 --near_miss_deg 30 --grpo_per_task 2500"
     " --min_score 0.5 --caps A4=1 D1=1 D2=1 D3=1 D4=2 E1=0 E2=0 E3=0 S1=1 S2=0.6 S3=0.6 S5=1 S6=1",
+    # of which base/ learns the static ones alone
     "base": "--box_step 10 --choice_share 0.3"
     " --caps D1=0.1 D2=0.1 D4=0.1 E1=0.1 E2=0.1 E3=0 S1=4 S2=0.5 S3=0.4 S5=4 S6=1",
 }

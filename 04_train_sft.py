@@ -79,12 +79,11 @@ logging.disable_progress_bar()
 
 TINY = "--train full --freeze_vision False --lr 1e-3 --muon_lr 4e-3 --mean answer --tokens 6000 "
 TINY += "--no_checkpointing "
-BASE = "--data 3_qa/static.jsonl --steps 8000 --save_dtype bfloat16 --out 4_base "
-BASE += "--lr 2e-3 --muon_lr 8e-3"  # at this rate a student that can do something forgets it
 RECIPES = {
     "paper": "",
     "tiny": TINY + "--student base --data 3_qa/sft.jsonl 3_qa/static.jsonl --warmup 0.02",
-    "base": TINY + BASE,
+    "base": TINY + "--data 3_qa/static.jsonl --steps 8000 --save_dtype bfloat16 --out 4_base "
+    "--lr 2e-3 --muon_lr 8e-3",  # at this rate whoever can do something forgets it
 }
 # Settings that may differ when a run is resumed: they do not decide the result.
 BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "save_every")
