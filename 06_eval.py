@@ -977,7 +977,7 @@ def draw(evaluations: list[dict]) -> bytes:
     seconds = [one["cost"]["seconds"] for one in timed] or [1]
     axes = plot.add_subplot(xscale="log", ylim=(0, 1.03))
     axes.set(xlabel="seconds per question", ylabel="right answers")
-    axes.set(xlim=(min(seconds) / 2, max(seconds) * 2))
+    axes.set(xlim=(min(seconds) / 5, max(seconds) * 5))
     for name, colour in (("blank", "grey"), ("constant", "orange")):
         if control := evaluations[-1]["right"].get(name):
             axes.axhline(control["mean"], color=colour, linestyle="--", label=CONTROLS[name])
