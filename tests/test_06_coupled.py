@@ -431,7 +431,7 @@ def test_compare(tmp_path, capsys):
     apart = 1.96 * np.sqrt(base[:-20].var() / 280 + better[:-20].var() / 280)
     assert row["high"] - row["low"] < 1.6 * apart  # unpaired it would be 2 x apart
     out = capsys.readouterr().out
-    assert "280 questions that both answered, 20 only A, 0 only B" in out
+    assert "280 questions that both answered, of [300, 280]" in out
     same = compare("base", str(tmp_path / "6_eval/same"))["tasks"]["all"]["right"]["above_a"]
     assert same == {"mean": 0, "low": 0, "high": 0, "p": 1}
     assert found["tasks"]["D2"]["accuracy"]["above_a"]["holm"] < 0.01
