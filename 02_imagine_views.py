@@ -601,8 +601,8 @@ def paint(room: Room, rays, origins, picture, parts, depth):
 
 def visible_objects(room: Room, ids, pose, shown) -> list[dict]:
     """The objects that show in `ids` [H,W]: exact box and number of their visible pixels, and
-    where their centre is: horizontal distance, and bearing from the camera's axis, + right; as
-    score the share of these pixels that a picture of `shown` [H,W] shows."""
+    where their centre is: horizontal distance, and bearing from the camera's axis, + right;
+    score: the share of these pixels where `shown` [H,W] has the object too, and not paint."""
     found, (height, width) = [], ids.shape
     counts = np.bincount(ids.ravel())
     for index in (np.flatnonzero(counts[1:]) + 1).tolist():

@@ -524,7 +524,7 @@ def test_the_cache_of_the_hub_is_read(tmp_path, monkeypatch, two_frames, name):
 
 
 @pytest.mark.parametrize("name", ["vsibench-multiimage", "mindcube"])
-def test_published_zips_are_unpacked_once(tmp_path, monkeypatch, capsys, two_frames, name):
+def test_published_zips_are_unpacked_once(tmp_path, monkeypatch, two_frames, name):
     """VSI-Bench: a zip of videos beside the rows; MindCube: one with all that there is."""
     vsi = name.startswith("vsi")
     data = write_vsi(tmp_path / "data", 1, 4, 4) if vsi else write_mindcube(tmp_path / "data")
