@@ -128,7 +128,7 @@ class Config:
         default="", help="of objects, zero-shot or not: hub id or folder; for views without boxes"
     )
     detector_labels: list[str] = HfArg(default_factory=list, help="labels to keep; empty: all")
-    min_score: float = HfArg(default=0.3, help="least score, of 02 or a detector, to be asked about")
+    min_score: float = HfArg(default=0.3, help="least score (see 02) of a box asked about: 0..1")
 
 
 # --- actions and poses ---
