@@ -875,24 +875,24 @@ def relations(place, position, yaw):
 def ask_picture(pair, task, most, draw):
     """E3: which of four pictures follows the motion? All end trajectories of one start.
 
+    Each of the four is asked about: one that never is right could be struck out without looking.
     Not after one move forward or backward: the nearest or the furthest of the four would be it.
     """
-    straight = [name for name, _ in pair.actions] in (["forward"], ["backward"])
-    if straight or not most or pair.keyframes[0] > 0:
-        return
     begin = ["Image 1 is the start.", "The camera now sees image 1."]
     ask = ["Which image shows the view afterwards?", "Which image does it see next?"]
-    survey, ends = pair.survey, [(pair.actions, pair.after)]
-    for view in some(draw, survey.starts[pair.view["start"]]):
-        actions, picture = view["actions"], view["pictures"][-1]
-        apart = all(survey.differ(task, actions, known) for known, _ in ends)
-        if apart and picture.holes <= survey.cfg.max_holes:
-            ends.append((actions, picture))
-    if len(ends) >= 4:
-        order = some(draw, range(4))
-        q = pair.question(task, draw, [begin, WILL, ask], IMAGES[order.index(0)], {})
-        images = [pair.before.path, *(ends[k][1].path for k in order)]
-        yield q._replace(images=images, options=IMAGES)
+    survey, cfg, ends = pair.survey, pair.survey.cfg, []
+    for view in survey.starts[pair.view["start"]]:
+        end = Shown(survey, view, 0, len(view["actions"]))
+        straight = [name for name, _ in end.actions] in (["forward"], ["backward"])
+        fits = end.share >= cfg.least_covisible and end.holes <= cfg.max_holes and not straight
+        if fits and all(survey.differ(task, end.actions, known.actions) for known in ends):
+            ends.append(end)
+    four = [end.after.path for end in ends[:4]]
+    if most and len(four) == 4 and pair.after.path in four and not pair.keyframes[0]:
+        order = some(draw, four)
+        right = IMAGES[order.index(pair.after.path)]
+        q = pair.question(task, draw, [begin, WILL, ask], right, {})
+        yield q._replace(images=[pair.before.path, *order], options=IMAGES)
 
 
 def ask_where(shown, task, most, draw):
@@ -1013,7 +1013,7 @@ TASKS = PAIR_TASKS | PICTURE_TASKS
 SHARING = ("S1", "S2", "S3")  # one generator; each other task has its own
 BALANCED = {task for task, row in TASKS.items() if row.answer[0] in ("yes_no", "relation")}
 # what cannot be answered where the pictures share too little
-COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"} | {"E3"}
+COMPARING = {task for task, row in PAIR_TASKS.items() if row.direction == "inverse"}
 FORMATS = ("open", "choice")
 LETTERS = "ABCD"
 # of each balanced question one answer is here; where an object is ahead, most others are too

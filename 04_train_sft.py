@@ -77,13 +77,14 @@ logging.disable_progress_bar()
 
 # Shapes: N answer tokens of a forward pass.
 
-TINY = "--train full --freeze_vision False --lr 1e-3 --muon_lr 4e-3 --mean answer --tokens 6000 "
-TINY += "--no_checkpointing "
+TINY = "--train full --freeze_vision False --mean answer --tokens 6000 --no_checkpointing "
+GO_ON = TINY + "--student base --data 3_qa/sft.jsonl 3_qa/static.jsonl --warmup 0.02 "
 RECIPES = {
     "paper": "",
-    "tiny": TINY + "--student base --data 3_qa/sft.jsonl 3_qa/static.jsonl --warmup 0.02",
+    "tiny": GO_ON + "--lr 1e-3 --muon_lr 4e-3",
+    "long": GO_ON + "--lr 5e-4 --muon_lr 2e-3",  # 600 steps and more: less of base/ is forgotten
     "base": TINY + "--data 3_qa/static.jsonl --steps 8000 --save_dtype bfloat16 --out 4_base "
-    "--lr 2e-3 --muon_lr 8e-3",  # at this rate whoever can do something forgets it
+    "--lr 2e-3 --muon_lr 8e-3",
 }
 # Settings that may differ when a run is resumed: they do not decide the result.
 BY_THE_WAY = ("recipe", "run", "tokens", "checkpointing", "save_every")
@@ -401,7 +402,6 @@ def main(cfg: Config):
             line["val_loss"] = validate(student, aside, cfg)
         if rank == 0:
             log_step(folder, line, SHOWN, steps)
-
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     save_student(student, folder, dtype, rank, cfg.merge)
     if rank == 0:

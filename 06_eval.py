@@ -44,7 +44,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +55,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from zipfile import ZipFile
 
 import jinja2
 import numpy as np
@@ -270,7 +270,10 @@ def unpack(folder: Path):
         mark = file.with_suffix(".unpacked")
         with alone(folder):
             if not mark.is_file():
-                shutil.unpack_archive(file, folder)
+                try:
+                    ZipFile(file).extractall(folder)
+                except Exception as error:  # zlib and zipfile have many of their own
+                    stop(f"{file} does not unpack ({error}): fetch it again, or make room")
                 mark.touch()
 
 
@@ -975,9 +978,8 @@ def draw(evaluations: list[dict]) -> bytes:
     plot, file = Figure(figsize=(4.2, 3.4), layout="constrained"), io.BytesIO()
     timed = [one for one in evaluations if one["cost"]["seconds"]]
     seconds = [one["cost"]["seconds"] for one in timed] or [1]
-    axes = plot.add_subplot(xscale="log", ylim=(0, 1.03))
-    axes.set(xlabel="seconds per question", ylabel="right answers")
-    axes.set(xlim=(min(seconds) / 5, max(seconds) * 5))
+    axes = plot.add_subplot(xscale="log", ylim=(0, 1.03), ylabel="right answers")
+    axes.set(xlabel="seconds per question", xlim=(min(seconds) / 5, max(seconds) * 5))
     for name, colour in (("blank", "grey"), ("constant", "orange")):
         if control := evaluations[-1]["right"].get(name):
             axes.axhline(control["mean"], color=colour, linestyle="--", label=CONTROLS[name])
@@ -1084,8 +1086,7 @@ question names them, green true, red answered.</p>
 
 
 def report(evaluations: list[dict], samples: list[dict], others: dict, root: Path, folder: Path):
-    """Write the page and the plot. The last evaluation is this one, which has the samples;
-    others: {tag: samples} of those beside it."""
+    """Write the page and the plot of the last evaluation; others: {tag: samples} beside it."""
     last, tasks, counts, plot = evaluations[-1], {}, Counter(), draw(evaluations)
     save(folder / "accuracy_cost.svg", plot)
     for sample in sorted(samples, key=lambda one: digest(one["question"], one["number"])):
@@ -1575,12 +1576,11 @@ def main(cfg: Config):
         save(folder / "results.json", json.dumps(results, indent=1))
         others = {tag: [*logged(run / "6_eval" / tag).values()] for tag in tags}
         report([*beside, results], samples, others, root, folder)
-        text = "".join(json.dumps(sample) + "\n" for sample in samples)
-        save(folder / "samples.jsonl", text)
+        save(folder / "samples.jsonl", "".join(json.dumps(one) + "\n" for one in samples))
         for part in folder.glob("samples.*of*.jsonl"):
             part.unlink()
-        answers = len(samples) * (1 + (cfg.pictures == "both"))
-        finish(folder, meta, {"answers": answers, "skipped": results["skipped"]}, started)
+        made = {"questions": len(samples), "skipped": results["skipped"]}
+        finish(folder, meta, made, started)
     show([*beside, results], folder)
 
 

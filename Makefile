@@ -9,8 +9,10 @@ SEED   ?= 0
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-# The sizes of the demo: rooms, optimiser steps of the two stages, questions per task at the end.
+# The sizes of the demo: rooms, optimiser steps of the two stages, questions per task at the end;
+# and the recipe of SFT, which has its learning rate.
 ROOMS      ?= 330
+LENGTH     ?= tiny
 STEPS      ?= 240
 GRPO_STEPS ?= 20
 PER_TASK   ?= 200
@@ -34,7 +36,7 @@ demo: $(VENV)/ready
 	$(SAMPLE) tiny
 	$(IMAGINE) tiny
 	$(ASK) tiny
-	$(SFT) tiny --steps $(STEPS) --seed $(SEED)
+	$(SFT) $(LENGTH) --steps $(STEPS) --seed $(SEED)
 	$(REFINE) tiny --steps $(GRPO_STEPS) --seed $(SEED)
 	$(EXAM) --checkpoint base
 	$(EXAM) --checkpoint 4_sft --tag sft
@@ -46,7 +48,7 @@ demo: $(VENV)/ready
 # answers, and the test-time baseline.
 miniature:
 	$(MAKE) demo second-stage test-time-baseline \
-		RUN=runs/miniature ROOMS=1500 STEPS=1150 GRPO_STEPS=100 PER_TASK=600
+		RUN=runs/miniature ROOMS=2000 LENGTH=long STEPS=1150 GRPO_STEPS=100 PER_TASK=600
 
 second-stage: $(VENV)/ready
 	$(EVAL) --compare sft refined

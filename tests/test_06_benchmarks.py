@@ -541,11 +541,14 @@ def test_published_zips_are_unpacked_once(tmp_path, monkeypatch, two_frames, nam
         assert plain["questions"] == unpacked["questions"] > 3 and skips(unpacked) == {}
         assert plain["right"] == unpacked["right"]
     (zipped / f"{part}.unpacked").unlink()
-    (zipped / f"{part}.zip").write_bytes((zipped / f"{part}.zip").read_bytes()[:-30])
-    command = ("--run", tmp_path / "c", "--checkpoint", "a/b", "--benchmark", name)
-    ended = script("06", *command, "--data", zipped, check=False)
-    assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1
-    assert f"{part}.zip is not a zip file" in ended.stderr
+    whole = (zipped / f"{part}.zip").read_bytes()
+    middle = len(whole) // 2
+    for broken in (whole[:-30], whole[:middle] + b"x" * 99 + whole[middle + 99 :], b"no zip"):
+        (zipped / f"{part}.zip").write_bytes(broken)
+        command = ("--run", tmp_path / "c", "--checkpoint", "a/b", "--benchmark", name)
+        ended = script("06", *command, "--data", zipped, check=False)
+        assert ended.returncode == 2 and len(ended.stderr.strip().splitlines()) == 1
+        assert f"{part}.zip does not unpack" in ended.stderr
 
 
 def test_linked_folders_are_read_and_rows_do_not_lead_out(tmp_path, monkeypatch, two_frames):

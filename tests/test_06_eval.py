@@ -151,7 +151,7 @@ def test_truth_scores_one_and_constants_and_blank_less(run, monkeypatch, capsys)
     assert out.splitlines()[-1] == f"report: {folder / 'report.html'}"
     assert re.search(r"D1 +IoU +8 +\S+ +0.000 +0.333 .* 1.000 \(\S+ to 1.000\)", out)
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta["finished"] and meta["counts"]["answers"] == 2 * results["questions"]
+    assert meta["finished"] and meta["counts"]["questions"] == results["questions"]
     files = {"samples.jsonl", "results.json", "report.html", "accuracy_cost.svg", "meta.json"}
     assert {path.name for path in folder.iterdir()} == files
 

@@ -196,7 +196,6 @@ def test_pan_refuses_what_it_cannot_turn(tmp_path):
     assert done.returncode == 2 and "only --teacher pan" in done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not (SHARED / "panoramas").is_dir(), reason="needs the folders of pictures")
 def test_a_wrong_yaw_or_field_of_view_costs_its_trajectory(pans, tmp_path):
     run, wrong = (
         tmp_path / "run",
@@ -221,6 +220,7 @@ def test_a_wrong_yaw_or_field_of_view_costs_its_trajectory(pans, tmp_path):
     assert [f":{number}: skipped" in told for number in range(1, 9)] == [True] * 6 + [False] * 2
 
 
+@pytest.mark.skipif(not (SHARED / "panoramas").is_dir(), reason="needs the folders of pictures")
 def test_real_photographs_and_panoramas_have_no_holes(tmp_path):
     for name in ("photos", "panoramas"):
         run = tmp_path / name
