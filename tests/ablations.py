@@ -44,6 +44,7 @@ VARIANTS = {
     "twice as long": {"length": 2},
     "four times as long": {"length": 4},
     "simulator, twice as long": {"teachers": ["simulator"], "length": 2},
+    "half of each, twice as long": {"teachers": ["simulator", "fill"], "length": 2},
 }
 STAGES = {"sft": "", "refined": " refined", "more": " and as many seconds of SFT"}
 STAGES["elsewhere"] = " refined, in another world"
