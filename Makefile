@@ -12,7 +12,7 @@ PY     := $(VENV)/bin/python
 # The sizes of the demo: rooms, optimiser steps of the two stages, questions per task at the end;
 # and the recipe of SFT, which has its learning rate.
 ROOMS      ?= 330
-LENGTH     ?= tiny
+SFT_RECIPE ?= tiny
 STEPS      ?= 240
 GRPO_STEPS ?= 20
 PER_TASK   ?= 200
@@ -36,7 +36,7 @@ demo: $(VENV)/ready
 	$(SAMPLE) tiny
 	$(IMAGINE) tiny
 	$(ASK) tiny
-	$(SFT) $(LENGTH) --steps $(STEPS) --seed $(SEED)
+	$(SFT) $(SFT_RECIPE) --steps $(STEPS) --seed $(SEED)
 	$(REFINE) tiny --steps $(GRPO_STEPS) --seed $(SEED)
 	$(EXAM) --checkpoint base
 	$(EXAM) --checkpoint 4_sft --tag sft
@@ -48,7 +48,7 @@ demo: $(VENV)/ready
 # answers, and the test-time baseline.
 miniature:
 	$(MAKE) demo second-stage test-time-baseline \
-		RUN=runs/miniature ROOMS=2000 LENGTH=long STEPS=1150 GRPO_STEPS=100 PER_TASK=600
+		RUN=runs/miniature ROOMS=2000 SFT_RECIPE=long STEPS=1150 GRPO_STEPS=100 PER_TASK=600
 
 second-stage: $(VENV)/ready
 	$(EVAL) --compare sft refined

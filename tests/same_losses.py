@@ -3,7 +3,7 @@
 COMMAND makes AGAIN; it is ended after STEPS steps. On the processor that made the log they are
 equal. Another one rounds otherwise: there the first that differs differs in the last digits, and
 training makes more of it from then on. Other data, weights or settings are far apart at once. Ends
-with status 1 where they are neither equal nor that, and prints the step and how far apart.
+with status 1 unless all are equal, and says where it looks like another processor.
 """
 
 import json
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     print(f"{len(off)} losses, {off.count(0)} equal, at most {max(off, default=1):.2%} apart")
     if apart and off[apart[0] - 1] <= ROUNDED and max(off) <= GROWN:
         print(f"from step {apart[0]} on, by {off[apart[0] - 1]:.0e}: as another processor rounds")
-    elif apart or not off:
+    if apart or not off:
         sys.exit(f"{sys.argv[2]}: the losses are not those of {sys.argv[1]}")
